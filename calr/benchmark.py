@@ -1,0 +1,70 @@
+"""Time prefill and decode of models, interleaved in one process."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+
+@torch.no_grad()
+def bench(
+    models: dict[str, PreTrainedModel], *, prompt: int = 256, new_tokens: int = 32, rounds: int = 5
+) -> list[dict[str, Any]]:
+    """Measure tokens per second of each model: prefill of `prompt` tokens, greedy decode after 8.
+
+    The models take turns within every round, after one round of warm-up; figures are medians with
+    the fastest and slowest round. weight_bytes counts parameters and buffers once.
+    """
+    long = torch.arange(1, prompt + 1)[None]
+    short = long[:, :8]
+    times: dict[tuple[str, str], list[float]] = {}
+    for turn in logging.tqdm(range(rounds + 1), desc="timing", unit="round"):
+        for name, model in models.items():
+            ids, start = long.to(model.device), short.to(model.device)
+            prefill = _timed(lambda m=model, i=ids: m(input_ids=i, logits_to_keep=1))
+            decode = _timed(
+                lambda m=model, i=start: m.generate(
+                    i,
+                    attention_mask=torch.ones_like(i),
+                    do_sample=False,
+                    min_new_tokens=new_tokens,
+                    max_new_tokens=new_tokens,
+                )
+            )
+            if turn:
+                times.setdefault((name, "prefill"), []).append(prompt / prefill)
+                times.setdefault((name, "decode"), []).append(new_tokens / decode)
+    return [
+        {
+            "model": name,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "weight_bytes": sum(
+                t.numel() * t.itemsize for t in [*model.parameters(), *model.buffers()]
+            ),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            **{
+                f"{kind}_tokens_per_second": {
+                    "median": statistics.median(times[name, kind]),
+                    "slowest": min(times[name, kind]),
+                    "fastest": max(times[name, kind]),
+                }
+                for kind in ("prefill", "decode")
+            },
+        }
+        for name, model in models.items()
+    ]
+
+
+def _timed(run: Callable[[], object]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

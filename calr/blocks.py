@@ -1,0 +1,84 @@
+"""Run a decoder block by block, each block with exactly the arguments that the model gives it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from calr.structure import Structure, decoder
+
+BATCH_TOKENS = 4096  # enough rows for matrix products to run at full speed
+
+
+@dataclass
+class Call:
+    """The arguments of one block for one batch, without the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class BlockRunner:
+    """The blocks of a model over a fixed set of token windows.
+
+    ids [S, T]. `hidden` holds, per batch, the inputs [B, T, H] of block 0. Masks, positions and
+    whatever else the model passes to each block are recorded once, in a pass in which the blocks
+    themselves do nothing.
+    """
+
+    def __init__(self, model: PreTrainedModel, structure: Structure, ids: Tensor) -> None:
+        self.blocks = list(model.get_submodule(structure.blocks_name))
+        self.tuple_output = structure.tuple_output
+        self.hidden: list[Tensor] = []
+        self._calls: list[list[Call]] = []
+        device = next(self.blocks[0].parameters()).device
+        size = max(1, BATCH_TOKENS // ids.shape[1])
+        with torch.no_grad(), self._bypassed():
+            for batch in ids.split(size):
+                self._calls.append([])
+                decoder(model)(input_ids=batch.to(device), use_cache=False)
+
+    @torch.no_grad()
+    def run(self, block: int, hidden: list[Tensor]) -> list[Tensor]:
+        """Run one block on every batch: inputs [B, T, H] each -> outputs [B, T, H] each."""
+        return [
+            self._hidden(self.blocks[block](x, *calls[block].args, **calls[block].kwargs))
+            for x, calls in zip(hidden, self._calls, strict=True)
+        ]
+
+    def _hidden(self, output: Any) -> Tensor:
+        return output[0] if self.tuple_output else output
+
+    @contextmanager
+    def _bypassed(self) -> Iterator[None]:
+        """Let every block record its arguments and return its input."""
+        saved = [block.__dict__.get("forward") for block in self.blocks]
+        for index, block in enumerate(self.blocks):
+            block.forward = self._recorder(index)
+        try:
+            yield
+        finally:
+            for block, forward in zip(self.blocks, saved, strict=True):
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
+
+    def _recorder(self, index: int) -> Callable[..., Any]:
+        def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if index == 0:
+                self.hidden.append(hidden_states)
+            self._calls[-1].append(Call(args, kwargs))
+            return (hidden_states,) if self.tuple_output else hidden_states
+
+        return record
+
+
+def set_submodule(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Replace a submodule and return the one that was there."""
+    old = model.get_submodule(name)
+    model.set_submodule(name, module)
+    return old

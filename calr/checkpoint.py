@@ -1,0 +1,150 @@
+"""Write a checkpoint whole or not at all, and continue an interrupted run.
+
+An unfinished run lives in DIRECTORY/.calr: `run.json` says what it computes, finished parts lie
+beside it. The checkpoint is completed there first and then moved up, config.json last, so that a
+directory with a config.json is whole and one with a .calr is not.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from calr.errors import CalrError
+
+WORK = ".calr"
+logger = logging.get_logger(__name__)
+
+
+def prepare(directory: Path, key: str, summary: dict[str, Any], *, overwrite: bool) -> Path:
+    """Return the work directory of a new or continued run; key identifies what it computes.
+
+    Raises CalrError when the directory holds anything else: a file, another run, a checkpoint
+    without overwrite, or, even with it, something that is no model.
+    """
+    work = directory / WORK
+    if directory.exists() and not directory.is_dir():
+        raise CalrError(f"{directory}: is a file; name a directory to write to")
+    if (work / "run.json").exists():
+        found = json.loads((work / "run.json").read_text())
+        if found["key"] == key:
+            logger.warning(f"{directory}: continuing the unfinished run found there")
+            return work
+        if not overwrite:
+            raise CalrError(
+                f"{directory}: holds an unfinished run of something else ({found['summary']}); "
+                "finish it with the same arguments, name another directory, or pass --overwrite"
+            )
+    elif directory.exists() and any(path.name != WORK for path in directory.iterdir()):
+        if not overwrite:
+            raise CalrError(f"{directory}: exists; name another directory or pass --overwrite")
+        if not (directory / "config.json").exists():
+            raise CalrError(
+                f"{directory}: holds no model (no config.json), so --overwrite refuses to replace "
+                "its files; name another directory"
+            )
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    temporary = work / "run.json.tmp"
+    temporary.write_text(json.dumps({"key": key, "summary": summary}, indent=2))
+    temporary.rename(work / "run.json")
+    return work
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    card: ModelCard,
+) -> None:
+    """Save model, tokenizer and card in the work directory, then move them into place."""
+    work = directory / WORK
+    complete = work / "checkpoint"
+    shutil.rmtree(complete, ignore_errors=True)
+    model.save_pretrained(complete)
+    tokenizer.save_pretrained(complete)
+    card.save(complete / "README.md")
+    (directory / "config.json").unlink(missing_ok=True)
+    for path in directory.iterdir():
+        if path.is_file():
+            path.unlink()
+    for path in sorted(complete.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, directory / path.name)
+    shutil.rmtree(work)
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turn a full disk and the like into one sentence; what was finished stays for the next run."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        cause = "the disk is full" if full else str(error)
+        raise CalrError(
+            f"{directory}: cannot be written: {cause}. Nothing half-written will be loaded; make "
+            "room and run the same command again to continue"
+        ) from error
+
+
+def size(directory: Path) -> int:
+    """Count the bytes of a directory's weight files."""
+    return sum(
+        path.stat().st_size
+        for pattern in ("*.safetensors", "*.gguf")
+        for path in directory.glob(pattern)
+    )
+
+
+def model_card(source: str, recipe_yaml: str, results: dict[str, Any]) -> ModelCard:
+    """Describe a compressed model: how to load it, the exact recipe, the measured numbers."""
+    local = Path(source).exists()
+    data = ModelCardData(
+        base_model=None if local else source,
+        library_name="transformers",
+        tags=["calr", "low-rank", "compression"],
+    )
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in results.items())
+    name = Path(source).name if local else source
+    return ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+
+`pip install calr`, then `import calr` before loading this model with transformers.
+
+# {name}, compressed
+
+A low-rank compression of `{name}`: the decoder's linear layers are stored as factors.
+
+```python
+import calr
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(".")
+```
+
+## Measured
+
+| | |
+|---|---|
+{rows}
+
+## Recipe
+
+`calr compress {name} OUTPUT --config recipe.yaml` with
+
+```yaml
+{recipe_yaml.strip()}
+```
+"""
+    )

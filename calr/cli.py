@@ -1,0 +1,169 @@
+"""The command line: arguments only, so that --help answers without loading torch."""
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from calr import __version__
+from calr.errors import CalrError
+from calr.recipe import Recipe
+
+CALIBRATION = (
+    "Calibration text: a text file, FILE.jsonl[#field], a hub data set NAME[:CONFIG][:SPLIT]"
+    "[#field], builtin:topics (English that every Python carries), builtin:sampled (text sampled "
+    "from the model), builtin (both), or several separated by commas, in equal shares."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    0: done; 1: an error that its message tells how to mend; 2: wrong arguments; 130: interrupted.
+    """
+    parser = build_parser()
+    parsed = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", message=".*torchao.*")
+    try:
+        from calr import commands
+
+        run: Callable[[Namespace], None] = getattr(commands, parsed.subcommand.replace("-", "_"))
+        run(parsed[parsed.subcommand])
+    except CalrError as error:
+        print(f"calr: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ncalr: interrupted; the same command continues where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> ArgumentParser:
+    """Describe all commands."""
+    parser = ArgumentParser(prog="calr", description="Compress causal language models.")
+    parser.add_argument("--version", action="version", version=f"calr {__version__}")
+    commands = parser.add_subcommands(required=True)
+    for name, (describe, text) in {
+        "plan": (_plan, "Show ranks, parameters, memory and time of a compression; write nothing."),
+        "compress": (_compress, "Compress a model and write an ordinary checkpoint."),
+        "eval": (_eval, "Measure token perplexity and zero-shot tasks."),
+        "bench": (_bench, "Time prefill and decode, two models interleaved."),
+        "generate": (_generate, "Generate text from a dense or compressed model."),
+        "inspect": (_inspect, "Show what a compressed checkpoint is made of."),
+    }.items():
+        command = ArgumentParser(description=text)
+        describe(command)
+        command.add_argument("--json", action="store_true", help="Print results as JSON.")
+        commands.add_subcommand(name, command, help=text)
+    return parser
+
+
+def recipe_of(arguments: Namespace) -> Recipe:
+    """Build the recipe from parsed arguments."""
+    fields = {name: arguments[name] for name in Recipe.__dataclass_fields__}
+    return Recipe(**fields)
+
+
+def _model(parser: ArgumentParser, name: str = "model", **kwargs: Any) -> None:
+    text = "Hub id, directory, or GGUF file (or a directory with one)."
+    parser.add_argument(name, type=str, help=text, **kwargs)
+
+
+def _loading(parser: ArgumentParser) -> None:
+    parser.add_argument("--dtype", type=str, default="auto", help="Load weights in this dtype.")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="Run code that comes with the model."
+    )
+
+
+def _recipe(parser: ArgumentParser) -> None:
+    parser.add_class_arguments(Recipe, help="recipe")
+    parser.add_argument("--config", action="config", help="YAML of any of these options.")
+    parser.add_argument(
+        "--statistics",
+        type=str | None,
+        default=None,
+        help="Directory that keeps calibration statistics for further runs.",
+    )
+
+
+def _plan(parser: ArgumentParser) -> None:
+    _model(parser)
+    _recipe(parser)
+    _loading(parser)
+
+
+def _compress(parser: ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("directory", type=str, help="Where to write the checkpoint.")
+    _recipe(parser)
+    parser.add_argument("--calibration", type=str, default="builtin", help=CALIBRATION)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="Replace a checkpoint in the directory."
+    )
+    parser.add_argument(
+        "--eval_windows",
+        type=int,
+        default=8,
+        help="Windows of held-out built-in text to measure perplexity on, for the card; 0: none.",
+    )
+    _loading(parser)
+
+
+def _eval(parser: ArgumentParser) -> None:
+    _model(parser)
+    _model(parser, "--against", default=None)
+    parser.add_argument(
+        "--text",
+        type=str,
+        default="builtin",
+        help="Text for token perplexity: a file or data set as in compress --calibration, or "
+        "builtin, the part of the built-in text that calibration never sees.",
+    )
+    parser.add_argument("--windows", type=int, default=40, help="Windows of text; 0: none.")
+    parser.add_argument("--window", type=int, default=512, help="Tokens in a window.")
+    parser.add_argument(
+        "--tasks", type=list[str], default=[], help="lm-eval tasks, e.g. [arc_easy,piqa]."
+    )
+    parser.add_argument(
+        "--task_data",
+        type=str | None,
+        default=None,
+        help="Directory with TASK.SPLIT.jsonl files to use instead of the hub's data.",
+    )
+    parser.add_argument("--limit", type=int | None, default=None, help="First rows of each task.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the tasks' own sampling.")
+    _loading(parser)
+
+
+def _bench(parser: ArgumentParser) -> None:
+    _model(parser)
+    _model(parser, "--against", default=None)
+    parser.add_argument("--prompt_tokens", type=int, default=256, help="Tokens of the prefill.")
+    parser.add_argument("--new_tokens", type=int, default=32, help="Tokens to decode.")
+    parser.add_argument("--rounds", type=int, default=5, help="Rounds; medians are shown.")
+    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads to use.")
+    _loading(parser)
+
+
+def _generate(parser: ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("--prompt", type=str, default="Once upon a time", help="Text to continue.")
+    parser.add_argument("--chat", action="store_true", help="Apply the model's chat template.")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="Tokens to generate.")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0: greedy; otherwise sample."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of sampling.")
+    _loading(parser)
+
+
+def _inspect(parser: ArgumentParser) -> None:
+    parser.add_argument("model", type=str, help="Directory of a compressed checkpoint.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

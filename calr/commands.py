@@ -1,0 +1,353 @@
+"""The commands behind the command line."""
+
+import hashlib
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from calr import benchmark, checkpoint, models, planning
+from calr.calibration import fingerprint
+from calr.cli import build_parser, recipe_of
+from calr.compression import compress as compress_model
+from calr.compression import parameter_report
+from calr.errors import CalrError
+from calr.evaluation import perplexity
+from calr.models import is_compressed
+from calr.structure import analyse
+from calr.text import evaluation_windows
+
+LOADING = ("dtype", "device", "trust_remote_code")
+logger = logging.get_logger(__name__)
+
+
+def plan(arguments: Namespace) -> None:
+    """Print ranks, parameters, bytes, memory and time of a compression."""
+    result = planning.plan(
+        arguments.model,
+        recipe_of(arguments),
+        statistics=arguments.statistics,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    if arguments.json:
+        _print_json(result.to_dict())
+        return
+    _print_layers(result.layers)
+    if result.ranks_follow_calibration:
+        print("Ranks follow calibration under this allocation: shown are uniform ones; totals hold.")
+    totals = result.totals
+    _print_facts(
+        {
+            "keep (of the decoder's linear parameters)": f"{totals['keep']:.4f}",
+            "removed of the whole model": f"{totals['removed_of_model']:.2%}",
+            "compressible share of the decoder blocks": f"{result.coverage:.2%}",
+            "weights": f"{_gigabytes(totals['bytes_before'])} -> "
+            f"{_gigabytes(totals['bytes_after'])}",
+            "peak memory (estimate)": _gigabytes(result.peak_memory_bytes),
+            "time (estimate, this machine's CPU)": f"{result.seconds:.0f} s",
+        }
+    )
+
+
+def compress(arguments: Namespace) -> None:
+    """Compress a model into a directory and print what it became."""
+    started = time.monotonic()
+    recipe, directory = recipe_of(arguments), Path(arguments.directory)
+    if directory.exists() and Path(arguments.model).exists():
+        if directory.resolve() == Path(arguments.model).resolve():
+            raise CalrError(f"{directory}: is the model itself; name another directory")
+    # refuse what can be refused before minutes of loading and calibration
+    if directory.exists() and not arguments.overwrite and not (directory / checkpoint.WORK).exists():
+        checkpoint.prepare(directory, "", {}, overwrite=False) if any(directory.iterdir()) else None
+    model, tokenizer = _load(arguments, arguments.model)
+    structure = analyse(model, recipe.skip)
+    key = fingerprint(model, recipe, _content(arguments.calibration))
+    with checkpoint.writing(directory):
+        work = checkpoint.prepare(
+            directory,
+            key,
+            {"model": arguments.model, "keep": recipe.keep, "method": recipe.method},
+            overwrite=arguments.overwrite,
+        )
+        measured = _measure(model, tokenizer, arguments.eval_windows, recipe.window)
+        compress_model(
+            model,
+            recipe,
+            calibration=arguments.calibration,
+            tokenizer=tokenizer,
+            statistics=arguments.statistics,
+            work=work,
+        )
+        layers = model.config.quantization_config.layers
+        ranks = {name: layer["rank"] for name, layer in layers.items()}
+        results: dict[str, Any] = parameter_report(structure, ranks, recipe.layout)
+        results["coverage"] = structure.coverage
+        results["factored_layers"] = len(layers)
+        results["dense_layers"] = len(structure.layers) - len(layers)
+        if measured is not None:
+            after = _measure(model, tokenizer, arguments.eval_windows, recipe.window)
+            results["perplexity_text"] = "builtin, held out"
+            results["perplexity_windows"] = arguments.eval_windows
+            results["perplexity_dense"] = round(measured, 3)
+            results["perplexity_compressed"] = round(after or 0, 3)
+        results["seconds"] = round(time.monotonic() - started, 1)
+        card = checkpoint.model_card(arguments.model, config_yaml("compress", arguments), results)
+        checkpoint.write(model, tokenizer, directory, card)
+    results["bytes"] = checkpoint.size(directory)
+    results["directory"] = str(directory)
+    _print_results(arguments, results)
+
+
+def eval(arguments: Namespace) -> None:
+    """Print token perplexity and zero-shot accuracy of one model, or of two side by side."""
+    sources = [arguments.model] + ([arguments.against] if arguments.against else [])
+    rows = []
+    for source in sources:
+        model, tokenizer = _load(arguments, source)
+        row: dict[str, Any] = {"model": source}
+        row["parameters"] = sum(p.numel() for p in model.parameters())
+        if arguments.windows:
+            ids = evaluation_windows(
+                arguments.text, tokenizer, windows=arguments.windows, window=arguments.window
+            )
+            row["token_perplexity"] = asdict(perplexity(model, ids))
+        if arguments.tasks:
+            from calr.integrations.lm_eval import evaluate
+
+            row["tasks"] = evaluate(
+                model,
+                tokenizer,
+                arguments.tasks,
+                data=arguments.task_data,
+                limit=arguments.limit,
+                seed=arguments.seed,
+            )
+        rows.append(row)
+    if arguments.json:
+        _print_json({"text": arguments.text, "models": rows})
+        return
+    for row in rows:
+        print(f"{row['model']}: {row['parameters']:,} parameters")
+        if "token_perplexity" in row:
+            result = row["token_perplexity"]
+            print(
+                f"token perplexity {result['perplexity']:.3f} on {arguments.text} "
+                f"({result['windows']} windows of {result['window']}, stride {result['window']}, "
+                f"{result['predicted_tokens']} predicted tokens)"
+            )
+    if arguments.tasks:
+        _print_tasks(rows)
+
+
+def bench(arguments: Namespace) -> None:
+    """Print tokens per second of one model, or of two taking turns."""
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    sources = [arguments.model] + ([arguments.against] if arguments.against else [])
+    rows = benchmark.bench(
+        {source: _load(arguments, source)[0] for source in sources},
+        prompt=arguments.prompt_tokens,
+        new_tokens=arguments.new_tokens,
+        rounds=arguments.rounds,
+    )
+    if arguments.json:
+        _print_json(rows)
+        return
+    table = Table("model", "parameters", "weights", "dtype", "prefill tokens/s", "decode tokens/s")
+    for row in rows:
+        speeds = [row[f"{kind}_tokens_per_second"] for kind in ("prefill", "decode")]
+        table.add_row(
+            Path(row["model"]).name,
+            f"{row['parameters']:,}",
+            _gigabytes(row["weight_bytes"]),
+            row["dtype"],
+            *(f"{s['median']:.1f} ({s['slowest']:.1f}-{s['fastest']:.1f})" for s in speeds),
+        )
+    if len(rows) == 2:
+        ratios = [
+            rows[0][f"{kind}_tokens_per_second"]["median"]
+            / rows[1][f"{kind}_tokens_per_second"]["median"]
+            for kind in ("prefill", "decode")
+        ]
+        table.add_row("first ÷ second", "", "", "", *(f"{ratio:.2f}" for ratio in ratios))
+    Console(width=120).print(table)
+    print(f"medians (slowest-fastest) of {arguments.rounds} rounds, {rows[0]['threads']} threads")
+
+
+def generate(arguments: Namespace) -> None:
+    """Print a continuation of a prompt."""
+    model, tokenizer = _load(arguments, arguments.model)
+    if arguments.chat:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": arguments.prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    else:
+        inputs = tokenizer(arguments.prompt, return_tensors="pt")
+    inputs = inputs.to(model.device)
+    torch.manual_seed(arguments.seed)
+    sampling = {"do_sample": False}
+    if arguments.temperature > 0:
+        sampling = {"do_sample": True, "temperature": arguments.temperature}
+    started = time.monotonic()
+    output = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, **sampling)[0]
+    new = output[inputs["input_ids"].shape[1] :]
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    if arguments.json:
+        seconds = time.monotonic() - started
+        _print_json({"prompt": arguments.prompt, "text": text, "tokens": len(new), "seconds": seconds})
+    else:
+        print(text if arguments.chat else arguments.prompt + text)
+
+
+def inspect(arguments: Namespace) -> None:
+    """Print the layers, totals and recipe of a compressed checkpoint, from its config alone."""
+    directory = Path(arguments.model)
+    if not is_compressed(directory):
+        raise CalrError(f"{directory}: is no checkpoint written by calr")
+    block = json.loads((directory / "config.json").read_text())["quantization_config"]
+    skeleton = models.load_skeleton(arguments.model)
+    del skeleton.config.quantization_config
+    structure = analyse(skeleton)
+    from calr.integrations.transformers import CalrConfig
+
+    config = CalrConfig(**block)
+    rows, kept = [], 0
+    from calr.allocation import cost
+
+    for layer in structure.layers:
+        found = config.layers.get(layer.name, {"layout": "dense", "rank": None})
+        layout = "two_factor" if found["layout"] == "dense" else found["layout"]
+        stored = cost(layer.shape, layout, found["rank"])
+        kept += stored
+        rows.append(
+            {
+                "name": layer.name,
+                "shape": [layer.out_features, layer.in_features],
+                "group": layer.group,
+                "rank": found["rank"],
+                "layout": found["layout"],
+                "parameters": stored,
+            }
+        )
+    removed = structure.linear_parameters - kept
+    totals = {
+        "keep": kept / structure.linear_parameters,
+        "removed_of_model": removed / structure.model_parameters,
+        "model_parameters": structure.model_parameters - removed,
+        "bytes": checkpoint.size(directory),
+    }
+    if arguments.json:
+        _print_json({"layers": rows, "totals": totals, "recipe": config.recipe})
+        return
+    _print_layers(rows)
+    _print_facts(totals | {f"recipe: {name}": value for name, value in config.recipe.items()})
+
+
+def config_yaml(command: str, arguments: Namespace) -> str:
+    """Return the YAML that makes a command do the same again."""
+    parser = build_parser()
+    full = Namespace(subcommand=command)
+    full[command] = arguments
+    dumped = parser.dump(full)
+    lines = dumped.splitlines()
+    start = next(i for i, line in enumerate(lines) if line == f"{command}:")
+    return "\n".join(line[2:] for line in lines[start + 1 :] if line.startswith("  ")) + "\n"
+
+
+def _load(
+    arguments: Namespace, source: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return models.load(source, **{name: arguments[name] for name in LOADING})
+
+
+def _measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: int, window: int
+) -> float | None:
+    if not windows:
+        return None
+    ids = evaluation_windows("builtin", tokenizer, windows=windows, window=window)
+    return perplexity(model, ids).perplexity
+
+
+def _content(calibration: str) -> str:
+    """Identify calibration text by content where it is a file, by name otherwise."""
+    digests = []
+    for part in calibration.split(","):
+        path = Path(part.partition("#")[0])
+        digests.append(
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else part
+        )
+    return f"{calibration} {digests} {sys.version_info[:2]}"
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.3f} GB"
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _print_results(arguments: Namespace, results: dict[str, Any]) -> None:
+    if arguments.json:
+        _print_json(results)
+    else:
+        _print_facts(results)
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+        table.add_row(name.replace("_", " "), shown)
+    Console(width=110).print(table)
+
+
+def _print_layers(layers: list[dict[str, Any]]) -> None:
+    table = Table("layer", "shape", "layout", "rank", "parameters", "input group")
+    for layer in layers:
+        group = "" if layer["group"] == layer["name"] else f"with {layer['group'].rpartition('.')[2]}"
+        table.add_row(
+            layer["name"],
+            "×".join(map(str, layer["shape"])),
+            layer["layout"],
+            str(layer["rank"] or ""),
+            f"{layer['parameters']:,}",
+            group,
+        )
+    Console(width=110).print(table)
+
+
+def _print_tasks(rows: list[dict[str, Any]]) -> None:
+    """Accuracy of each task; with two models, retention (first ÷ second), plain and above chance."""
+    from calr.integrations.lm_eval import retention
+
+    table = Table("task", "rows", "chance", *(Path(row["model"]).name or row["model"] for row in rows))
+    compared = len(rows) == 2
+    if compared:
+        table.add_column("retention")
+        table.add_column("above chance")
+    for task, first in rows[0]["tasks"].items():
+        cells = [f"{r['tasks'][task]['accuracy']:.3f} ± {r['tasks'][task]['stderr']:.3f}" for r in rows]
+        if compared:
+            kept = retention({task: first}, {task: rows[1]["tasks"][task]})
+            cells += [f"{kept['retention']:.3f}", f"{kept['above_chance']:.3f}"]
+        table.add_row(task, str(first["rows"]), f"{first['chance']:.3f}", *cells)
+    if compared:
+        kept = retention(rows[0]["tasks"], rows[1]["tasks"])
+        means = [f"{sum(t['accuracy'] for t in r['tasks'].values()) / len(r['tasks']):.3f}" for r in rows]
+        table.add_row("average", "", "", *means, f"{kept['retention']:.3f}", f"{kept['above_chance']:.3f}")
+    Console(width=120).print(table)

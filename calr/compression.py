@@ -1,0 +1,361 @@
+"""Compress a model: calibrate, decompose, allocate ranks, replace the layers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from calr import allocation, layouts, methods
+from calr.allocation import Ranks
+from calr.blocks import BlockRunner, set_submodule
+from calr.calibration import Statistics, collect, fingerprint
+from calr.errors import CalrError
+from calr.integrations.transformers import CalrConfig, attach
+from calr.methods import Decomposition
+from calr.recipe import Recipe
+from calr.store import Store
+from calr.structure import Layer, Structure, analyse
+from calr.text import Source, calibration_windows
+from calr_kernels import LowRankLinear
+
+CACHE_BYTES = 4 << 30  # decompositions kept between allocation and factorisation
+MEASURE_WINDOWS = 4  # calibration windows on which last_k measures the final hidden state
+
+logger = logging.get_logger(__name__)
+
+
+def compress(
+    model: PreTrainedModel,
+    recipe: Recipe | None = None,
+    *,
+    calibration: Source | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    statistics: str | Path | None = None,
+    work: Path | None = None,
+) -> PreTrainedModel:
+    """Compress a dense causal language model in place and return it.
+
+    calibration: a path or source (see calr.text), a list of texts, or token ids [S, T]; None is the
+    built-in text. tokenizer: needed for text; by default that of model.name_or_path. statistics: a
+    directory in which calibration statistics are kept and found again. work: a directory for
+    finished parts, so that a killed run can continue. The model is changed only after everything
+    has been computed; CalrError says what is wrong otherwise.
+
+    >>> from calr.testing import tiny_llama
+    >>> model = compress(tiny_llama(), Recipe(keep=0.5), calibration=torch.ones(2, 8).long())
+    >>> type(model.model.layers[0].mlp.up_proj).__name__
+    'LowRankLinear'
+    """
+    recipe = recipe or Recipe()
+    structure = analyse(model, recipe.skip)
+    check_reachable(structure, recipe)
+    kept = Store(work)
+    if "calibration" not in kept:
+        windows = calibration_windows(
+            calibration,
+            tokenizer,
+            model,
+            samples=recipe.samples,
+            window=recipe.window,
+            seed=recipe.seed,
+        )
+        kept.save("calibration", {"ids": windows})
+    ids = kept.load("calibration")["ids"]
+    run = _Run(model, structure, recipe, ids, statistics, work)
+    ranks = run.allocate()
+    replacements = run.factorise(ranks)
+    for name, layer in replacements.items():
+        set_submodule(model, name, layer)
+    layers = {n: {"layout": layer.layout, "rank": layer.rank} for n, layer in replacements.items()}
+    described = recipe.to_dict() | {"calibration": describe(calibration), "tokens": ids.numel()}
+    attach(model, CalrConfig(layers=layers, recipe=described))
+    return model
+
+
+def describe(calibration: Source | None) -> str:
+    """Name a calibration source for the record."""
+    if calibration is None:
+        return "builtin"
+    return str(calibration) if isinstance(calibration, str | Path) else "given in memory"
+
+
+def check_reachable(structure: Structure, recipe: Recipe) -> None:
+    """Raise CalrError when no ranks under this recipe can meet keep."""
+    kept_dense = sum(layer.shape.dense for layer in structure.layers if layer.skipped)
+    total = structure.linear_parameters
+    if recipe.keep * total < kept_dense:
+        raise CalrError(
+            f"keep={recipe.keep} is unreachable: the skipped layers alone hold "
+            f"{kept_dense / total:.4f} of the linear parameters; skip less or raise keep"
+        )
+
+
+def curves_name(recipe: Recipe) -> str:
+    """Name the error curves of a method among the statistics."""
+    options = "".join(f"-{key}={value:g}" for key, value in sorted(recipe.method_options.items()))
+    return f"errors-{recipe.method}{options}-{recipe.sensitivity}"
+
+
+def open_statistics(directory: str | Path | None, key: str) -> Store:
+    """Open a directory of calibration statistics, refusing one that holds those of another run."""
+    if directory is None:
+        return Store()
+    store = Store(Path(directory))
+    name = Path(directory) / "fingerprint"
+    if name.exists() and name.read_text() != key:
+        raise CalrError(
+            f"{directory}: holds statistics of another model, calibration text or seed; name "
+            "another directory or delete it"
+        )
+    name.write_text(key)
+    return store
+
+
+@dataclass
+class _Run:
+    """One compression: what its steps share."""
+
+    model: PreTrainedModel
+    structure: Structure
+    recipe: Recipe
+    ids: Tensor
+    statistics_directory: str | Path | None
+    work: Path | None
+    _kept: dict[str, Decomposition] = field(default_factory=dict)
+    _kept_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        self.decompose, needed = methods.resolve(recipe.method, recipe.method_options)
+        globally = recipe.allocation == "global"
+        weighted = globally and recipe.sensitivity == "gradient" and "output" not in needed
+        self.gradients = "gradient" in needed or weighted
+        self.outputs = "output" in needed
+        self.layers = [layer for layer in self.structure.layers if not layer.skipped]
+        self.fixed = sum(x.shape.dense for x in self.structure.layers if x.skipped)
+        self._statistics: Statistics | None = None
+        self.finished = Store(self.work / "blocks" if self.work else None)
+
+    @property
+    def statistics(self) -> Statistics:
+        """Calibration statistics, collected when first needed."""
+        if self._statistics is None:
+            directory = self.statistics_directory or (self.work and self.work / "statistics")
+            recipe = self.recipe
+            gradient_windows = min(recipe.gradient_samples, len(self.ids))
+            key = fingerprint(self.model, self.ids, gradient_windows, recipe.seed)
+            store = open_statistics(directory, key)
+            spread = torch.linspace(0, len(self.ids) - 1, gradient_windows).round().long()
+            self._statistics = collect(
+                self.model,
+                self.structure,
+                self.ids,
+                store,
+                gradient_ids=self.ids[spread] if self.gradients else None,
+                outputs=self.outputs,
+                seed=recipe.seed,
+            )
+        return self._statistics
+
+    def decomposition(self, layer: Layer) -> Decomposition:
+        """Decompose one layer, keeping the result while there is room."""
+        if layer.name in self._kept:
+            return self._kept[layer.name]
+        weight = self.model.get_submodule(layer.name).get_parameter("weight").detach()
+        moments = self.statistics.moments(layer)
+        moved = type(moments)(
+            moments.input.to(weight.device),
+            moments.gradient,
+            None if moments.output is None else moments.output.to(weight.device),
+        )
+        result = self.decompose(weight, moved)
+        size = 8 * (weight.numel() + min(weight.shape) ** 2)
+        if self._kept_bytes + size <= CACHE_BYTES:
+            self._kept[layer.name] = result
+            self._kept_bytes += size
+        return result
+
+    def allocate(self) -> Ranks:
+        """Choose the rank of every layer; None leaves it dense."""
+        recipe, shapes = self.recipe, [layer.shape for layer in self.layers]
+        keep = (recipe.keep * self.structure.linear_parameters - self.fixed) / sum(
+            shape.dense for shape in shapes
+        )
+        if recipe.allocation == "uniform":
+            return allocation.uniform(shapes, keep, recipe.layout, recipe.rank_step)
+        if recipe.allocation == "last_k":
+            return self._last_k(keep)
+        name = curves_name(recipe)
+        if name not in self.statistics.store:
+            self.statistics.store.save(name, self._error_curves())
+        curves = self.statistics.store.load(name)
+        return allocation.globally(
+            shapes,
+            [curves[shape.name].numpy() for shape in shapes],
+            recipe.keep,
+            recipe.layout,
+            recipe.rank_step,
+            fixed=self.fixed,
+            exact=recipe.solver == "exact",
+        )
+
+    def _error_curves(self) -> dict[str, Tensor]:
+        """Return each layer's expected increase of the loss (or output error) at every rank."""
+        curves = {}
+        for layer in logging.tqdm(self.structure.layers, desc="error curves", unit="layer"):
+            result = self.decomposition(layer)
+            curve = result.errors
+            if result.unit == "output" and self.recipe.sensitivity == "gradient":
+                gradient = self.statistics.moments(layer).gradient
+                assert gradient is not None
+                curve = curve * gradient / 2  # second order: ½ g² Δy²
+            curves[layer.name] = curve
+        return curves
+
+    def _last_k(self, keep: float) -> Ranks:
+        blocks = [
+            [layer.shape for layer in self.structure.in_block(block) if not layer.skipped]
+            for block in range(self.structure.blocks)
+        ]
+        runner = BlockRunner(self.model, self.structure, self.ids[:MEASURE_WINDOWS])
+        inputs = [runner.hidden]
+        for block in range(self.structure.blocks):
+            inputs.append(runner.run(block, inputs[-1]))
+        residual_rank = self.decompose_residual_rank()
+        progress = logging.tqdm(desc="last k", unit="choice")
+
+        def feasible(shape: allocation.Shape, rank: int | None) -> bool:
+            return rank is None or rank > residual_rank(shape)
+
+        def measure(ranks: Ranks) -> float:
+            progress.update()
+            return self._final_error(runner, inputs, ranks)
+
+        try:
+            return allocation.last_k(
+                blocks, keep, self.recipe.layout, self.recipe.rank_step, feasible, measure
+            )
+        finally:
+            progress.close()
+
+    def decompose_residual_rank(self) -> Callable[[allocation.Shape], int]:
+        """Return the rank that the method reserves in a layer of a given shape (ERC-SVD's r_res)."""
+        if self.recipe.method != "erc_svd":
+            return lambda shape: 0
+        from calr.methods.erc_svd import Config, compensation_rank
+
+        beta = Config(**self.recipe.method_options).beta
+        return lambda shape: compensation_rank(shape.out_features, shape.in_features, beta)
+
+    def _final_error(self, runner: BlockRunner, inputs: list[list[Tensor]], ranks: Ranks) -> float:
+        """Return the relative squared error of the final hidden state under trial ranks."""
+        trial = [layer for layer in self.layers if ranks[layer.name] is not None]
+        first = min((layer.block for layer in trial), default=self.structure.blocks)
+        originals: dict[str, nn.Module] = {}
+        try:
+            for layer in trial:
+                rank = ranks[layer.name]
+                assert rank is not None
+                up, down = self.decomposition(layer).factors(rank)
+                low = self._module(layer, "two_factor", up, down)
+                originals[layer.name] = set_submodule(self.model, layer.name, low)
+            hidden = inputs[first]
+            for block in range(first, self.structure.blocks):
+                hidden = runner.run(block, hidden)
+        finally:
+            for name, module in originals.items():
+                set_submodule(self.model, name, module)
+        pairs = list(zip(hidden, inputs[-1], strict=True))
+        wrong = sum(float((h.double() - y.double()).square().sum()) for h, y in pairs)
+        return wrong / sum(float(y.double().square().sum()) for _, y in pairs)
+
+    def factorise(self, ranks: Ranks) -> dict[str, LowRankLinear]:
+        """Build the low-rank layers, block by block; finished blocks are kept in the work store."""
+        built: dict[str, LowRankLinear] = {}
+        factored = [layer for layer in self.layers if ranks[layer.name] is not None]
+        blocks = sorted({layer.block for layer in factored})
+        for block in logging.tqdm(blocks, desc="factors", unit="block"):
+            layers = [layer for layer in factored if layer.block == block]
+            name = f"block-{block:04d}"
+            if name not in self.finished:
+                self.finished.save(name, self._factors(layers, ranks))
+            tensors = self.finished.load(name)
+            for layer in layers:
+                built[layer.name] = self._build(layer, tensors)
+        return built
+
+    def _factors(self, layers: list[Layer], ranks: Ranks) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for layer in layers:
+            rank = ranks[layer.name]
+            assert rank is not None
+            up, down = self.decomposition(layer).factors(rank)
+            self._kept.pop(layer.name, None)
+            if self.recipe.layout == "pivoted":
+                up, down, pivots = layouts.pivot(up, down)
+                tensors[f"{layer.name}.pivots"] = pivots
+            else:
+                up, down = balance(up, down)
+            tensors[f"{layer.name}.up"], tensors[f"{layer.name}.down"] = up, down
+        return tensors
+
+    def _build(self, layer: Layer, tensors: dict[str, Tensor]) -> LowRankLinear:
+        up, down = tensors[f"{layer.name}.up"], tensors[f"{layer.name}.down"]
+        module = self._module(layer, self.recipe.layout, up, down)
+        if self.recipe.layout == "pivoted":
+            module.get_buffer("pivots").copy_(tensors[f"{layer.name}.pivots"])
+        return module
+
+    def _module(self, layer: Layer, layout: Any, up: Tensor, down: Tensor) -> LowRankLinear:
+        """Make a low-rank layer of given factors, with the dense layer's bias, dtype and device."""
+        dense = self.model.get_submodule(layer.name)
+        assert isinstance(dense, nn.Linear)
+        place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+        module = LowRankLinear(
+            layer.in_features,
+            layer.out_features,
+            down.shape[0],
+            layout,
+            bias=dense.bias is not None,
+            device="meta",
+        )
+        module.to_empty(device=place["device"]).to(place["dtype"])
+        with torch.no_grad():
+            module.weight.copy_(up)
+            module.down.weight.copy_(down)
+            if dense.bias is not None:
+                module.bias.copy_(dense.bias)
+        return module
+
+
+def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale each rank-1 term so that its two vectors have one norm: up [N, r], down [r, K].
+
+    The product is unchanged; 16-bit storage and training both want comparable factors.
+    """
+    norms = up.norm(dim=0), down.norm(dim=1)
+    scale = torch.where((norms[0] > 0) & (norms[1] > 0), (norms[1] / norms[0]).sqrt(), 1.0)
+    return up * scale, down / scale[:, None]
+
+
+def parameter_report(structure: Structure, ranks: Ranks, layout: Any) -> dict[str, float]:
+    """Count what is kept: exact numbers for a choice of ranks."""
+    stored = {
+        layer.name: allocation.cost(layer.shape, layout, ranks.get(layer.name))
+        for layer in structure.layers
+    }
+    dense, kept = structure.linear_parameters, sum(stored.values())
+    return {
+        "linear_parameters": dense,
+        "kept_parameters": kept,
+        "keep": kept / dense,
+        "model_parameters": structure.model_parameters,
+        "removed_of_model": (dense - kept) / structure.model_parameters,
+    }
+
+

@@ -1,0 +1,54 @@
+"""Token perplexity, its protocol stated exactly."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from calr.errors import CalrError
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood per predicted token, and what it was measured on."""
+
+    perplexity: float
+    nats_per_token: float
+    windows: int
+    window: int
+    predicted_tokens: int
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, ids: Tensor) -> Perplexity:
+    """Measure token perplexity on windows of token ids [S, T].
+
+    Windows are independent (stride T, no overlap); in each, tokens 2 to T are predicted from those
+    before them, so S (T - 1) tokens count. Likelihoods in float32, summed in float64. This is the
+    SVD literature's perplexity, not lm-eval's word perplexity. Raises CalrError when the model's
+    outputs are not finite.
+    """
+    if ids.dim() != 2 or ids.shape[1] < 2 or not len(ids):
+        raise CalrError(f"evaluation ids {list(ids.shape)}: must be [windows, at least 2 tokens]")
+    total = 0.0
+    for window in logging.tqdm(ids.split(2), desc="perplexity", unit="batch"):
+        window = window.to(model.device)
+        logits = model(input_ids=window, use_cache=False).logits[:, :-1].float()
+        labels = window[:, 1:]
+        nats = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        total += float(nats.double().sum())
+    if not math.isfinite(total):
+        raise CalrError("the model's predictions hold NaN or infinity; its weights are damaged")
+    predicted = ids.shape[0] * (ids.shape[1] - 1)
+    mean = total / predicted
+    return Perplexity(
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        nats_per_token=mean,
+        windows=ids.shape[0],
+        window=ids.shape[1],
+        predicted_tokens=predicted,
+    )

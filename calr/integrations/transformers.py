@@ -1,0 +1,240 @@
+"""Make compressed checkpoints load and save like any transformers model.
+
+Registered on `import calr` (as soon as transformers is loaded): config.json's quantization_config
+names every factored layer, its layout and rank; the modules are built from that on the meta device
+before the weights are read.
+"""
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from calr.errors import CalrError
+from calr_kernels import LowRankLinear
+
+QUANT_METHOD = "calr"
+FORMAT_VERSION = 1
+
+
+class CalrConfig(QuantizationConfigMixin):
+    """The block `quantization_config` of a compressed checkpoint.
+
+    layers: {layer name: {"layout": "two_factor" | "pivoted", "rank": int}}; a layer that is not
+    listed is dense. recipe: how the checkpoint was made. Raises CalrError, naming the layer or the
+    field, for anything malformed and for a format version that this release does not know.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, dict[str, Any]],
+        format_version: int = FORMAT_VERSION,
+        recipe: dict[str, Any] | None = None,
+        quant_method: str = QUANT_METHOD,
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise CalrError(
+                f"config.json: format_version {format_version!r} of the checkpoint is not "
+                f"{FORMAT_VERSION}, the one this release of calr reads; upgrade calr"
+            )
+        if not isinstance(layers, dict):
+            raise CalrError("config.json: quantization_config.layers must map names to layers")
+        for name, layer in layers.items():
+            _check_layer(name, layer)
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.layers = layers
+        self.recipe = recipe or {}
+
+
+def _check_layer(name: str, layer: Any) -> None:
+    if not isinstance(layer, dict) or set(layer) != {"layout", "rank"}:
+        raise CalrError(f"config.json: layer {name} must have exactly a layout and a rank")
+    if layer["layout"] not in ("two_factor", "pivoted"):
+        raise CalrError(f"config.json: layer {name} has the unknown layout {layer['layout']!r}")
+    if type(layer["rank"]) is not int or layer["rank"] < 1:
+        raise CalrError(f"config.json: layer {name} has the impossible rank {layer['rank']!r}")
+
+
+class CalrQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Build, check, plan and undo low-rank layers on behalf of transformers."""
+
+    requires_calibration = True
+    quantization_config: CalrConfig
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name, layer in self.quantization_config.layers.items():
+            replace_with_low_rank(model, name, **layer)
+        if checkpoint_files:
+            _check_files(model, checkpoint_files, self.quantization_config.layers)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        model.is_quantized = False  # float factors: .half(), .float() and training are all fine
+        _check_loaded(model, self.quantization_config.layers)
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Shard a row-parallel layer by its first factor (transformers >= 5.21)."""
+        for name in self.quantization_config.layers:
+            generic = _wildcard(name)
+            if plan.get(generic) == "rowwise":
+                plan[f"{generic}.down"] = plan.pop(generic)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Shard a row-parallel layer by its first factor (transformers <= 5.20)."""
+        plan = getattr(config, "base_model_tp_plan", None) or {}
+        for key in [key for key, style in plan.items() if style == "rowwise"]:
+            if any(_wildcard(name).endswith(key) for name in self.quantization_config.layers):
+                plan[f"{key}.down"] = plan.pop(key)
+        return config
+
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
+    ) -> PreTrainedModel:
+        """Replace every low-rank layer by the dense layer that computes the same."""
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        for name in self.quantization_config.layers:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, LowRankLinear)
+            dense = nn.Linear(
+                layer.in_features, layer.out_features, layer.bias is not None, device="meta"
+            )
+            dense.weight = nn.Parameter(layer.dense_weight().detach().to(dtype))
+            if layer.bias is not None:
+                dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
+            model.set_submodule(name, dense)
+        return model
+
+    def is_serializable(self) -> bool:
+        """save_pretrained works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The factors are ordinary parameters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """torch.compile works."""
+        return True
+
+
+def replace_with_low_rank(model: nn.Module, name: str, layout: Any, rank: int) -> LowRankLinear:
+    """Put an empty LowRankLinear in the place of a linear layer, on its device, in its dtype.
+
+    Raises CalrError when there is no such layer or the rank does not fit it.
+    """
+    try:
+        dense = model.get_submodule(name)
+    except AttributeError:
+        dense = None
+    if type(dense) is not nn.Linear:
+        raise CalrError(f"config.json: layer {name} is no linear layer of this model")
+    try:
+        layer = LowRankLinear(
+            dense.in_features,
+            dense.out_features,
+            rank,
+            layout,
+            bias=dense.bias is not None,
+            device=dense.weight.device,
+            dtype=dense.weight.dtype,
+        )
+    except ValueError as error:
+        raise CalrError(f"config.json: layer {name}: {error}") from error
+    model.set_submodule(name, layer)
+    return layer
+
+
+def attach(model: PreTrainedModel, config: CalrConfig) -> None:
+    """Mark a model compressed in memory, so that save_pretrained and dequantize work on it."""
+    model.config.quantization_config = config
+    model.hf_quantizer = CalrQuantizer(config)
+    model.quantization_method = QUANT_METHOD
+
+
+def register() -> None:
+    """Make transformers know the format; harmless when repeated."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, CalrConfig)
+    AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, CalrQuantizer)
+
+
+def _wildcard(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _check_files(model: nn.Module, files: list[str], layers: Iterable[str]) -> None:
+    """Compare names and shapes on disk with the modules built from config.json.
+
+    transformers itself only warns about a missing tensor and initialises it at random.
+    """
+    found: dict[str, tuple[str, list[int]]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 (no iterator)
+                    found[key] = (file, opened.get_slice(key).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise CalrError(f"{file}: damaged or truncated ({error}); copy it again") from error
+    expected: dict[str, Tensor] = model.state_dict()
+    for name in layers:
+        prefix = f"{name}."
+        for key in [k for k in expected if k.startswith(prefix)]:
+            if key not in found:
+                raise CalrError(f"{key}: missing from the checkpoint; layer {name} is incomplete")
+            file, shape = found[key]
+            if shape != list(expected[key].shape):
+                raise CalrError(
+                    f"{key}: has shape {shape} in {file}, but config.json's layout and rank of "
+                    f"the layer need {list(expected[key].shape)}"
+                )
+    for key, (file, _) in found.items():
+        factor = key.endswith((".down.weight", ".pivots"))
+        if key not in expected and (factor or key.rpartition(".")[0] in layers):
+            raise CalrError(f"{key}: in {file}, but config.json lists no layer that it belongs to")
+
+
+def _check_loaded(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> None:
+    """Check pivots, and refuse what tensor parallelism cannot shard."""
+    parallel = any(type(p).__name__ == "DTensor" for p in model.parameters())
+    pivoted = [name for name, layer in layers.items() if layer["layout"] == "pivoted"]
+    if parallel and pivoted:
+        raise CalrError(
+            f"{pivoted[0]}: the pivoted layout cannot be sharded by tensor parallelism; compress "
+            "with layout=two_factor"
+        )
+    if parallel:
+        _check_row_parallel(model, layers)
+    for name in pivoted:
+        pivots = cast(LowRankLinear, model.get_submodule(name)).get_buffer("pivots")
+        if pivots.device.type == "meta":
+            continue  # offloaded to disk
+        rows = model.get_submodule(name).out_features
+        if pivots.unique().numel() != pivots.numel() or not 0 <= pivots.min() <= pivots.max() < rows:
+            raise CalrError(f"{name}.pivots: are not distinct rows below {rows}; the file is damaged")
+
+
+def _check_row_parallel(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> None:
+    """Refuse a row-parallel position that is factored in one block and dense in another."""
+    moved = {key.removesuffix(".down") for key in model.tp_plan or {} if key.endswith(".down")}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and name not in layers and _wildcard(name) in moved:
+            raise CalrError(
+                f"{name}: is dense, but the same layer of another block is factored, which "
+                "tensor parallelism cannot shard; compress with allocation=uniform"
+            )

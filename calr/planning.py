@@ -1,0 +1,170 @@
+"""Look ahead: ranks, parameters, memory and time of a compression, from shapes alone."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calr import allocation, methods
+from calr.allocation import Ranks
+from calr.compression import CACHE_BYTES, check_reachable, curves_name, parameter_report
+from calr.errors import CalrError
+from calr.models import load_skeleton
+from calr.recipe import Recipe
+from calr.store import Store
+from calr.structure import Structure, analyse
+
+LIBRARY_BYTES = 700_000_000  # resident size of Python with torch and transformers loaded
+EIGEN_FLOPS = 25  # eigenvalues and vectors of an n × n matrix cost about 25 n³
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a compression would do. ranks_follow_calibration: ranks here are not final."""
+
+    model: str
+    layers: list[dict[str, Any]]
+    totals: dict[str, float]
+    coverage: float
+    ranks_follow_calibration: bool
+    peak_memory_bytes: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+def plan(
+    source: str,
+    recipe: Recipe | None = None,
+    *,
+    statistics: str | Path | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Plan a compression without weights in memory and without writing anything.
+
+    Ranks are exact for allocation=uniform, and for global when statistics names the directory of an
+    earlier run with the same method; otherwise they follow calibration, and what is shown are the
+    uniform ones, with the same totals to within one rank step.
+    """
+    recipe = recipe or Recipe()
+    model = load_skeleton(source, trust_remote_code=trust_remote_code)
+    structure = analyse(model, recipe.skip)
+    check_reachable(structure, recipe)
+    methods.resolve(recipe.method, recipe.method_options)
+    ranks, exact = _ranks(structure, recipe, statistics)
+    element = _element_size(model, dtype)
+    totals = parameter_report(structure, ranks, recipe.layout)
+    totals["bytes_before"] = element * totals["model_parameters"]
+    totals["bytes_after"] = element * totals["model_parameters"] * (1 - totals["removed_of_model"])
+    return Plan(
+        model=source,
+        layers=[
+            {
+                "name": layer.name,
+                "shape": [layer.out_features, layer.in_features],
+                "group": layer.group,
+                "rank": ranks.get(layer.name),
+                "layout": recipe.layout if ranks.get(layer.name) else "dense",
+                "parameters": allocation.cost(
+                    layer.shape, recipe.layout, ranks.get(layer.name)
+                ),
+            }
+            for layer in structure.layers
+        ],
+        totals=totals,
+        coverage=structure.coverage,
+        ranks_follow_calibration=not exact,
+        peak_memory_bytes=_peak_memory(structure, recipe, element, _vocabulary(model)),
+        seconds=_seconds(structure, recipe),
+    )
+
+
+def _ranks(
+    structure: Structure, recipe: Recipe, statistics: str | Path | None
+) -> tuple[Ranks, bool]:
+    layers = [layer for layer in structure.layers if not layer.skipped]
+    shapes = [layer.shape for layer in layers]
+    fixed = structure.linear_parameters - sum(shape.dense for shape in shapes)
+    if statistics is not None and recipe.allocation == "global":
+        name, store = curves_name(recipe), Path(statistics)
+        if not (store / f"{name}.safetensors").exists():
+            raise CalrError(f"{statistics}: holds no error curves of {name}; compress with it first")
+        curves = Store(store).load(name)
+        missing = [shape.name for shape in shapes if shape.name not in curves]
+        if missing:
+            raise CalrError(f"{statistics}: knows nothing of {missing[0]}; it is of another model")
+        return allocation.globally(
+            shapes,
+            [curves[shape.name].numpy() for shape in shapes],
+            recipe.keep,
+            recipe.layout,
+            recipe.rank_step,
+            fixed=fixed,
+            exact=recipe.solver == "exact",
+        ), True
+    keep = (recipe.keep * structure.linear_parameters - fixed) / sum(s.dense for s in shapes)
+    ranks = allocation.uniform(shapes, keep, recipe.layout, recipe.rank_step)
+    return ranks, recipe.allocation == "uniform"
+
+
+def _element_size(model: torch.nn.Module, dtype: str) -> int:
+    name = getattr(model.config, "dtype", None) if dtype == "auto" else dtype
+    resolved = getattr(torch, name, torch.float32) if isinstance(name, str) else name
+    return (resolved or torch.float32).itemsize
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().num_embeddings)
+
+
+def _peak_memory(structure: Structure, recipe: Recipe, element: int, vocabulary: int) -> int:
+    """Estimate bytes: weights, the moments and activations held at once, and decompositions."""
+    layers, tokens = structure.layers, recipe.samples * recipe.window
+    groups = {layer.group: layer.in_features for layer in layers}
+    moments = 4 * max(
+        sum(groups[g] ** 2 for g in {layer.group for layer in structure.in_block(block)})
+        for block in range(structure.blocks)
+    )
+    hidden = layers[0].in_features
+    boundary = 2 * tokens * hidden * element
+    backward = 0
+    if recipe.method == "calr" or recipe.sensitivity == "gradient":
+        features = sum(layer.in_features + layer.out_features for layer in layers)
+        backward = recipe.window * (4 * vocabulary * 4 + features * element)
+        if recipe.method == "calr":
+            backward += 4 * sum(min(x.in_features, x.out_features) ** 2 for x in layers)
+    kept = sum(
+        8 * (x.shape.dense + min(x.in_features, x.out_features) ** 2) for x in layers
+    )
+    decompositions = min(CACHE_BYTES, kept if recipe.allocation != "uniform" else 0)
+    factors = 4 * structure.linear_parameters
+    weights = element * structure.model_parameters
+    largest = max(moments + boundary, backward, decompositions + factors)
+    return int(LIBRARY_BYTES + weights + largest)
+
+
+def _seconds(structure: Structure, recipe: Recipe) -> float:
+    """Estimate the time on this machine from a short matrix product (forward, backward, eigen)."""
+    a = torch.ones(1024, 1024)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(5):
+        a @ a
+    flops_per_second = 5 * 2 * 1024**3 / (time.perf_counter() - start)
+    tokens = recipe.samples * recipe.window
+    forward = 2 * structure.block_parameters * tokens
+    forward += 2 * tokens * sum(x**2 for x in {y.group: y.in_features for y in structure.layers}.values())
+    if recipe.method == "calr" or recipe.sensitivity == "gradient":
+        gradient_tokens = min(recipe.gradient_samples, recipe.samples) * recipe.window
+        forward += 6 * structure.model_parameters * gradient_tokens
+    eigen = sum(
+        2 * EIGEN_FLOPS * min(x.in_features, x.out_features) ** 3 + 12 * x.shape.dense * 1000
+        for x in structure.layers
+    )
+    return (forward + 4 * eigen) / flops_per_second

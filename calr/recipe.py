@@ -1,0 +1,71 @@
+"""The recipe: every choice that determines a compressed model, apart from the calibration text.
+
+Free of heavy imports, so that the command line can show its help at once.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from calr.errors import CalrError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to compress a model.
+
+    Args:
+        keep: Fraction kept of the parameters of the decoder's linear layers, in (0, 1].
+        method: Decomposition of one weight: a file in calr/methods (svd, svd_llm, erc_svd, calr).
+        method_options: Options of the method, for example {"beta": 0.05} of erc_svd.
+        layout: Storage of a rank-r layer: pivoted, r(N+K-r) numbers, or two_factor, r(N+K).
+        allocation: Who gets which rank: global minimises the predicted increase of the loss,
+            uniform keeps the same fraction of every layer, last_k compresses only the last blocks.
+        solver: Solver of the global allocation: lagrangian (fast) or exact (HiGHS).
+        sensitivity: Weight of a layer's output error in the global allocation: gradient (mean
+            squared gradient of the loss) or none. The method calr needs none: its errors are
+            already in units of loss.
+        rank_step: Ranks are multiples of this.
+        skip: Patterns (fnmatch) of layer names that stay dense, for example "*.0.self_attn.*".
+        samples: Calibration windows for the second moments of the inputs.
+        gradient_samples: How many of them also serve the gradient statistics.
+        window: Tokens in a calibration window.
+        seed: Seed of sampling.
+    """
+
+    keep: float = 0.8
+    method: str = "calr"
+    method_options: dict[str, float] = field(default_factory=dict)
+    layout: Literal["pivoted", "two_factor"] = "pivoted"
+    allocation: Literal["global", "uniform", "last_k"] = "global"
+    solver: Literal["lagrangian", "exact"] = "lagrangian"
+    sensitivity: Literal["gradient", "none"] = "gradient"
+    rank_step: int = 8
+    skip: tuple[str, ...] = ()
+    samples: int = 64
+    gradient_samples: int = 24
+    window: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise CalrError for a value outside its range."""
+        if not 0 < self.keep <= 1:
+            raise CalrError(
+                f"keep={self.keep}: must be in (0, 1], the fraction of the decoder's linear "
+                "parameters that is kept"
+            )
+        for name in ("rank_step", "samples", "gradient_samples", "window"):
+            if getattr(self, name) < 1:
+                raise CalrError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, choices in (
+            ("layout", ("pivoted", "two_factor")),
+            ("allocation", ("global", "uniform", "last_k")),
+            ("solver", ("lagrangian", "exact")),
+            ("sensitivity", ("gradient", "none")),
+        ):
+            if getattr(self, name) not in choices:
+                raise CalrError(f"{name}={getattr(self, name)!r}: must be one of {choices}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return dataclasses.asdict(self) | {"skip": list(self.skip)}

@@ -1,0 +1,269 @@
+"""Calibration and evaluation text: from a source to windows of token ids.
+
+A source is a text file, FILE.jsonl or a `datasets` hub id (NAME[:CONFIG][:SPLIT]), the latter two
+with an optional #field (default text); "builtin:topics", English reference text that every Python
+installation carries; "builtin:sampled", text sampled from the model itself; "builtin", both in
+equal shares; or several of these separated by commas, in equal shares.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from calr.errors import CalrError
+
+HELD_OUT = 5  # every fifth topic of the built-in text is kept from calibration, for evaluation
+CHARACTERS_PER_TOKEN = 8  # generous first guess of how much text a window needs
+Source = str | Path | Sequence[str] | Tensor
+
+logger = logging.get_logger(__name__)
+
+
+def calibration_windows(
+    source: Source | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    *,
+    samples: int,
+    window: int,
+    seed: int,
+) -> Tensor:
+    """Return [samples, window] int64 token ids, the same for the same arguments.
+
+    source: a source string or path (see the module), a list of texts, or ids [S, T], which are used
+    as they are. None is "builtin". Windows are spread evenly over the text, each at a seeded offset
+    in its part; no padding; each starts with BOS where the tokenizer adds it. Raises CalrError when
+    there is no window's worth of text; warns when there are fewer windows than samples.
+    """
+    if isinstance(source, Tensor):
+        if source.dim() != 2 or source.shape[1] < 2 or source.is_floating_point():
+            raise CalrError(
+                f"calibration ids {list(source.shape)} {source.dtype}: must be integers "
+                "[windows, tokens] with at least two tokens"
+            )
+        return source.long().cpu()
+    tokenizer = tokenizer or _tokenizer_of(model)
+    parts = _parts(source)
+    counts = [samples // len(parts) + (i < samples % len(parts)) for i in range(len(parts))]
+    windows = []
+    for i, (part, count) in enumerate(zip(parts, counts, strict=True)):
+        if not count:
+            continue
+        if part == "builtin:sampled":
+            windows.append(sample_from(model, tokenizer, count, window, seed + i))
+        else:
+            windows.append(_spread(part, tokenizer, count, window, seed + i))
+    return torch.cat(windows)
+
+
+def evaluation_windows(
+    source: Source, tokenizer: PreTrainedTokenizerBase, *, windows: int, window: int
+) -> Tensor:
+    """Return the first consecutive windows of a text, [at most windows, window] int64 token ids.
+
+    "builtin" here is the part of the built-in text that calibration never sees. Windows start with
+    BOS where the tokenizer adds it, at the cost of one text token.
+    """
+    if isinstance(source, Tensor):
+        return source[:windows].long().cpu()
+    text = held_out_topics() if source == "builtin" else read_text(source)
+    size = window - _adds_bos(tokenizer)
+    length = windows * size * CHARACTERS_PER_TOKEN
+    ids = _encode(tokenizer, text[:length])
+    while len(ids) < windows * size and length < len(text):
+        length *= 2
+        ids = _encode(tokenizer, text[:length])
+    rows = _cut(ids, size, tokenizer)[:windows]
+    if not len(rows):
+        raise CalrError(f"{_name(source)}: has {len(ids)} tokens, not one window of {window}")
+    return rows
+
+
+def sample_from(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: int, window: int, seed: int
+) -> Tensor:
+    """Let the model write its own calibration text: [samples, window] ids, at temperature 1.
+
+    Each window starts with BOS where the tokenizer adds it, then a token drawn uniformly
+    (as in LLM-QAT, arXiv 2305.17888).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = len(tokenizer) - len(tokenizer.all_special_ids)
+    start = torch.randint(vocabulary, (samples, 1), generator=generator)
+    start = start + (len(tokenizer) - vocabulary)
+    start = start.clamp(max=model.get_input_embeddings().num_embeddings - 1)
+    if _adds_bos(tokenizer):
+        start = torch.cat([torch.full_like(start, tokenizer.bos_token_id), start], 1)
+    rows = []
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        torch.manual_seed(seed)
+        for batch in logging.tqdm(start.split(32), desc="sampling text"):
+            rows.append(
+                model.generate(
+                    batch.to(model.device),
+                    attention_mask=torch.ones_like(batch, device=model.device),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    min_new_tokens=window - batch.shape[1],
+                    max_new_tokens=window - batch.shape[1],
+                ).cpu()
+            )
+    return torch.cat(rows)
+
+
+def read_text(source: str | Path | Sequence[str]) -> str:
+    """Read a text, jsonl or hub source, or join a list of texts, into one string."""
+    if not isinstance(source, str | Path):
+        return "\n\n".join(source)
+    if source == "builtin:topics":
+        return calibration_topics()
+    name, _, field = str(source).partition("#")
+    path = Path(name)
+    if path.is_dir():
+        raise CalrError(f"{source}: is a directory; name a text or jsonl file")
+    if path.suffix == ".jsonl" and path.exists():
+        return "\n\n".join(_jsonl(path, field or "text"))
+    if path.exists():
+        try:
+            return path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CalrError(f"{source}: cannot be read as text: {error}") from error
+    if path.suffix or name.startswith((".", "/", "builtin")):
+        raise CalrError(f"{source}: no such file")
+    return "\n\n".join(_hub(name, field or "text"))
+
+
+def calibration_topics() -> str:
+    """The built-in English text without its held-out part: four fifths of pydoc's topics."""
+    return "\n\n".join(text for i, text in enumerate(_topics()) if i % HELD_OUT)
+
+
+def held_out_topics() -> str:
+    """The part of the built-in English text that calibration never sees."""
+    return "\n\n".join(text for i, text in enumerate(_topics()) if not i % HELD_OUT)
+
+
+def _topics() -> list[str]:
+    from pydoc_data.topics import topics
+
+    return [topics[key] for key in sorted(topics)]
+
+
+def _parts(source: str | Path | Sequence[str] | None) -> list[str | Path | Sequence[str]]:
+    if source is None or source == "builtin":
+        return ["builtin:topics", "builtin:sampled"]
+    if isinstance(source, str) and "," in source and not Path(source).exists():
+        return [part.strip() for part in source.split(",") if part.strip()]
+    return [source]
+
+
+def _spread(
+    source: str | Path | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    window: int,
+    seed: int,
+) -> Tensor:
+    """Take one window from each of `samples` equal parts of the text."""
+    text = read_text(source)
+    draw = random.Random(seed)
+    size = window - _adds_bos(tokenizer)
+    part = len(text) // samples
+    rows = []
+    for i in range(samples):
+        slack = max(0, part - size * CHARACTERS_PER_TOKEN)
+        begin = i * part + draw.randrange(slack + 1)
+        if begin:
+            begin = max(begin, text.find(" ", begin, begin + 200))
+        ids = _encode(tokenizer, text[begin : min((i + 1) * part, begin + 8 * size)])
+        if len(ids) < size:
+            ids = _encode(tokenizer, text[begin : (i + 1) * part])
+        if len(ids) < size:
+            break
+        rows.append(_cut(ids[:size], size, tokenizer))
+    if len(rows) == samples:
+        return torch.cat(rows)
+    found = _cut(_encode(tokenizer, text), size, tokenizer)[:samples]
+    if not len(found):
+        raise CalrError(
+            f"{_name(source)}: too short for calibration, it has less than one window of {window} "
+            "tokens; give more text or a smaller window"
+        )
+    if len(found) < samples:
+        logger.warning(
+            f"{_name(source)}: gives {len(found)} windows of {window} tokens, not {samples}; "
+            "compressing with less calibration than asked for"
+        )
+    return found
+
+
+def _cut(ids: Tensor, size: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Cut ids into rows of size tokens, dropping the rest, and prepend BOS by the tokenizer's rule."""
+    rows = ids[: len(ids) // size * size].view(-1, size)
+    if _adds_bos(tokenizer):
+        rows = torch.cat([torch.full_like(rows[:, :1], tokenizer.bos_token_id), rows], 1)
+    return rows
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> int:
+    bos = tokenizer.bos_token_id
+    return int(bos is not None and tokenizer("a")["input_ids"][:1] == [bos])
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def _jsonl(path: Path, field: str) -> list[str]:
+    texts = []
+    with path.open() as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                texts.append(str(json.loads(line)[field]))
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise CalrError(
+                    f"{path} line {number}: no JSON object with a field {field!r}; name the field "
+                    f"as {path.name}#field"
+                ) from error
+    return texts
+
+
+def _hub(name: str, field: str) -> list[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise CalrError(
+            f"{name}: is no file; for a hub data set install datasets (pip install 'calr[eval]')"
+        ) from error
+    identifier, config, split = ([*name.split(":"), None, None])[:3]
+    try:
+        rows = datasets.load_dataset(identifier, config, split=split or "train")
+        return [str(text) for text in rows[field]]
+    except Exception as error:  # datasets raises many kinds, all mean the same here
+        raise CalrError(f"{name}: neither a file nor a loadable data set: {error}") from error
+
+
+def _name(source: object) -> str:
+    return str(source) if isinstance(source, str | Path) else "calibration"
+
+
+def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path)
+    except (OSError, ValueError, TypeError) as error:
+        raise CalrError(
+            f"tokenizer: none was given and {model.name_or_path!r} has none; pass tokenizer=, or "
+            "token ids as calibration"
+        ) from error

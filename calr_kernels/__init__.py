@@ -1,0 +1,7 @@
+"""Low-rank linear operations: `y = U(Vx) + B(Ax) + b` in the two-factor and the pivoted layout."""
+
+from calr_kernels.nn import LowRankLinear
+from calr_kernels.reference import lowrank_linear, pivoted_linear
+
+__version__ = "0.1.0"
+__all__ = ["LowRankLinear", "__version__", "lowrank_linear", "pivoted_linear"]

@@ -1,0 +1,76 @@
+"""The drop-in module of a linear layer compressed to low rank."""
+
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from calr_kernels.reference import pivot_source
+
+Layout = Literal["two_factor", "pivoted"]
+
+
+class LowRankLinear(nn.Linear):
+    """A rank-r linear layer: x [..., K] -> y [..., N], with K, N = in_features, out_features.
+
+    `down.weight` [r, K] is the first factor. In the "two_factor" layout `weight` [N, r] is the
+    second and `y = weight (down x) + bias`. In the "pivoted" layout `down x` are the outputs listed
+    in the buffer `pivots` [r] int32 and `weight` [N - r, r] gives the others from them.
+
+    It is an `nn.Linear` whose own weight has the dense layer's name, so that PEFT, torchao and
+    tensor parallel plans find it, and loading it into a dense model fails on the shape.
+    Raises ValueError when rank is not in [1, min(in_features, out_features)].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        layout: Layout = "two_factor",
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ValueError(
+                f"rank {rank} of a {out_features}x{in_features} layer: "
+                f"must lie between 1 and {min(in_features, out_features)}"
+            )
+        if layout not in ("two_factor", "pivoted"):
+            raise ValueError(f"layout {layout!r}: must be 'two_factor' or 'pivoted'")
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.rank, self.layout = rank, layout
+        rows = out_features - rank if layout == "pivoted" else out_features
+        self.weight = nn.Parameter(torch.empty(rows, rank, device=device, dtype=dtype))
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        if layout == "pivoted":
+            self.register_buffer("pivots", torch.arange(rank, dtype=torch.int32, device=device))
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        nn.init.normal_(self.weight, std=rank**-0.5)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer: [..., in_features] -> [..., out_features]."""
+        t = self.down(input)  # [..., r]
+        if self.layout == "two_factor":
+            return linear(t, self.weight, self.bias)
+        y = torch.cat([t, linear(t, self.weight)], dim=-1)
+        y = y.index_select(-1, pivot_source(cast(Tensor, self.pivots), self.out_features))
+        return y if self.bias is None else y + self.bias
+
+    def dense_weight(self) -> Tensor:
+        """Return the equivalent weight matrix [out_features, in_features] in the factors' dtype."""
+        rows = self.weight @ self.down.weight
+        if self.layout == "two_factor":
+            return rows
+        rows = torch.cat([self.down.weight, rows])
+        return rows[pivot_source(cast(Tensor, self.pivots), self.out_features)]
+
+    def extra_repr(self) -> str:
+        """Describe the layer in `print(model)`."""
+        return f"{super().extra_repr()}, rank={self.rank}, layout={self.layout}"
