@@ -94,7 +94,10 @@ def table(rows: list[dict]) -> str:
     """Format the rows as markdown."""
     lines = [f"| keep | method | {' | '.join(TEXTS)} |", "|---|---|" + "---|" * len(TEXTS)]
     for row in sorted(rows, key=lambda row: -row["keep"]):
-        shown = [f"{value:.4g}" if value < 1e5 else f"{value:.1e}" for value in row["perplexity"].values()]
+        shown = [
+            f"{value:.4g}" if value < 1e5 else f"{value:.1e}"
+            for value in row["perplexity"].values()
+        ]
         lines.append(f"| {row['keep']} | {row['method']} | {' | '.join(shown)} |")
     return "\n".join(lines)
 

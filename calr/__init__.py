@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-@wrapt.when_imported("transformers.modeling_utils")  # type: ignore[untyped-decorator]
+@wrapt.when_imported("transformers.modeling_utils")
 def _register(module: Any) -> None:
     from calr.integrations.transformers import register
 

@@ -80,9 +80,9 @@ def uniform(shapes: Sequence[Shape], keep: float, layout: Layout, step: int) -> 
         )
     while True:
         steps = [
-            (costs[l][at[l]] / shapes[l].dense, l)
-            for l in range(len(shapes))
-            if at[l] + 1 < len(costs[l]) and costs[l][at[l] + 1] - costs[l][at[l]] <= left
+            (costs[i][at[i]] / shapes[i].dense, i)
+            for i in range(len(shapes))
+            if at[i] + 1 < len(costs[i]) and costs[i][at[i] + 1] - costs[i][at[i]] <= left
         ]
         if not steps:
             break

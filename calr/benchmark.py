@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +25,14 @@ def bench(
     times: dict[tuple[str, str], list[float]] = {}
     for turn in logging.tqdm(range(rounds + 1), desc="timing", unit="round"):
         for name, model in models.items():
+            generate: Any = model.generate
             ids, start = long.to(model.device), short.to(model.device)
-            prefill = _timed(lambda m=model, i=ids: m(input_ids=i, logits_to_keep=1))
+            prefill = _timed(partial(model, input_ids=ids, logits_to_keep=1))
             decode = _timed(
-                lambda m=model, i=start: m.generate(
-                    i,
-                    attention_mask=torch.ones_like(i),
+                partial(
+                    generate,
+                    start,
+                    attention_mask=torch.ones_like(start),
                     do_sample=False,
                     min_new_tokens=new_tokens,
                     max_new_tokens=new_tokens,

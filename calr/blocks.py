@@ -31,7 +31,7 @@ class BlockRunner:
     """
 
     def __init__(self, model: PreTrainedModel, structure: Structure, ids: Tensor) -> None:
-        self.blocks = list(model.get_submodule(structure.blocks_name))
+        self.blocks = list(model.get_submodule(structure.blocks_name).children())
         self.tuple_output = structure.tuple_output
         self.hidden: list[Tensor] = []
         self._calls: list[list[Call]] = []
@@ -51,7 +51,8 @@ class BlockRunner:
         ]
 
     def _hidden(self, output: Any) -> Tensor:
-        return output[0] if self.tuple_output else output
+        hidden: Tensor = output[0] if self.tuple_output else output
+        return hidden
 
     @contextmanager
     def _bypassed(self) -> Iterator[None]:

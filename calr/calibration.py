@@ -55,8 +55,8 @@ def collect(
 
     outputs: also the second moments of the gradients, not only their mean square. Holds the
     activations of one block boundary, S T H numbers, and one block's input moments; with gradients
-    also min(N, K)² float32 numbers of every layer. Raises CalrError naming the layer where a weight,
-    activation or gradient is not finite.
+    also min(N, K)² float32 numbers of every layer. Raises CalrError naming the layer where a
+    weight, activation or gradient is not finite.
     """
     check_finite(model)
     _warn_if_few(structure, ids)
@@ -67,9 +67,7 @@ def collect(
 
 
 @torch.no_grad()
-def input_moments(
-    model: PreTrainedModel, structure: Structure, ids: Tensor, store: Store
-) -> None:
+def input_moments(model: PreTrainedModel, structure: Structure, ids: Tensor, store: Store) -> None:
     """Save E[x xᵀ] [K, K] float32 of every input group, block by block, as "inputs-<block>"."""
     if all(f"inputs-{block:04d}" in store for block in range(structure.blocks)):
         return
@@ -209,7 +207,7 @@ def _watch(
             add(f"{layer.name}.gradient", g.square().sum())
             if outputs:
                 if layer.out_features > layer.in_features:
-                    g = g @ module.weight.detach().float()  # type: ignore[union-attr, operator]
+                    g = g @ module.get_parameter("weight").detach().float()
                 add(f"{layer.name}.output", g.mT @ g)
 
         y.register_hook(receive)

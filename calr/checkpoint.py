@@ -25,15 +25,34 @@ WORK = ".calr"
 logger = logging.get_logger(__name__)
 
 
+def refuse(directory: Path, *, overwrite: bool) -> None:
+    """Raise CalrError when a directory holds anything that a run must not replace.
+
+    A file, a checkpoint without overwrite or, even with it, something that is no model; an
+    unfinished run is `prepare`'s to judge.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise CalrError(f"{directory}: is a file; name a directory to write to")
+    if (directory / WORK / "run.json").exists() or not directory.exists():
+        return
+    if not any(path.name != WORK for path in directory.iterdir()):
+        return
+    if not overwrite:
+        raise CalrError(f"{directory}: exists; name another directory or pass --overwrite")
+    if not (directory / "config.json").exists():
+        raise CalrError(
+            f"{directory}: holds no model (no config.json), so --overwrite refuses to replace its "
+            "files; name another directory"
+        )
+
+
 def prepare(directory: Path, key: str, summary: dict[str, Any], *, overwrite: bool) -> Path:
     """Return the work directory of a new or continued run; key identifies what it computes.
 
-    Raises CalrError when the directory holds anything else: a file, another run, a checkpoint
-    without overwrite, or, even with it, something that is no model.
+    Raises CalrError as `refuse` does, and for another unfinished run without overwrite.
     """
+    refuse(directory, overwrite=overwrite)
     work = directory / WORK
-    if directory.exists() and not directory.is_dir():
-        raise CalrError(f"{directory}: is a file; name a directory to write to")
     if (work / "run.json").exists():
         found = json.loads((work / "run.json").read_text())
         if found["key"] == key:
@@ -43,14 +62,6 @@ def prepare(directory: Path, key: str, summary: dict[str, Any], *, overwrite: bo
             raise CalrError(
                 f"{directory}: holds an unfinished run of something else ({found['summary']}); "
                 "finish it with the same arguments, name another directory, or pass --overwrite"
-            )
-    elif directory.exists() and any(path.name != WORK for path in directory.iterdir()):
-        if not overwrite:
-            raise CalrError(f"{directory}: exists; name another directory or pass --overwrite")
-        if not (directory / "config.json").exists():
-            raise CalrError(
-                f"{directory}: holds no model (no config.json), so --overwrite refuses to replace "
-                "its files; name another directory"
             )
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

@@ -15,16 +15,18 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from calr import benchmark, checkpoint, models, planning
+from calr import allocation, benchmark, checkpoint, models, planning
 from calr.calibration import fingerprint
 from calr.cli import build_parser, recipe_of
 from calr.compression import compress as compress_model
 from calr.compression import parameter_report
 from calr.errors import CalrError
 from calr.evaluation import perplexity
+from calr.integrations.transformers import CalrConfig
 from calr.models import is_compressed
 from calr.structure import analyse
 from calr.text import evaluation_windows
+from calr_kernels.nn import Layout
 
 LOADING = ("dtype", "device", "trust_remote_code")
 logger = logging.get_logger(__name__)
@@ -44,7 +46,9 @@ def plan(arguments: Namespace) -> None:
         return
     _print_layers(result.layers)
     if result.ranks_follow_calibration:
-        print("Ranks follow calibration under this allocation: shown are uniform ones; totals hold.")
+        print(
+            "Ranks follow calibration under this allocation: shown are uniform ones; totals hold."
+        )
     totals = result.totals
     _print_facts(
         {
@@ -63,12 +67,9 @@ def compress(arguments: Namespace) -> None:
     """Compress a model into a directory and print what it became."""
     started = time.monotonic()
     recipe, directory = recipe_of(arguments), Path(arguments.directory)
-    if directory.exists() and Path(arguments.model).exists():
-        if directory.resolve() == Path(arguments.model).resolve():
-            raise CalrError(f"{directory}: is the model itself; name another directory")
-    # refuse what can be refused before minutes of loading and calibration
-    if directory.exists() and not arguments.overwrite and not (directory / checkpoint.WORK).exists():
-        checkpoint.prepare(directory, "", {}, overwrite=False) if any(directory.iterdir()) else None
+    if Path(arguments.model).is_dir() and directory.resolve() == Path(arguments.model).resolve():
+        raise CalrError(f"{directory}: is the model itself; name another directory")
+    checkpoint.refuse(directory, overwrite=arguments.overwrite)  # before minutes of loading
     model, tokenizer = _load(arguments, arguments.model)
     structure = analyse(model, recipe.skip)
     key = fingerprint(model, recipe, _content(arguments.calibration))
@@ -188,7 +189,7 @@ def generate(arguments: Namespace) -> None:
     """Print a continuation of a prompt."""
     model, tokenizer = _load(arguments, arguments.model)
     if arguments.chat:
-        inputs = tokenizer.apply_chat_template(
+        inputs: Any = tokenizer.apply_chat_template(
             [{"role": "user", "content": arguments.prompt}],
             add_generation_prompt=True,
             return_tensors="pt",
@@ -202,12 +203,15 @@ def generate(arguments: Namespace) -> None:
     if arguments.temperature > 0:
         sampling = {"do_sample": True, "temperature": arguments.temperature}
     started = time.monotonic()
-    output = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, **sampling)[0]
+    generate: Any = model.generate
+    output = generate(**inputs, max_new_tokens=arguments.max_new_tokens, **sampling)[0]
     new = output[inputs["input_ids"].shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
     if arguments.json:
         seconds = time.monotonic() - started
-        _print_json({"prompt": arguments.prompt, "text": text, "tokens": len(new), "seconds": seconds})
+        _print_json(
+            {"prompt": arguments.prompt, "text": text, "tokens": len(new), "seconds": seconds}
+        )
     else:
         print(text if arguments.chat else arguments.prompt + text)
 
@@ -218,19 +222,16 @@ def inspect(arguments: Namespace) -> None:
     if not is_compressed(directory):
         raise CalrError(f"{directory}: is no checkpoint written by calr")
     block = json.loads((directory / "config.json").read_text())["quantization_config"]
+    config = CalrConfig(**block)
     skeleton = models.load_skeleton(arguments.model)
     del skeleton.config.quantization_config
     structure = analyse(skeleton)
-    from calr.integrations.transformers import CalrConfig
-
-    config = CalrConfig(**block)
-    rows, kept = [], 0
-    from calr.allocation import cost
-
+    rows: list[dict[str, Any]] = []
+    kept = 0
     for layer in structure.layers:
         found = config.layers.get(layer.name, {"layout": "dense", "rank": None})
-        layout = "two_factor" if found["layout"] == "dense" else found["layout"]
-        stored = cost(layer.shape, layout, found["rank"])
+        layout: Layout = "pivoted" if found["layout"] == "pivoted" else "two_factor"
+        stored = allocation.cost(layer.shape, layout, found["rank"])
         kept += stored
         rows.append(
             {
@@ -267,9 +268,7 @@ def config_yaml(command: str, arguments: Namespace) -> str:
     return "\n".join(line[2:] for line in lines[start + 1 :] if line.startswith("  ")) + "\n"
 
 
-def _load(
-    arguments: Namespace, source: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(arguments: Namespace, source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return models.load(source, **{name: arguments[name] for name in LOADING})
 
 
@@ -287,9 +286,7 @@ def _content(calibration: str) -> str:
     digests = []
     for part in calibration.split(","):
         path = Path(part.partition("#")[0])
-        digests.append(
-            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else part
-        )
+        digests.append(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else part)
     return f"{calibration} {digests} {sys.version_info[:2]}"
 
 
@@ -311,7 +308,13 @@ def _print_results(arguments: Namespace, results: dict[str, Any]) -> None:
 def _print_facts(facts: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+        shown = (
+            f"{value:,}"
+            if isinstance(value, int)
+            else f"{value:.4g}"
+            if isinstance(value, float)
+            else str(value)
+        )
         table.add_row(name.replace("_", " "), shown)
     Console(width=110).print(table)
 
@@ -319,7 +322,9 @@ def _print_facts(facts: dict[str, Any]) -> None:
 def _print_layers(layers: list[dict[str, Any]]) -> None:
     table = Table("layer", "shape", "layout", "rank", "parameters", "input group")
     for layer in layers:
-        group = "" if layer["group"] == layer["name"] else f"with {layer['group'].rpartition('.')[2]}"
+        group = (
+            "" if layer["group"] == layer["name"] else f"with {layer['group'].rpartition('.')[2]}"
+        )
         table.add_row(
             layer["name"],
             "×".join(map(str, layer["shape"])),
@@ -332,22 +337,30 @@ def _print_layers(layers: list[dict[str, Any]]) -> None:
 
 
 def _print_tasks(rows: list[dict[str, Any]]) -> None:
-    """Accuracy of each task; with two models, retention (first ÷ second), plain and above chance."""
+    """Print accuracy per task; with two models also the retention, plain and above chance."""
     from calr.integrations.lm_eval import retention
 
-    table = Table("task", "rows", "chance", *(Path(row["model"]).name or row["model"] for row in rows))
+    table = Table(
+        "task", "rows", "chance", *(Path(row["model"]).name or row["model"] for row in rows)
+    )
     compared = len(rows) == 2
     if compared:
         table.add_column("retention")
         table.add_column("above chance")
     for task, first in rows[0]["tasks"].items():
-        cells = [f"{r['tasks'][task]['accuracy']:.3f} ± {r['tasks'][task]['stderr']:.3f}" for r in rows]
+        cells = [
+            f"{r['tasks'][task]['accuracy']:.3f} ± {r['tasks'][task]['stderr']:.3f}" for r in rows
+        ]
         if compared:
             kept = retention({task: first}, {task: rows[1]["tasks"][task]})
             cells += [f"{kept['retention']:.3f}", f"{kept['above_chance']:.3f}"]
         table.add_row(task, str(first["rows"]), f"{first['chance']:.3f}", *cells)
     if compared:
         kept = retention(rows[0]["tasks"], rows[1]["tasks"])
-        means = [f"{sum(t['accuracy'] for t in r['tasks'].values()) / len(r['tasks']):.3f}" for r in rows]
-        table.add_row("average", "", "", *means, f"{kept['retention']:.3f}", f"{kept['above_chance']:.3f}")
+        means = [
+            f"{sum(t['accuracy'] for t in r['tasks'].values()) / len(r['tasks']):.3f}" for r in rows
+        ]
+        table.add_row(
+            "average", "", "", *means, f"{kept['retention']:.3f}", f"{kept['above_chance']:.3f}"
+        )
     Console(width=120).print(table)

@@ -1,6 +1,5 @@
 """Compress a model: calibrate, decompose, allocate ranks, replace the layers."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,11 +225,11 @@ class _Run:
         inputs = [runner.hidden]
         for block in range(self.structure.blocks):
             inputs.append(runner.run(block, inputs[-1]))
-        residual_rank = self.decompose_residual_rank()
+        by_name = {layer.name: layer for layer in self.layers}
         progress = logging.tqdm(desc="last k", unit="choice")
 
         def feasible(shape: allocation.Shape, rank: int | None) -> bool:
-            return rank is None or rank > residual_rank(shape)
+            return rank is None or rank >= self.decomposition(by_name[shape.name]).least_rank
 
         def measure(ranks: Ranks) -> float:
             progress.update()
@@ -242,15 +241,6 @@ class _Run:
             )
         finally:
             progress.close()
-
-    def decompose_residual_rank(self) -> Callable[[allocation.Shape], int]:
-        """Return the rank that the method reserves in a layer of a given shape (ERC-SVD's r_res)."""
-        if self.recipe.method != "erc_svd":
-            return lambda shape: 0
-        from calr.methods.erc_svd import Config, compensation_rank
-
-        beta = Config(**self.recipe.method_options).beta
-        return lambda shape: compensation_rank(shape.out_features, shape.in_features, beta)
 
     def _final_error(self, runner: BlockRunner, inputs: list[list[Tensor]], ranks: Ranks) -> float:
         """Return the relative squared error of the final hidden state under trial ranks."""
@@ -315,7 +305,6 @@ class _Run:
         """Make a low-rank layer of given factors, with the dense layer's bias, dtype and device."""
         dense = self.model.get_submodule(layer.name)
         assert isinstance(dense, nn.Linear)
-        place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
         module = LowRankLinear(
             layer.in_features,
             layer.out_features,
@@ -324,7 +313,7 @@ class _Run:
             bias=dense.bias is not None,
             device="meta",
         )
-        module.to_empty(device=place["device"]).to(place["dtype"])
+        module.to_empty(device=dense.weight.device).to(dense.weight.dtype)
         with torch.no_grad():
             module.weight.copy_(up)
             module.down.weight.copy_(down)
@@ -357,5 +346,3 @@ def parameter_report(structure: Structure, ranks: Ranks, layout: Any) -> dict[st
         "model_parameters": structure.model_parameters,
         "removed_of_model": (dense - kept) / structure.model_parameters,
     }
-
-

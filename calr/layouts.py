@@ -56,10 +56,9 @@ def pivot(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     others = np.setdiff1d(np.arange(u.shape[0]), pivots)
     coefficients = _coefficients(columns, pivots, others)
     rows = columns[:, pivots].T @ basis.T
-    as_tensor = {"dtype": up.dtype, "device": up.device}
     return (
-        torch.from_numpy(coefficients).to(**as_tensor),
-        torch.from_numpy(rows).to(**as_tensor),
+        torch.from_numpy(coefficients).to(up),
+        torch.from_numpy(rows).to(up),
         torch.from_numpy(pivots.astype(np.int32)).to(up.device),
     )
 

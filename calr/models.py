@@ -46,9 +46,11 @@ def load_skeleton(source: str, *, trust_remote_code: bool = False) -> PreTrained
     try:
         config = AutoConfig.from_pretrained(**arguments)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code
-            ).eval()
+            )
+            model.eval()
+            return model
     except (OSError, ValueError, KeyError) as error:
         raise CalrError(f"{source}: its configuration cannot be read: {error}") from error
 

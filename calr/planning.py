@@ -71,9 +71,7 @@ def plan(
                 "group": layer.group,
                 "rank": ranks.get(layer.name),
                 "layout": recipe.layout if ranks.get(layer.name) else "dense",
-                "parameters": allocation.cost(
-                    layer.shape, recipe.layout, ranks.get(layer.name)
-                ),
+                "parameters": allocation.cost(layer.shape, recipe.layout, ranks.get(layer.name)),
             }
             for layer in structure.layers
         ],
@@ -94,7 +92,9 @@ def _ranks(
     if statistics is not None and recipe.allocation == "global":
         name, store = curves_name(recipe), Path(statistics)
         if not (store / f"{name}.safetensors").exists():
-            raise CalrError(f"{statistics}: holds no error curves of {name}; compress with it first")
+            raise CalrError(
+                f"{statistics}: holds no error curves of {name}; compress with it first"
+            )
         curves = Store(store).load(name)
         missing = [shape.name for shape in shapes if shape.name not in curves]
         if missing:
@@ -139,9 +139,7 @@ def _peak_memory(structure: Structure, recipe: Recipe, element: int, vocabulary:
         backward = recipe.window * (4 * vocabulary * 4 + features * element)
         if recipe.method == "calr":
             backward += 4 * sum(min(x.in_features, x.out_features) ** 2 for x in layers)
-    kept = sum(
-        8 * (x.shape.dense + min(x.in_features, x.out_features) ** 2) for x in layers
-    )
+    kept = sum(8 * (x.shape.dense + min(x.in_features, x.out_features) ** 2) for x in layers)
     decompositions = min(CACHE_BYTES, kept if recipe.allocation != "uniform" else 0)
     factors = 4 * structure.linear_parameters
     weights = element * structure.model_parameters
@@ -159,7 +157,9 @@ def _seconds(structure: Structure, recipe: Recipe) -> float:
     flops_per_second = 5 * 2 * 1024**3 / (time.perf_counter() - start)
     tokens = recipe.samples * recipe.window
     forward = 2 * structure.block_parameters * tokens
-    forward += 2 * tokens * sum(x**2 for x in {y.group: y.in_features for y in structure.layers}.values())
+    forward += (
+        2 * tokens * sum(x**2 for x in {y.group: y.in_features for y in structure.layers}.values())
+    )
     if recipe.method == "calr" or recipe.sensitivity == "gradient":
         gradient_tokens = min(recipe.gradient_samples, recipe.samples) * recipe.window
         forward += 6 * structure.model_parameters * gradient_tokens

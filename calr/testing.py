@@ -28,7 +28,9 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(**(settings | overrides))).eval()
+        model = LlamaForCausalLM(LlamaConfig(**(settings | overrides)))
+    model.eval()
+    return model
 
 
 def byte_tokenizer(add_bos: bool = False) -> PreTrainedTokenizerFast:
@@ -46,6 +48,4 @@ def byte_tokenizer(add_bos: bool = False) -> PreTrainedTokenizerFast:
         tokenizer.post_processor = TemplateProcessing(
             single="<bos> $A", special_tokens=[("<bos>", 0)]
         )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")

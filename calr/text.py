@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,9 @@ def sample_from(
     vocabulary = len(tokenizer) - len(tokenizer.all_special_ids)
     start = torch.randint(vocabulary, (samples, 1), generator=generator)
     start = start + (len(tokenizer) - vocabulary)
-    start = start.clamp(max=model.get_input_embeddings().num_embeddings - 1)
+    embeddings: Any = model.get_input_embeddings()
+    start = start.clamp(max=embeddings.num_embeddings - 1)
+    generate: Any = model.generate
     if _adds_bos(tokenizer):
         start = torch.cat([torch.full_like(start, tokenizer.bos_token_id), start], 1)
     rows = []
@@ -106,7 +109,7 @@ def sample_from(
         torch.manual_seed(seed)
         for batch in logging.tqdm(start.split(32), desc="sampling text"):
             rows.append(
-                model.generate(
+                generate(
                     batch.to(model.device),
                     attention_mask=torch.ones_like(batch, device=model.device),
                     do_sample=True,
@@ -207,7 +210,7 @@ def _spread(
 
 
 def _cut(ids: Tensor, size: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Cut ids into rows of size tokens, dropping the rest, and prepend BOS by the tokenizer's rule."""
+    """Cut ids into rows of size tokens, drop the rest, prepend BOS where the tokenizer does."""
     rows = ids[: len(ids) // size * size].view(-1, size)
     if _adds_bos(tokenizer):
         rows = torch.cat([torch.full_like(rows[:, :1], tokenizer.bos_token_id), rows], 1)

@@ -1,4 +1,4 @@
-"""Every operation in plain PyTorch: the specification that faster implementations are tested against.
+"""Every operation in plain PyTorch: the specification for faster implementations.
 
 All functions take any floating dtype, float64 included, and are differentiable.
 """

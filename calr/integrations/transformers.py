@@ -50,7 +50,7 @@ class CalrConfig(QuantizationConfigMixin):
             raise CalrError("config.json: quantization_config.layers must map names to layers")
         for name, layer in layers.items():
             _check_layer(name, layer)
-        self.quant_method = quant_method
+        self.quant_method: Any = quant_method
         self.format_version = format_version
         self.layers = layers
         self.recipe = recipe or {}
@@ -65,7 +65,7 @@ def _check_layer(name: str, layer: Any) -> None:
         raise CalrError(f"config.json: layer {name} has the impossible rank {layer['rank']!r}")
 
 
-class CalrQuantizer(HfQuantizer):  # type: ignore[misc]
+class CalrQuantizer(HfQuantizer):
     """Build, check, plan and undo low-rank layers on behalf of transformers."""
 
     requires_calibration = True
@@ -83,7 +83,9 @@ class CalrQuantizer(HfQuantizer):  # type: ignore[misc]
             _check_files(model, checkpoint_files, self.quantization_config.layers)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        model.is_quantized = False  # float factors: .half(), .float() and training are all fine
+        vars(model)["is_quantized"] = (
+            False  # float factors: .half(), .float() and training are all fine
+        )
         _check_loaded(model, self.quantization_config.layers)
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
@@ -164,8 +166,7 @@ def replace_with_low_rank(model: nn.Module, name: str, layout: Any, rank: int) -
 def attach(model: PreTrainedModel, config: CalrConfig) -> None:
     """Mark a model compressed in memory, so that save_pretrained and dequantize work on it."""
     model.config.quantization_config = config
-    model.hf_quantizer = CalrQuantizer(config)
-    model.quantization_method = QUANT_METHOD
+    vars(model).update(hf_quantizer=CalrQuantizer(config), quantization_method=QUANT_METHOD)
 
 
 def register() -> None:
@@ -221,12 +222,13 @@ def _check_loaded(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> 
     if parallel:
         _check_row_parallel(model, layers)
     for name in pivoted:
-        pivots = cast(LowRankLinear, model.get_submodule(name)).get_buffer("pivots")
+        layer = cast(LowRankLinear, model.get_submodule(name))
+        pivots = layer.get_buffer("pivots")
         if pivots.device.type == "meta":
             continue  # offloaded to disk
-        rows = model.get_submodule(name).out_features
-        if pivots.unique().numel() != pivots.numel() or not 0 <= pivots.min() <= pivots.max() < rows:
-            raise CalrError(f"{name}.pivots: are not distinct rows below {rows}; the file is damaged")
+        rows, distinct = layer.out_features, set(pivots.tolist())
+        if len(distinct) != pivots.numel() or not distinct <= set(range(rows)):
+            raise CalrError(f"{name}.pivots: not distinct rows below {rows}; the file is damaged")
 
 
 def _check_row_parallel(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> None:

@@ -30,12 +30,13 @@ class Decomposition:
 
     errors [min(N, K) + 1] float64, errors[r] the expected error at rank r. unit says of what:
     "output" is E‖Wx - W'x‖², "loss" the predicted increase of the loss in nats per token.
-    factors(r) -> (up [N, r], down [r, K]) in float32.
+    factors(r) -> (up [N, r], down [r, K]) in float32, for r of at least least_rank.
     """
 
     errors: Tensor
     factors: Callable[[int], tuple[Tensor, Tensor]]
     unit: Literal["output", "loss"] = "output"
+    least_rank: int = 1
 
 
 def nested(
@@ -55,8 +56,7 @@ def nested(
 
 
 def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues (largest first, negatives clipped to 0) and eigenvectors of a symmetric PSD
-    matrix [n, n]."""
+    """Return eigenvalues, largest first and clipped at 0, and eigenvectors of a PSD [n, n]."""
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     return values.flip(-1).clamp(min=0), vectors.flip(-1)
 

@@ -52,7 +52,7 @@ def decompose(weight: Tensor, moments: Moments, config: Config) -> Decomposition
         residual_up, residual_down = plain_truncation(w - up @ down, residual_rank)
         return torch.cat([up, residual_up], 1).float(), torch.cat([down, residual_down]).float()
 
-    return Decomposition(errors=bound.cpu(), factors=factors)
+    return Decomposition(errors=bound.cpu(), factors=factors, least_rank=residual_rank + 1)
 
 
 def compensation_rank(out_features: int, in_features: int, beta: float) -> int:
