@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +18,7 @@ from transformers.utils import logging
 
 from calr import allocation, benchmark, checkpoint, models, planning
 from calr.calibration import fingerprint
-from calr.cli import build_parser, recipe_of
+from calr.cli import recipe_of
 from calr.compression import compress as compress_model
 from calr.compression import parameter_report
 from calr.errors import CalrError
@@ -102,7 +103,7 @@ def compress(arguments: Namespace) -> None:
             results["perplexity_dense"] = round(measured, 3)
             results["perplexity_compressed"] = round(after or 0, 3)
         results["seconds"] = round(time.monotonic() - started, 1)
-        card = checkpoint.model_card(arguments.model, config_yaml("compress", arguments), results)
+        card = checkpoint.model_card(arguments.model, recipe_yaml(arguments), results)
         checkpoint.write(model, tokenizer, directory, card)
     results["bytes"] = checkpoint.size(directory)
     results["directory"] = str(directory)
@@ -257,15 +258,11 @@ def inspect(arguments: Namespace) -> None:
     _print_facts(totals | {f"recipe: {name}": value for name, value in config.recipe.items()})
 
 
-def config_yaml(command: str, arguments: Namespace) -> str:
-    """Return the YAML that makes a command do the same again."""
-    parser = build_parser()
-    full = Namespace(subcommand=command)
-    full[command] = arguments
-    dumped = parser.dump(full)
-    lines = dumped.splitlines()
-    start = next(i for i, line in enumerate(lines) if line == f"{command}:")
-    return "\n".join(line[2:] for line in lines[start + 1 :] if line.startswith("  ")) + "\n"
+def recipe_yaml(arguments: Namespace) -> str:
+    """Return the YAML with which `calr compress` does the same again, anywhere."""
+    places = {"model", "directory", "statistics", "config", "overwrite", "json", "device"}
+    options = {name: value for name, value in vars(arguments).items() if name not in places}
+    return yaml.safe_dump(options | {"skip": list(arguments.skip)}, sort_keys=False)
 
 
 def _load(arguments: Namespace, source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -23,13 +23,18 @@ EIGEN_FLOPS = 25  # eigenvalues and vectors of an n Ã— n matrix cost about 25 nÂ
 
 @dataclass(frozen=True)
 class Plan:
-    """What a compression would do. ranks_follow_calibration: ranks here are not final."""
+    """What a compression would do.
+
+    ranks_follow_calibration: ranks here are not final. feasible_last_k: under allocation=last_k,
+    what each layer keeps for every number of last blocks that can reach keep.
+    """
 
     model: str
     layers: list[dict[str, Any]]
     totals: dict[str, float]
     coverage: float
     ranks_follow_calibration: bool
+    feasible_last_k: dict[int, float]
     peak_memory_bytes: int
     seconds: float
 
@@ -78,6 +83,7 @@ def plan(
         totals=totals,
         coverage=structure.coverage,
         ranks_follow_calibration=not exact,
+        feasible_last_k=_feasible_last_k(structure, recipe),
         peak_memory_bytes=_peak_memory(structure, recipe, element, _vocabulary(model)),
         seconds=_seconds(structure, recipe),
     )
@@ -111,6 +117,13 @@ def _ranks(
     keep = (recipe.keep * structure.linear_parameters - fixed) / sum(s.dense for s in shapes)
     ranks = allocation.uniform(shapes, keep, recipe.layout, recipe.rank_step)
     return ranks, recipe.allocation == "uniform"
+
+
+def _feasible_last_k(structure: Structure, recipe: Recipe) -> dict[int, float]:
+    if recipe.allocation != "last_k":
+        return {}
+    kept = {k: 1 - structure.blocks * (1 - recipe.keep) / k for k in range(1, structure.blocks + 1)}
+    return {k: keep for k, keep in kept.items() if keep > 0}
 
 
 def _element_size(model: torch.nn.Module, dtype: str) -> int:

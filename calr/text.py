@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from calr.errors import CalrError
 
-HELD_OUT = 5  # every fifth topic of the built-in text is kept from calibration, for evaluation
+HELD_OUT = 5  # one fifth of the built-in text is kept from calibration, for evaluation
 CHARACTERS_PER_TOKEN = 8  # generous first guess of how much text a window needs
 Source = str | Path | Sequence[str] | Tensor
 
@@ -146,19 +146,23 @@ def read_text(source: str | Path | Sequence[str]) -> str:
 
 
 def calibration_topics() -> str:
-    """The built-in English text without its held-out part: four fifths of pydoc's topics."""
-    return "\n\n".join(text for i, text in enumerate(_topics()) if i % HELD_OUT)
+    """The built-in English text that calibration may see: the first four fifths of pydoc's topics."""
+    paragraphs = _topics()
+    return "\n\n".join(paragraphs[: -len(paragraphs) // HELD_OUT])
 
 
 def held_out_topics() -> str:
-    """The part of the built-in English text that calibration never sees."""
-    return "\n\n".join(text for i, text in enumerate(_topics()) if not i % HELD_OUT)
+    """The built-in English text that calibration never sees: the last fifth of pydoc's topics."""
+    paragraphs = _topics()
+    return "\n\n".join(paragraphs[-len(paragraphs) // HELD_OUT :])
 
 
 def _topics() -> list[str]:
+    """Return the paragraphs in order, each once: topics repeat one another's text."""
     from pydoc_data.topics import topics
 
-    return [topics[key] for key in sorted(topics)]
+    paragraphs = "\n\n".join(topics[key] for key in sorted(topics)).split("\n\n")
+    return list(dict.fromkeys(paragraphs))
 
 
 def _parts(source: str | Path | Sequence[str] | None) -> list[str | Path | Sequence[str]]:

@@ -1,0 +1,128 @@
+"""Compressed checkpoints in the hands of other packages, in both layouts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import calr
+from calr.testing import tiny_llama
+
+
+@pytest.fixture(scope="module", params=["two_factor", "pivoted"])
+def saved(request, tmp_path_factory, ids):
+    recipe = calr.Recipe(keep=0.6, layout=request.param, allocation="uniform")
+    model = calr.compress(tiny_llama(), recipe, calibration=ids)
+    directory = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(directory)
+    return model, directory, request.param
+
+
+def test_peft_lora_trains_one_step_on_top(saved, ids):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(saved[1])
+    targets = ["gate_proj", "q_proj", "down_proj"]
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
+    trainable = [p for p in lora.parameters() if p.requires_grad]
+    frozen = {n: p.clone() for n, p in lora.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.SGD(trainable, lr=0.1)
+    losses = []
+    for _ in range(2):
+        loss = lora(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[1] < losses[0]
+    after = dict(lora.named_parameters())
+    assert all(torch.equal(frozen[name], after[name]) for name in frozen)
+
+
+def test_every_factor_can_be_trained(saved, ids):
+    model = AutoModelForCausalLM.from_pretrained(saved[1])
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_offload_to_disk_and_cpu(saved, ids, tmp_path):
+    model, directory, _ = saved
+    for place in ("disk", "cpu"):
+        device_map = {
+            "model.embed_tokens": "cpu",
+            "lm_head": "cpu",
+            "model.norm": "cpu",
+            "model.rotary_emb": "cpu",
+            "model.layers.0": "cpu",
+            "model.layers.1": place,
+        }
+        loaded = AutoModelForCausalLM.from_pretrained(
+            directory, device_map=device_map, offload_folder=tmp_path / place
+        )
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_torchao_int8(saved, ids):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = AutoModelForCausalLM.from_pretrained(saved[1])
+    exact = model(ids).logits.detach()
+    quantization.quantize_(model.model, quantization.Int8WeightOnlyConfig())
+    error = (model(ids).logits - exact).norm() / exact.norm()
+    assert 0 < error < 0.05
+
+
+@pytest.mark.parametrize("mode", ["generate", "compile"])
+def test_generation(saved, mode):
+    model = AutoModelForCausalLM.from_pretrained(saved[1])
+    if mode == "compile":
+        model.forward = torch.compile(model.forward, backend="eager")
+    tokens = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    output = model.generate(torch.tensor([[5, 6, 7]]), **tokens)
+    again = saved[0].generate(torch.tensor([[5, 6, 7]]), **tokens)
+    assert torch.equal(output, again)
+
+
+PARALLEL = """
+import sys
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+import calr
+torch.set_num_threads(1)
+ids = torch.arange(2, 34)[None]
+try:
+    model = AutoModelForCausalLM.from_pretrained(
+        sys.argv[1], distributed_config=DistributedConfig(tp_size=2, tp_plan="auto"))
+except calr.CalrError as error:
+    print("REFUSED", error, flush=True)
+    sys.exit(0)
+sharded = {n for n, p in model.named_parameters() if type(p).__name__ == "DTensor"}
+assert any(n.endswith("o_proj.down.weight") for n in sharded), sharded
+with torch.no_grad():
+    logits = model(ids).logits
+    expected = AutoModelForCausalLM.from_pretrained(sys.argv[1])(ids).logits
+print("DIFFERENCE", float((logits - expected).abs().max() / expected.abs().max()), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_tensor_parallel_on_two_processes(saved, tmp_path):
+    _, directory, layout = saved
+    script = tmp_path / "parallel.py"
+    script.write_text(PARALLEL)
+    result = subprocess.run(
+        [Path(sys.executable).parent / "torchrun", "--nproc-per-node=2", "--master-port=0",
+         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", script, directory],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    if layout == "pivoted":
+        assert "REFUSED model.layers" in result.stdout, result.stdout + result.stderr
+        assert "compress with layout=two_factor" in result.stdout
+        return
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = [line.split()[1] for line in result.stdout.splitlines() if "DIFFERENCE" in line]
+    assert len(found) == 2
+    assert all(float(difference) < 1e-5 for difference in found)

@@ -1,0 +1,157 @@
+"""Statistics against direct computation, and their store."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from calr.blocks import BlockRunner
+from calr.calibration import check_finite, collect, fingerprint
+from calr.errors import CalrError
+from calr.store import Store
+from calr.structure import analyse
+from calr.testing import tiny_llama
+
+
+@pytest.fixture
+def model(device):
+    return tiny_llama().to(device)
+
+
+def test_block_by_block_is_the_model(model, ids):
+    structure = analyse(model)
+    runner = BlockRunner(model, structure, ids)
+    hidden = runner.hidden
+    for block in range(structure.blocks):
+        hidden = runner.run(block, hidden)
+    with torch.no_grad():
+        expected = model.model(ids.to(model.device)).last_hidden_state
+        found = model.model.norm(torch.cat(hidden))
+    assert torch.equal(found, expected)
+
+
+def test_input_moments_are_those_of_a_plain_forward_pass(model, ids):
+    structure = analyse(model)
+    seen = {}
+    hooks = [
+        model.get_submodule(layer.name).register_forward_pre_hook(
+            lambda m, args, name=layer.name: seen.__setitem__(name, args[0])
+        )
+        for layer in structure.layers
+    ]
+    with torch.no_grad():
+        model(ids.to(model.device))
+    for hook in hooks:
+        hook.remove()
+    statistics = collect(model, structure, ids, Store())
+    for layer in structure.layers:
+        x = seen[layer.name].flatten(0, 1).double().cpu()
+        expected = x.T @ x / len(x)
+        found = statistics.moments(layer).input.double()
+        assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_gradient_moments_are_the_fisher_of_sampled_labels(model, ids):
+    structure = analyse(model)
+    statistics = collect(model, structure, ids, Store(), gradient_ids=ids[:2], outputs=True, seed=3)
+    assert all(p.requires_grad for p in model.parameters())
+    generator = torch.Generator().manual_seed(3)
+    names = ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.k_proj"]  # tall and wide
+    rows = {name: [] for name in names}
+    for window in ids[:2].split(1):
+        logits_of, outputs = model(window.to(model.device)), {}
+        hooks = [
+            model.get_submodule(name).register_forward_hook(
+                lambda m, a, y, name=name: outputs.__setitem__(name, y)
+            )
+            for name in names
+        ]
+        logits_of = model(window.to(model.device)).logits[0]
+        for hook in hooks:
+            hook.remove()
+        uniform = torch.rand(len(logits_of), 1, generator=generator).to(logits_of.device)
+        cumulative = logits_of.detach().softmax(-1).cumsum(-1)
+        labels = (cumulative < uniform * cumulative[:, -1:]).sum(1)
+        loss = cross_entropy(logits_of, labels, reduction="sum")
+        for name, g in zip(names, torch.autograd.grad(loss, list(outputs.values())), strict=True):
+            rows[name].append(g[0].double().cpu())
+    for layer in structure.layers:
+        if layer.name not in names:
+            continue
+        g = torch.cat(rows[layer.name])
+        moments = statistics.moments(layer)
+        assert moments.gradient == pytest.approx(float(g.square().mean()), rel=1e-4)
+        if layer.out_features > layer.in_features:
+            g = g @ model.get_submodule(layer.name).weight.detach().double().cpu()
+        expected = g.T @ g / len(g)
+        assert (moments.output.double() - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_stored_statistics_are_found_again_bit_for_bit(model, ids, tmp_path):
+    structure = analyse(model)
+
+    def run(store):
+        statistics = collect(model, structure, ids, store, gradient_ids=ids[:2], outputs=True)
+        return [statistics.moments(layer) for layer in structure.layers]
+
+    whole = run(Store(tmp_path / "a"))
+    (tmp_path / "a" / "inputs-0001.safetensors").unlink()  # as if killed before the last block
+    for first, second in zip(whole, run(Store(tmp_path / "a")), strict=True):
+        assert torch.equal(first.input, second.input)
+        assert torch.equal(first.output, second.output)
+        assert first.gradient == second.gradient
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_weight_is_named(model, ids, value):
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = value
+    with pytest.raises(CalrError, match=r"model.layers.1.mlp.up_proj.weight: the weight hold NaN"):
+        check_finite(model)
+
+
+def test_overflowing_activations_are_named(model, ids):
+    model.model.layers[0].mlp.up_proj.weight.data *= 1e30
+    model.model.layers[0].mlp.gate_proj.weight.data *= 1e30
+    with pytest.raises(CalrError, match=r"layers.0.mlp.down_proj: its calibration inputs"):
+        collect(model, analyse(model), ids, Store())
+
+
+def test_few_tokens_warn_with_the_number_needed(model, caplog):
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    collect(model, analyse(model), torch.ones(1, 20, dtype=torch.long), Store())
+    logging.disable_propagation()
+    assert "20 calibration tokens are fewer than the 80 inputs" in caplog.text
+    assert "at least 320 tokens" in caplog.text
+
+
+def test_fingerprints_tell_models_and_inputs_apart(ids):
+    key = fingerprint(tiny_llama(), ids, 3)
+    assert key == fingerprint(tiny_llama(), ids, 3)
+    changed = tiny_llama()
+    changed.model.norm.weight.data[0] += 1e-3
+    others = [
+        fingerprint(tiny_llama(seed=1), ids, 3),
+        fingerprint(changed, ids, 3),
+        fingerprint(tiny_llama(), ids + 1, 3),
+        fingerprint(tiny_llama(), ids, 4),
+    ]
+    assert len({key, *others}) == 5
+
+
+def test_a_store_never_holds_half_a_file(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.save("a", {"x": torch.ones(3)})
+
+    def fail(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("calr.store.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        store.save("a", {"x": torch.zeros(3)})
+    monkeypatch.undo()
+    assert torch.equal(store.load("a")["x"], torch.ones(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    with pytest.raises(KeyError):
+        store.load("b")

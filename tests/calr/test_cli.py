@@ -1,0 +1,172 @@
+"""The command line, in process on a tiny model."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import calr
+from calr.cli import main
+
+SMALL = ["--samples", "4", "--window", "32", "--gradient_samples", "2"]
+BUILTIN = ["--calibration", "builtin:topics", "--eval_windows", "2"]
+
+
+def run(capsys, *arguments):
+    """Run a command that must succeed; return what it printed."""
+    assert main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def compressed(source, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cli") / "out"
+    arguments = ["compress", source, directory, "--keep", "0.6", *SMALL, *BUILTIN]
+    assert main([str(argument) for argument in arguments]) == 0
+    return directory
+
+
+def test_help_is_instant_because_torch_is_not_loaded():
+    code = "import sys, calr.cli\ntry: calr.cli.main(['compress', '--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'transformers'} & set(sys.modules), 'heavy'"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--keep KEEP" in result.stdout
+
+
+def test_plan_is_exact_for_uniform_and_matches_what_compress_does(source, tmp_path, capsys):
+    common = ["--keep", 0.6, "--allocation", "uniform", *SMALL]
+    plan = json.loads(run(capsys, "plan", source, *common, "--json"))
+    assert not plan["ranks_follow_calibration"]
+    assert list(tmp_path.iterdir()) == []
+    run(capsys, "compress", source, tmp_path / "out", *common, *BUILTIN)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    planned = {row["name"]: row["rank"] for row in plan["layers"] if row["rank"]}
+    layers = model.config.quantization_config.layers
+    assert {name: layer["rank"] for name, layer in layers.items()} == planned
+    assert plan["totals"]["keep"] <= 0.6
+    assert plan["coverage"] > 0.98
+
+
+def test_plan_is_exact_for_global_given_statistics(source, tmp_path, capsys):
+    statistics = ["--statistics", tmp_path / "statistics"]
+    text = run(capsys, "plan", source, "--keep", 0.6, *SMALL)
+    assert "Ranks follow calibration" in text
+    run(capsys, "compress", source, tmp_path / "out", "--keep", 0.7, *SMALL, *BUILTIN, *statistics)
+    plan = json.loads(run(capsys, "plan", source, "--keep", 0.7, *SMALL, *statistics, "--json"))
+    assert not plan["ranks_follow_calibration"]
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.quantization_config
+    planned = {row["name"]: row["rank"] for row in plan["layers"] if row["rank"]}
+    assert {name: layer["rank"] for name, layer in found.layers.items()} == planned
+
+
+def test_plan_shows_the_feasible_last_k(source, capsys):
+    text = run(capsys, "plan", source, "--keep", 0.6, "--allocation", "last_k", *SMALL)
+    assert "k=1: 0.200, k=2: 0.600" in text
+
+
+def test_compress_writes_an_ordinary_checkpoint(compressed):
+    names = {path.name for path in compressed.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "README.md"} <= names
+    assert ".calr" not in names
+    card = (compressed / "README.md").read_text()
+    assert "| perplexity compressed |" in card
+    assert "keep: 0.6" in card
+
+
+def test_print_config_reproduces_the_run(source, compressed, tmp_path, capsys):
+    arguments = ["compress", source, tmp_path / "again", "--keep", 0.6, *SMALL, *BUILTIN]
+    with pytest.raises(SystemExit):
+        main([str(a) for a in [*arguments, "--print_config"]])
+    printed = capsys.readouterr().out
+    (tmp_path / "recipe.yaml").write_text(printed)
+    run(capsys, "compress", "--config", tmp_path / "recipe.yaml")
+    name = "model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (compressed / name).read_bytes()
+
+
+def test_the_cards_recipe_reproduces_the_run(source, compressed, tmp_path, capsys):
+    card = (compressed / "README.md").read_text()
+    recipe = re.search(r"```yaml\n(.*?)```", card, re.S).group(1)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    run(capsys, "compress", source, tmp_path / "again", "--config", tmp_path / "recipe.yaml")
+    name = "model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (compressed / name).read_bytes()
+
+
+def test_eval_two_models(source, compressed, capsys):
+    arguments = ["eval", compressed, "--against", source, "--windows", 2, "--window", 64]
+    found = json.loads(run(capsys, *arguments, "--json"))
+    assert [row["token_perplexity"]["predicted_tokens"] for row in found["models"]] == [126, 126]
+    assert "2 windows of 64, stride 64, 126 predicted tokens" in run(capsys, *arguments)
+
+
+def test_generate(compressed, capsys):
+    arguments = ["generate", compressed, "--prompt", "ab", "--max_new_tokens", 5]
+    assert run(capsys, *arguments).startswith("ab")
+    sampled = [*arguments, "--temperature", 1, "--json"]
+    texts = [json.loads(run(capsys, *sampled, "--seed", seed))["text"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_inspect(compressed, capsys):
+    found = json.loads(run(capsys, "inspect", compressed, "--json"))
+    assert len(found["layers"]) == 14
+    assert 0.55 < found["totals"]["keep"] <= 0.6
+    assert found["recipe"]["calibration"] == "builtin:topics"
+    model = AutoModelForCausalLM.from_pretrained(compressed)
+    assert found["totals"]["model_parameters"] == sum(p.numel() for p in model.parameters())
+    assert "pivoted" in run(capsys, "inspect", compressed)
+
+
+def test_bench(source, compressed, capsys):
+    arguments = ["bench", compressed, "--against", source, "--rounds", 1]
+    small = ["--prompt_tokens", 16, "--new_tokens", 2]
+    rows = json.loads(run(capsys, *arguments, *small, "--json"))
+    assert rows[0]["parameters"] < rows[1]["parameters"]
+    assert all(row["decode_tokens_per_second"]["median"] > 0 for row in rows)
+    assert "first ÷ second" in run(capsys, *arguments, *small)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "{source}", "{out}", "--keep", "0"], "keep=0.0: must be in (0, 1]"),
+        (["compress", "{source}", "{out}", "--keep", "0.01", *SMALL, *BUILTIN], "unreachable"),
+        (["compress", "{source}", "{source}", "--overwrite"], "is the model itself"),
+        (["compress", "{source}", "{compressed}"], "exists; name another directory"),
+        (["compress", "{compressed}", "{out}", "--keep", "0.5"], "compressed already"),
+        (["compress", "{source}", "{out}", "--method", "magic"], "method='magic': unknown"),
+        (["compress", "{source}", "{out}", "--calibration", "no.txt"], "no.txt: no such file"),
+        (["plan", "./nowhere"], "./nowhere: "),
+        (["eval", "{source}", "--text", "no.txt"], "no.txt: no such file"),
+        (["eval", "{source}", "--dtype", "int7"], "dtype='int7'"),
+        (["inspect", "{source}"], "is no checkpoint written by calr"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_1(
+    arguments, message, source, compressed, tmp_path, capsys
+):
+    places = {"source": source, "compressed": compressed, "out": tmp_path / "out"}
+    assert main([argument.format(**places) for argument in arguments]) == 1
+    errors = capsys.readouterr().err
+    line = next(line for line in errors.splitlines() if line.startswith("calr: "))
+    assert message in line
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_unknown_options_are_exit_code_2():
+    with pytest.raises(SystemExit) as exit_:
+        main(["compress", "a", "b", "--keeep", "0.5"])
+    assert exit_.value.code == 2
+
+
+def test_the_public_names_exist():
+    for name in calr.__all__:
+        assert getattr(calr, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        calr.nothing

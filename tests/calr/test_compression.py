@@ -1,0 +1,142 @@
+"""Compression from Python."""
+
+import copy
+
+import pytest
+import torch
+
+import calr
+from calr.errors import CalrError
+from calr.structure import analyse
+from calr.testing import byte_tokenizer, tiny_llama
+
+METHODS = ["svd", "svd_llm", "erc_svd", "calr"]
+
+
+def compressed(ids, device="cpu", statistics=None, **recipe):
+    recipe = calr.Recipe(**({"keep": 0.6, "rank_step": 2} | recipe))
+    return calr.compress(tiny_llama().to(device), recipe, calibration=ids, statistics=statistics)
+
+
+def kept(model):
+    """Fraction of the linear parameters that a compressed model stores."""
+    blocks = model.model.layers
+    stored = sum(
+        p.numel() for n, p in blocks.named_parameters() if "norm" not in n and "bias" not in n
+    )
+    return stored / analyse(tiny_llama()).linear_parameters
+
+
+def error(model, ids):
+    dense = tiny_llama()(ids).logits
+    return float(((model.cpu()(ids).logits - dense).norm() / dense.norm()).detach())
+
+
+@pytest.mark.parametrize("layout", ["pivoted", "two_factor"])
+@pytest.mark.parametrize("allocation", ["uniform", "global", "last_k"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_combination_meets_its_budget(method, allocation, layout, ids, device):
+    options = {"keep": 0.8 if allocation == "last_k" else 0.6, "rank_step": 1}
+    model = compressed(ids, device, method=method, allocation=allocation, layout=layout, **options)
+    assert options["keep"] - 0.02 < kept(model) <= options["keep"]
+    assert 1e-4 < error(model, ids) < 1.4  # unrelated logits of one norm differ by √2
+    layers = model.config.quantization_config.layers
+    assert {layer["layout"] for layer in layers.values()} == {layout}
+
+
+def test_keep_one_changes_nothing(ids):
+    model = compressed(ids, keep=1.0)
+    assert torch.equal(model(ids).logits, tiny_llama()(ids).logits)
+    assert model.config.quantization_config.layers == {}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_more_parameters_lose_less(method, ids):
+    errors = [error(compressed(ids, method=method, keep=k), ids) for k in (0.4, 0.6, 0.9)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_whitening_beats_plain_svd_and_global_beats_uniform(ids):
+    def final(**options):
+        return error(compressed(ids, keep=0.5, **options), ids)
+
+    plain = final(method="svd", allocation="uniform")
+    whitened = final(method="svd_llm", allocation="uniform")
+    assert whitened < plain
+    assert final(method="calr", allocation="global") < whitened
+
+
+def test_the_same_recipe_gives_the_same_bits(ids):
+    first, second = (compressed(ids).state_dict() for _ in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_skipped_layers_stay_dense_and_count_in_keep(ids):
+    model = compressed(ids, keep=0.7, skip=("*.0.*", "*.v_proj"))
+    assert kept(model) <= 0.7
+    layers = model.config.quantization_config.layers
+    assert layers
+    assert not [name for name in layers if ".0." in name or "v_proj" in name]
+    with pytest.raises(CalrError, match=r"unreachable: the skipped layers alone hold 0\.5"):
+        compressed(ids, keep=0.3, skip=("*.0.*",))
+
+
+def test_a_failed_compression_leaves_the_model_alone(ids):
+    model = tiny_llama()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CalrError, match="unreachable"):
+        calr.compress(model, calr.Recipe(keep=0.01), calibration=ids)
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert len(before) == len(after)
+
+
+def test_statistics_are_reused_and_those_of_another_run_refused(ids, tmp_path):
+    first = compressed(ids, statistics=tmp_path, method="svd_llm")
+    stamps = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("inputs-*")}
+    assert len(stamps) == 2
+    again = compressed(ids, statistics=tmp_path, method="svd_llm")
+    compressed(ids, statistics=tmp_path, method="calr", keep=0.5)
+    assert stamps == {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("inputs-*")}
+    assert torch.equal(first(ids).logits, again(ids).logits)
+    with pytest.raises(CalrError, match="statistics of another model, calibration text or seed"):
+        compressed(ids + 1, statistics=tmp_path)
+
+
+def test_exact_solver(ids):
+    assert kept(compressed(ids, solver="exact")) <= 0.6
+
+
+def test_text_and_tokenizer(ids):
+    recipe = calr.Recipe(keep=0.7, samples=4, window=32, gradient_samples=2)
+    model = calr.compress(
+        tiny_llama(), recipe, calibration=["some text " * 200], tokenizer=byte_tokenizer()
+    )
+    assert model.config.quantization_config.recipe["tokens"] == 128
+
+
+def test_half_precision_keeps_its_dtype(ids):
+    model = tiny_llama().to(torch.bfloat16)
+    calr.compress(model, calr.Recipe(keep=0.7), calibration=ids)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("keep", 0.0),
+        ("keep", 1.5),
+        ("keep", float("nan")),
+        ("rank_step", 0),
+        ("samples", 0),
+        ("window", 0),
+        ("layout", "round"),
+        ("allocation", "random"),
+        ("solver", "x"),
+        ("sensitivity", "x"),
+    ],
+)
+def test_values_out_of_range_are_named(field, value):
+    with pytest.raises(CalrError, match=f"{field}="):
+        calr.Recipe(**{field: value})
