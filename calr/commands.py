@@ -47,9 +47,10 @@ def plan(arguments: Namespace) -> None:
         return
     _print_layers(result.layers)
     if result.ranks_follow_calibration:
-        print(
-            "Ranks follow calibration under this allocation: shown are uniform ones; totals hold."
-        )
+        print("Ranks follow calibration under this allocation; shown are uniform ones.")
+    if result.feasible_last_k:
+        print("How many last blocks, k, follows calibration; each of them keeps, per layer:")
+        print(", ".join(f"k={k}: {keep:.3f}" for k, keep in result.feasible_last_k.items()))
     totals = result.totals
     _print_facts(
         {
@@ -262,7 +263,7 @@ def recipe_yaml(arguments: Namespace) -> str:
     """Return the YAML with which `calr compress` does the same again, anywhere."""
     places = {"model", "directory", "statistics", "config", "overwrite", "json", "device"}
     options = {name: value for name, value in vars(arguments).items() if name not in places}
-    return yaml.safe_dump(options | {"skip": list(arguments.skip)}, sort_keys=False)
+    return str(yaml.safe_dump(options | {"skip": list(arguments.skip)}, sort_keys=False))
 
 
 def _load(arguments: Namespace, source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -146,7 +146,7 @@ def read_text(source: str | Path | Sequence[str]) -> str:
 
 
 def calibration_topics() -> str:
-    """The built-in English text that calibration may see: the first four fifths of pydoc's topics."""
+    """The built-in English text for calibration: the first four fifths of pydoc's topics."""
     paragraphs = _topics()
     return "\n\n".join(paragraphs[: -len(paragraphs) // HELD_OUT])
 

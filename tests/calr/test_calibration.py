@@ -58,10 +58,10 @@ def test_gradient_moments_are_the_fisher_of_sampled_labels(model, ids):
     names = ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.k_proj"]  # tall and wide
     rows = {name: [] for name in names}
     for window in ids[:2].split(1):
-        logits_of, outputs = model(window.to(model.device)), {}
+        outputs = {}
         hooks = [
             model.get_submodule(name).register_forward_hook(
-                lambda m, a, y, name=name: outputs.__setitem__(name, y)
+                lambda m, a, y, name=name, outputs=outputs: outputs.__setitem__(name, y)
             )
             for name in names
         ]
