@@ -13,8 +13,8 @@ from calr.recipe import Recipe
 
 CALIBRATION = (
     "Calibration text: a text file, FILE.jsonl[#field], a hub data set NAME[:CONFIG][:SPLIT]"
-    "[#field], builtin:topics (English that every Python carries), builtin:sampled (text sampled "
-    "from the model), builtin (both), or several separated by commas, in equal shares."
+    "[#field], sampled (by the model itself: measured to serve unseen text best), builtin (English "
+    "that every Python carries), or several of these separated by commas, in equal shares."
 )
 
 
@@ -100,7 +100,7 @@ def _compress(parser: ArgumentParser) -> None:
     _model(parser)
     parser.add_argument("directory", type=str, help="Where to write the checkpoint.")
     _recipe(parser)
-    parser.add_argument("--calibration", type=str, default="builtin", help=CALIBRATION)
+    parser.add_argument("--calibration", type=str, default="sampled", help=CALIBRATION)
     parser.add_argument(
         "--overwrite", action="store_true", help="Replace a checkpoint in the directory."
     )

@@ -39,11 +39,11 @@ def compress(
 ) -> PreTrainedModel:
     """Compress a dense causal language model in place and return it.
 
-    calibration: a path or source (see calr.text), a list of texts, or token ids [S, T]; None is the
-    built-in text. tokenizer: needed for text; by default that of model.name_or_path. statistics: a
-    directory in which calibration statistics are kept and found again. work: a directory for
-    finished parts, so that a killed run can continue. The model is changed only after everything
-    has been computed; CalrError says what is wrong otherwise.
+    calibration: a path or source (see calr.text), a list of texts, or token ids [S, T]; None is
+    text sampled from the model itself. tokenizer: needed for text; by default that of
+    model.name_or_path. statistics: a directory in which calibration statistics are kept and found
+    again. work: a directory for finished parts, so that a killed run can continue. The model is
+    changed only after everything has been computed; CalrError says what is wrong otherwise.
 
     >>> from calr.testing import tiny_llama
     >>> model = compress(tiny_llama(), Recipe(keep=0.5), calibration=torch.ones(2, 8).long())
@@ -79,7 +79,7 @@ def compress(
 def describe(calibration: Source | None) -> str:
     """Name a calibration source for the record."""
     if calibration is None:
-        return "builtin"
+        return "sampled"
     return str(calibration) if isinstance(calibration, str | Path) else "given in memory"
 
 

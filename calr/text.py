@@ -1,9 +1,9 @@
 """Calibration and evaluation text: from a source to windows of token ids.
 
 A source is a text file, FILE.jsonl or a `datasets` hub id (NAME[:CONFIG][:SPLIT]), the latter two
-with an optional #field (default text); "builtin:topics", English reference text that every Python
-installation carries; "builtin:sampled", text sampled from the model itself; "builtin", both in
-equal shares; or several of these separated by commas, in equal shares.
+with an optional #field (default text); "sampled", text sampled from the model itself; "builtin",
+English reference text that every Python installation carries; or several of these separated by
+commas, in equal shares.
 """
 
 import json
@@ -38,7 +38,7 @@ def calibration_windows(
     """Return [samples, window] int64 token ids, the same for the same arguments.
 
     source: a source string or path (see the module), a list of texts, or ids [S, T], which are used
-    as they are. None is "builtin". Windows are spread evenly over the text, each at a seeded offset
+    as they are. None is "sampled". Windows are spread evenly over the text, each at a seeded offset
     in its part; no padding; each starts with BOS where the tokenizer adds it. Raises CalrError when
     there is no window's worth of text; warns when there are fewer windows than samples.
     """
@@ -56,7 +56,7 @@ def calibration_windows(
     for i, (part, count) in enumerate(zip(parts, counts, strict=True)):
         if not count:
             continue
-        if part == "builtin:sampled":
+        if part == "sampled":
             windows.append(sample_from(model, tokenizer, count, window, seed + i))
         else:
             windows.append(_spread(part, tokenizer, count, window, seed + i))
@@ -107,7 +107,7 @@ def sample_from(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed)
-        for batch in logging.tqdm(start.split(32), desc="sampling text"):
+        for batch in logging.tqdm(start.split(64), desc="sampling text"):
             rows.append(
                 generate(
                     batch.to(model.device),
@@ -127,7 +127,7 @@ def read_text(source: str | Path | Sequence[str]) -> str:
     """Read a text, jsonl or hub source, or join a list of texts, into one string."""
     if not isinstance(source, str | Path):
         return "\n\n".join(source)
-    if source == "builtin:topics":
+    if source == "builtin":
         return calibration_topics()
     name, _, field = str(source).partition("#")
     path = Path(name)
@@ -140,7 +140,7 @@ def read_text(source: str | Path | Sequence[str]) -> str:
             return path.read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise CalrError(f"{source}: cannot be read as text: {error}") from error
-    if path.suffix or name.startswith((".", "/", "builtin")):
+    if path.suffix or name.startswith((".", "/")):
         raise CalrError(f"{source}: no such file")
     return "\n\n".join(_hub(name, field or "text"))
 
@@ -166,8 +166,8 @@ def _topics() -> list[str]:
 
 
 def _parts(source: str | Path | Sequence[str] | None) -> list[str | Path | Sequence[str]]:
-    if source is None or source == "builtin":
-        return ["builtin:topics", "builtin:sampled"]
+    if source is None:
+        return ["sampled"]
     if isinstance(source, str) and "," in source and not Path(source).exists():
         return [part.strip() for part in source.split(",") if part.strip()]
     return [source]

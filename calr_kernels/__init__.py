@@ -2,6 +2,15 @@
 
 from calr_kernels.nn import LowRankLinear
 from calr_kernels.reference import lowrank_linear, pivoted_linear
+from calr_kernels.svd import error_estimate, randomized_svd, truncated_eigh
 
 __version__ = "0.1.0"
-__all__ = ["LowRankLinear", "__version__", "lowrank_linear", "pivoted_linear"]
+__all__ = [
+    "LowRankLinear",
+    "__version__",
+    "error_estimate",
+    "lowrank_linear",
+    "pivoted_linear",
+    "randomized_svd",
+    "truncated_eigh",
+]

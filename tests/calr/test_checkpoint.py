@@ -42,7 +42,7 @@ def command(*arguments):
 def compress_arguments(source, target, *more):
     return [
         "compress", source, target, "--keep", 0.6, "--samples", 6, "--gradient_samples", 2,
-        "--window", 32, "--calibration", "builtin:topics", "--eval_windows", 0, *more,
+        "--window", 32, "--calibration", "builtin", "--eval_windows", 0, *more,
     ]  # fmt: skip
 
 

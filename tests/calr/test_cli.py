@@ -12,7 +12,7 @@ import calr
 from calr.cli import main
 
 SMALL = ["--samples", "4", "--window", "32", "--gradient_samples", "2"]
-BUILTIN = ["--calibration", "builtin:topics", "--eval_windows", "2"]
+BUILTIN = ["--calibration", "builtin", "--eval_windows", "2"]
 
 
 def run(capsys, *arguments):
@@ -117,7 +117,7 @@ def test_inspect(compressed, capsys):
     found = json.loads(run(capsys, "inspect", compressed, "--json"))
     assert len(found["layers"]) == 14
     assert 0.55 < found["totals"]["keep"] <= 0.6
-    assert found["recipe"]["calibration"] == "builtin:topics"
+    assert found["recipe"]["calibration"] == "builtin"
     model = AutoModelForCausalLM.from_pretrained(compressed)
     assert found["totals"]["model_parameters"] == sum(p.numel() for p in model.parameters())
     assert "pivoted" in run(capsys, "inspect", compressed)

@@ -61,10 +61,10 @@ def test_several_sources_share_equally(tmp_path):
 def test_text_sampled_from_the_model_is_reproducible():
     model = tiny_llama()
     before = torch.get_rng_state()
-    first = windows("builtin:sampled", model=model, samples=3)
+    first = windows("sampled", model=model, samples=3)
     assert torch.equal(torch.get_rng_state(), before)
     assert first.shape == (3, 32)
-    assert torch.equal(first, windows("builtin:sampled", model=model, samples=3))
+    assert torch.equal(first, windows("sampled", model=model, samples=3))
 
 
 def test_the_default_needs_no_network():
@@ -72,7 +72,7 @@ def test_the_default_needs_no_network():
 
 
 def test_evaluation_text_is_never_calibration_text():
-    calibration = set(read_text("builtin:topics").split("\n\n"))
+    calibration = set(read_text("builtin").split("\n\n"))
     held_out = held_out_topics().split("\n\n")
     assert len(held_out) > 300
     assert len(calibration) > 3 * len(held_out)
@@ -102,7 +102,7 @@ def test_little_text_warns_and_none_is_refused(caplog):
     ("source", "message"),
     [
         ("missing.txt", "missing.txt: no such file"),
-        ("builtin:nothing", "no such file"),
+        ("./nothing", "no such file"),
         (torch.ones(3), r"calibration ids \[3\]"),
         (torch.ones(3, 4), "must be integers"),
     ],
