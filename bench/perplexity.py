@@ -27,13 +27,7 @@ METHODS = {
         "layout": "two_factor",
         "allocation": "last_k",
     },
-    "output norm, pivoted, global by output error": {
-        "method": "svd_llm",
-        "allocation": "global",
-        "sensitivity": "none",
-    },
     "output norm, pivoted, global by gradient": {"method": "svd_llm", "allocation": "global"},
-    "two-sided, pivoted, uniform": {"method": "calr"},
     "two-sided, pivoted, global (default)": {"method": "calr", "allocation": "global"},
 }
 TEXTS = {
