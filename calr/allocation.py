@@ -20,11 +20,12 @@ Ranks = dict[str, int | None]
 
 @dataclass(frozen=True)
 class Shape:
-    """A linear layer to allocate for: weight [out_features, in_features]."""
+    """A linear layer to allocate for: weight [out_features, in_features], ranks from least_rank."""
 
     name: str
     out_features: int
     in_features: int
+    least_rank: int = 1
 
     @property
     def dense(self) -> int:
@@ -35,13 +36,14 @@ class Shape:
 def candidates(shape: Shape, layout: Layout, step: int) -> list[int | None]:
     """List the ranks worth having, ascending, then None for dense.
 
-    Multiples of step that store fewer numbers than the dense weight.
+    Multiples of step, not below least_rank, that store fewer numbers than the dense weight.
 
-    >>> candidates(Shape("q", 32, 32, ), "pivoted", 8)
+    >>> candidates(Shape("q", 32, 32), "pivoted", 8)
     [8, 16, 24, None]
     """
     ranks: list[int | None] = []
-    for rank in range(step, min(shape.out_features, shape.in_features) + 1, step):
+    first = -(-shape.least_rank // step) * step
+    for rank in range(first, min(shape.out_features, shape.in_features) + 1, step):
         if parameters(layout, shape.out_features, shape.in_features, rank) >= shape.dense:
             break
         ranks.append(rank)
@@ -128,31 +130,40 @@ def last_k(
     keep: float,
     layout: Layout,
     step: int,
-    feasible: Callable[[Shape, int | None], bool],
     measure: Callable[[Ranks], float],
 ) -> Ranks:
     """Compress only the last k blocks, each at R_layer = L R_o / k (ERC-SVD, section 3.3).
 
-    R_o = 1 - keep over L blocks; every k with R_layer < 1 and feasible ranks is measured, and the
-    ranks with the smallest `measure` (error of the final hidden state) win.
+    R_o = 1 - keep over L blocks; where blocks differ in size, what the last k must lose is shared
+    by their parameters. Every feasible k is measured, and the ranks with the smallest `measure`
+    (error of the final hidden state) win.
     """
-    total = len(blocks)
-    tried: list[tuple[float, Ranks]] = []
-    for k in range(1, total + 1):
-        layer_keep = 1 - total * (1 - keep) / k
-        if layer_keep <= 0:
-            continue
-        ranks: Ranks = {s.name: None for block in blocks[: total - k] for s in block}
-        compressed = [s for block in blocks[total - k :] for s in block]
-        try:
-            ranks |= uniform(compressed, layer_keep, layout, step)
-        except CalrError:
-            continue
-        if all(feasible(shape, ranks[shape.name]) for shape in compressed):
-            tried.append((measure(ranks), ranks))
+    feasible = feasible_last_k(blocks, keep, layout, step)
+    tried = [(measure(ranks), k) for k, (_, ranks) in feasible.items()]
     if not tried:
         raise CalrError(f"keep={keep}: no number of last blocks can reach it; raise keep")
-    return min(tried, key=lambda pair: pair[0])[1]
+    return feasible[min(tried)[1]][1]
+
+
+def feasible_last_k(
+    blocks: Sequence[Sequence[Shape]], keep: float, layout: Layout, step: int
+) -> dict[int, tuple[float, Ranks]]:
+    """Return, for each k that can reach keep, what its layers keep and all ranks."""
+    sizes = [sum(shape.dense for shape in block) for block in blocks]
+    found: dict[int, tuple[float, Ranks]] = {}
+    for k in range(1, len(blocks) + 1):
+        last = len(blocks) - k
+        compressed = [shape for block in blocks[last:] for shape in block]
+        size = sum(sizes[last:])
+        layer_keep = 1 - (1 - keep) * sum(sizes) / size if size else 0.0
+        if not 0 < layer_keep <= 1:
+            continue
+        ranks: Ranks = {shape.name: None for block in blocks[:last] for shape in block}
+        try:
+            found[k] = layer_keep, ranks | uniform(compressed, layer_keep, layout, step)
+        except CalrError:
+            continue
+    return found
 
 
 def _check_reachable(

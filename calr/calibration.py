@@ -31,7 +31,9 @@ class Statistics:
         if self._block[0] != layer.block:
             tensors = self.store.load(f"inputs-{layer.block:04d}")
             if self._gradients:
-                tensors |= self.store.load(gradients_name(self.store, layer.block, self._outputs))
+                tensors = tensors | self.store.load(
+                    gradients_name(self.store, layer.block, self._outputs)
+                )
             self._block = layer.block, tensors
         tensors = self._block[1]
         return Moments(
@@ -58,7 +60,6 @@ def collect(
     also min(N, K)² float32 numbers of every layer. Raises CalrError naming the layer where a
     weight, activation or gradient is not finite.
     """
-    check_finite(model)
     _warn_if_few(structure, ids)
     input_moments(model, structure, ids, store)
     if gradient_ids is not None:
@@ -156,9 +157,8 @@ def fingerprint(model: PreTrainedModel, *parts: Any) -> str:
     digest = hashlib.sha256(model.config.to_json_string().encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.device.type != "meta":
-            raw = parameter.detach().cpu().contiguous().view(torch.uint8)
-            digest.update(raw.numpy().data)
+        raw = parameter.detach().cpu().contiguous().view(torch.uint8)
+        digest.update(raw.numpy().data)
     for part in parts:
         data = part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode()
         digest.update(data)
@@ -166,10 +166,11 @@ def fingerprint(model: PreTrainedModel, *parts: Any) -> str:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise CalrError naming the first parameter that holds a NaN or an infinity."""
+    """Raise CalrError naming the first parameter with a NaN or an infinity, or not in memory."""
     for name, parameter in model.named_parameters():
-        if parameter.device.type != "meta":
-            _require_finite(parameter.detach(), f"{name}: the weight")
+        if parameter.device.type == "meta":
+            raise CalrError(f"{name}: is not in memory; load the model without offloading")
+        _require_finite(parameter.detach(), f"{name}: the values")
 
 
 def _require_finite(tensor: Tensor, what: str) -> None:
@@ -218,7 +219,7 @@ def _watch(
 def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Draw one label per row [tokens, vocabulary] by inverting the cumulative distribution.
 
-    The uniform numbers come from the CPU generator, so that every device draws the same labels.
+    The uniform numbers come from the CPU generator on every device.
     """
     uniform = torch.rand(logits.shape[0], 1, generator=generator).to(logits.device)
     cumulative = logits.softmax(-1).cumsum(-1)

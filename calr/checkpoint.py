@@ -1,8 +1,8 @@
 """Write a checkpoint whole or not at all, and continue an interrupted run.
 
 An unfinished run lives in DIRECTORY/.calr: `run.json` says what it computes, finished parts lie
-beside it. The checkpoint is completed there first and then moved up, config.json last, so that a
-directory with a config.json is whole and one with a .calr is not.
+beside it. The checkpoint is completed there first. Then an old config.json is deleted and the new
+files are moved up, config.json last: at every instant a directory with a config.json is whole.
 """
 
 import errno
@@ -22,20 +22,35 @@ from transformers.utils import logging
 from calr.errors import CalrError
 
 WORK = ".calr"
+MOVING = "moving"  # in the work directory: the checkpoint beside it is being replaced
+CHECKPOINT_FILES = (  # what an old checkpoint leaves behind; other files are not ours to delete
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates",
+    "README.md",
+)
 logger = logging.get_logger(__name__)
 
 
 def refuse(directory: Path, *, overwrite: bool) -> None:
     """Raise CalrError when a directory holds anything that a run must not replace.
 
-    A file, a checkpoint without overwrite or, even with it, something that is no model; an
-    unfinished run is `prepare`'s to judge.
+    A file, anything beside an unfinished run without overwrite or, even with it, something that is
+    no model. Whether the unfinished run is the same one is for `prepare` to judge.
     """
     if directory.exists() and not directory.is_dir():
         raise CalrError(f"{directory}: is a file; name a directory to write to")
-    if (directory / WORK / "run.json").exists() or not directory.exists():
+    if not directory.exists() or (directory / WORK / MOVING).exists():
         return
-    if not any(path.name != WORK for path in directory.iterdir()):
+    if all(path.name == WORK for path in directory.iterdir()):
         return
     if not overwrite:
         raise CalrError(f"{directory}: exists; name another directory or pass --overwrite")
@@ -84,10 +99,10 @@ def write(
     model.save_pretrained(complete)
     tokenizer.save_pretrained(complete)
     card.save(complete / "README.md")
+    (work / MOVING).touch()
     (directory / "config.json").unlink(missing_ok=True)
-    for path in directory.iterdir():
-        if path.is_file():
-            path.unlink()
+    for path in [path for pattern in CHECKPOINT_FILES for path in directory.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     for path in sorted(complete.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, directory / path.name)
     shutil.rmtree(work)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from calr import __version__
 from calr.errors import CalrError
@@ -35,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"calr: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ncalr: interrupted; the same command continues where it stopped", file=sys.stderr)
+        resumes = "; the same command continues where it stopped"
+        print(
+            f"\ncalr: interrupted{resumes if parsed.subcommand == 'compress' else ''}",
+            file=sys.stderr,
+        )
         return 130
     return 0
 
@@ -106,7 +111,7 @@ def _compress(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--eval_windows",
-        type=int,
+        type=NonNegativeInt,
         default=8,
         help="Windows of held-out built-in text to measure perplexity on, for the card; 0: none.",
     )
@@ -123,8 +128,10 @@ def _eval(parser: ArgumentParser) -> None:
         help="Text for token perplexity: a file or data set as in compress --calibration, or "
         "builtin, the part of the built-in text that calibration never sees.",
     )
-    parser.add_argument("--windows", type=int, default=40, help="Windows of text; 0: none.")
-    parser.add_argument("--window", type=int, default=512, help="Tokens in a window.")
+    parser.add_argument(
+        "--windows", type=NonNegativeInt, default=40, help="Windows of text; 0: none."
+    )
+    parser.add_argument("--window", type=PositiveInt, default=512, help="Tokens in a window.")
     parser.add_argument(
         "--tasks", type=list[str], default=[], help="lm-eval tasks, e.g. [arc_easy,piqa]."
     )
@@ -134,7 +141,9 @@ def _eval(parser: ArgumentParser) -> None:
         default=None,
         help="Directory with TASK.SPLIT.jsonl files to use instead of the hub's data.",
     )
-    parser.add_argument("--limit", type=int | None, default=None, help="First rows of each task.")
+    parser.add_argument(
+        "--limit", type=PositiveInt | None, default=None, help="First rows of each task."
+    )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the tasks' own sampling.")
     _loading(parser)
 
@@ -142,10 +151,14 @@ def _eval(parser: ArgumentParser) -> None:
 def _bench(parser: ArgumentParser) -> None:
     _model(parser)
     _model(parser, "--against", default=None)
-    parser.add_argument("--prompt_tokens", type=int, default=256, help="Tokens of the prefill.")
-    parser.add_argument("--new_tokens", type=int, default=32, help="Tokens to decode.")
-    parser.add_argument("--rounds", type=int, default=5, help="Rounds; medians are shown.")
-    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads to use.")
+    parser.add_argument(
+        "--prompt_tokens", type=PositiveInt, default=256, help="Tokens of the prefill."
+    )
+    parser.add_argument("--new_tokens", type=PositiveInt, default=32, help="Tokens to decode.")
+    parser.add_argument("--rounds", type=PositiveInt, default=5, help="Rounds; medians are shown.")
+    parser.add_argument(
+        "--threads", type=PositiveInt | None, default=None, help="CPU threads to use."
+    )
     _loading(parser)
 
 
@@ -153,9 +166,11 @@ def _generate(parser: ArgumentParser) -> None:
     _model(parser)
     parser.add_argument("--prompt", type=str, default="Once upon a time", help="Text to continue.")
     parser.add_argument("--chat", action="store_true", help="Apply the model's chat template.")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="Tokens to generate.")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0: greedy; otherwise sample."
+        "--max_new_tokens", type=PositiveInt, default=64, help="Tokens to generate."
+    )
+    parser.add_argument(
+        "--temperature", type=NonNegativeFloat, default=0.0, help="0: greedy; otherwise sample."
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of sampling.")
     _loading(parser)

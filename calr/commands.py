@@ -17,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from calr import allocation, benchmark, checkpoint, models, planning
-from calr.calibration import fingerprint
+from calr.calibration import check_finite, fingerprint
 from calr.cli import recipe_of
 from calr.compression import compress as compress_model
 from calr.compression import parameter_report
 from calr.errors import CalrError
 from calr.evaluation import perplexity
+from calr.integrations.lm_eval import evaluate, retention
 from calr.integrations.transformers import CalrConfig
 from calr.models import is_compressed
 from calr.structure import analyse
@@ -49,8 +50,9 @@ def plan(arguments: Namespace) -> None:
     if result.ranks_follow_calibration:
         print("Ranks follow calibration under this allocation; shown are uniform ones.")
     if result.feasible_last_k:
-        print("How many last blocks, k, follows calibration; each of them keeps, per layer:")
-        print(", ".join(f"k={k}: {keep:.3f}" for k, keep in result.feasible_last_k.items()))
+        print("How many last blocks, k, follows calibration; each layer of theirs keeps:")
+        shown = (f"k={k}: {c['keep_per_layer']:.3f}" for k, c in result.feasible_last_k.items())
+        print(", ".join(shown) + " (ranks for each k: --json)")
     totals = result.totals
     _print_facts(
         {
@@ -69,11 +71,16 @@ def compress(arguments: Namespace) -> None:
     """Compress a model into a directory and print what it became."""
     started = time.monotonic()
     recipe, directory = recipe_of(arguments), Path(arguments.directory)
-    if Path(arguments.model).is_dir() and directory.resolve() == Path(arguments.model).resolve():
+    source = Path(arguments.model).resolve()
+    if source.exists() and directory.resolve() in (
+        source,
+        source.parent if source.is_file() else source,
+    ):
         raise CalrError(f"{directory}: is the model itself; name another directory")
     checkpoint.refuse(directory, overwrite=arguments.overwrite)  # before minutes of loading
     model, tokenizer = _load(arguments, arguments.model)
     structure = analyse(model, recipe.skip)
+    check_finite(model)
     key = fingerprint(model, recipe, _content(arguments.calibration))
     with checkpoint.writing(directory):
         work = checkpoint.prepare(
@@ -114,6 +121,7 @@ def compress(arguments: Namespace) -> None:
 def eval(arguments: Namespace) -> None:
     """Print token perplexity and zero-shot accuracy of one model, or of two side by side."""
     sources = [arguments.model] + ([arguments.against] if arguments.against else [])
+    both = bool(arguments.against and arguments.tasks)
     rows = []
     for source in sources:
         model, tokenizer = _load(arguments, source)
@@ -125,8 +133,6 @@ def eval(arguments: Namespace) -> None:
             )
             row["token_perplexity"] = asdict(perplexity(model, ids))
         if arguments.tasks:
-            from calr.integrations.lm_eval import evaluate
-
             row["tasks"] = evaluate(
                 model,
                 tokenizer,
@@ -136,8 +142,10 @@ def eval(arguments: Namespace) -> None:
                 seed=arguments.seed,
             )
         rows.append(row)
+        del model
     if arguments.json:
-        _print_json({"text": arguments.text, "models": rows})
+        kept = {"retention": retention(rows[0]["tasks"], rows[1]["tasks"])} if both else {}
+        _print_json({"text": arguments.text, "models": rows, **kept})
         return
     for row in rows:
         print(f"{row['model']}: {row['parameters']:,} parameters")
@@ -263,7 +271,7 @@ def recipe_yaml(arguments: Namespace) -> str:
     """Return the YAML with which `calr compress` does the same again, anywhere."""
     places = {"model", "directory", "statistics", "config", "overwrite", "json", "device"}
     options = {name: value for name, value in vars(arguments).items() if name not in places}
-    return str(yaml.safe_dump(options | {"skip": list(arguments.skip)}, sort_keys=False))
+    return str(yaml.safe_dump(json.loads(json.dumps(options)), sort_keys=False))
 
 
 def _load(arguments: Namespace, source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -336,8 +344,6 @@ def _print_layers(layers: list[dict[str, Any]]) -> None:
 
 def _print_tasks(rows: list[dict[str, Any]]) -> None:
     """Print accuracy per task; with two models also the retention, plain and above chance."""
-    from calr.integrations.lm_eval import retention
-
     table = Table(
         "task", "rows", "chance", *(Path(row["model"]).name or row["model"] for row in rows)
     )

@@ -1,5 +1,7 @@
 """Compress a model: calibrate, decompose, allocate ranks, replace the layers."""
 
+import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,10 @@ from transformers.utils import logging
 from calr import allocation, layouts, methods
 from calr.allocation import Ranks
 from calr.blocks import BlockRunner, set_submodule
-from calr.calibration import Statistics, collect, fingerprint
+from calr.calibration import Statistics, check_finite, collect, fingerprint
 from calr.errors import CalrError
 from calr.integrations.transformers import CalrConfig, attach
-from calr.methods import Decomposition
+from calr.methods import Decomposition, Method
 from calr.recipe import Recipe
 from calr.store import Store
 from calr.structure import Layer, Structure, analyse
@@ -52,7 +54,34 @@ def compress(
     """
     recipe = recipe or Recipe()
     structure = analyse(model, recipe.skip)
-    check_reachable(structure, recipe)
+    keep_of_rest(structure, recipe)
+    check_finite(model)
+    training = model.training
+    model.eval()
+    try:
+        replacements, tokens = _compute(
+            model, structure, recipe, calibration, tokenizer, statistics, work
+        )
+    finally:
+        model.train(training)
+    for name, layer in replacements.items():
+        set_submodule(model, name, layer.train(training))
+    layers = {n: {"layout": layer.layout, "rank": layer.rank} for n, layer in replacements.items()}
+    described = recipe.to_dict() | {"calibration": describe(calibration), "tokens": tokens}
+    attach(model, CalrConfig(layers=layers, recipe=described))
+    return model
+
+
+def _compute(
+    model: PreTrainedModel,
+    structure: Structure,
+    recipe: Recipe,
+    calibration: Source | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    statistics: str | Path | None,
+    work: Path | None,
+) -> tuple[dict[str, LowRankLinear], int]:
+    """Do all that takes time, without changing the model: the new layers, and the token count."""
     kept = Store(work)
     if "calibration" not in kept:
         windows = calibration_windows(
@@ -65,15 +94,14 @@ def compress(
         )
         kept.save("calibration", {"ids": windows})
     ids = kept.load("calibration")["ids"]
+    embeddings: Any = model.get_input_embeddings()
+    if int(ids.max()) >= embeddings.num_embeddings:
+        raise CalrError(
+            f"calibration ids: {int(ids.max())} is outside the model's vocabulary of "
+            f"{embeddings.num_embeddings}; is it another model's tokenizer?"
+        )
     run = _Run(model, structure, recipe, ids, statistics, work)
-    ranks = run.allocate()
-    replacements = run.factorise(ranks)
-    for name, layer in replacements.items():
-        set_submodule(model, name, layer)
-    layers = {n: {"layout": layer.layout, "rank": layer.rank} for n, layer in replacements.items()}
-    described = recipe.to_dict() | {"calibration": describe(calibration), "tokens": ids.numel()}
-    attach(model, CalrConfig(layers=layers, recipe=described))
-    return model
+    return run.factorise(run.allocate()), ids.numel()
 
 
 def describe(calibration: Source | None) -> str:
@@ -83,15 +111,27 @@ def describe(calibration: Source | None) -> str:
     return str(calibration) if isinstance(calibration, str | Path) else "given in memory"
 
 
-def check_reachable(structure: Structure, recipe: Recipe) -> None:
-    """Raise CalrError when no ranks under this recipe can meet keep."""
-    kept_dense = sum(layer.shape.dense for layer in structure.layers if layer.skipped)
+def shape_for(layer: Layer, method: Method) -> allocation.Shape:
+    """Return a layer as the allocation sees it under a method."""
+    least = method.least_rank(layer.out_features, layer.in_features)
+    return dataclasses.replace(layer.shape, least_rank=least)
+
+
+def keep_of_rest(structure: Structure, recipe: Recipe) -> float:
+    """Return what the layers that are not skipped must keep, so that all together keep enough.
+
+    Raises CalrError when the skipped ones alone exceed the budget, or are all there is.
+    """
+    dense = sum(layer.shape.dense for layer in structure.layers if layer.skipped)
     total = structure.linear_parameters
-    if recipe.keep * total < kept_dense:
+    if dense == total:
+        raise CalrError("skip: matches every linear layer, so there is nothing to compress")
+    if recipe.keep * total <= dense:
         raise CalrError(
             f"keep={recipe.keep} is unreachable: the skipped layers alone hold "
-            f"{kept_dense / total:.4f} of the linear parameters; skip less or raise keep"
+            f"{dense / total:.4f} of the linear parameters; skip less or raise keep"
         )
+    return (recipe.keep * total - dense) / (total - dense)
 
 
 def curves_name(recipe: Recipe) -> str:
@@ -106,12 +146,15 @@ def open_statistics(directory: str | Path | None, key: str) -> Store:
         return Store()
     store = Store(Path(directory))
     name = Path(directory) / "fingerprint"
-    if name.exists() and name.read_text() != key:
+    if not name.exists():
+        temporary = name.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(key)
+        temporary.rename(name)
+    if name.read_text() != key:
         raise CalrError(
             f"{directory}: holds statistics of another model, calibration text or seed; name "
             "another directory or delete it"
         )
-    name.write_text(key)
     return store
 
 
@@ -130,7 +173,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         recipe = self.recipe
-        self.decompose, needed = methods.resolve(recipe.method, recipe.method_options)
+        self.method = methods.resolve(recipe.method, recipe.method_options)
+        needed = self.method.moments
         globally = recipe.allocation == "global"
         weighted = globally and recipe.sensitivity == "gradient" and "output" not in needed
         self.gradients = "gradient" in needed or weighted
@@ -172,7 +216,7 @@ class _Run:
             moments.gradient,
             None if moments.output is None else moments.output.to(weight.device),
         )
-        result = self.decompose(weight, moved)
+        result = self.method.decompose(weight, moved)
         size = 8 * (weight.numel() + min(weight.shape) ** 2)
         if self._kept_bytes + size <= CACHE_BYTES:
             self._kept[layer.name] = result
@@ -181,10 +225,8 @@ class _Run:
 
     def allocate(self) -> Ranks:
         """Choose the rank of every layer; None leaves it dense."""
-        recipe, shapes = self.recipe, [layer.shape for layer in self.layers]
-        keep = (recipe.keep * self.structure.linear_parameters - self.fixed) / sum(
-            shape.dense for shape in shapes
-        )
+        recipe, shapes = self.recipe, [self._shape(layer) for layer in self.layers]
+        keep = keep_of_rest(self.structure, recipe)
         if recipe.allocation == "uniform":
             return allocation.uniform(shapes, keep, recipe.layout, recipe.rank_step)
         if recipe.allocation == "last_k":
@@ -203,6 +245,9 @@ class _Run:
             exact=recipe.solver == "exact",
         )
 
+    def _shape(self, layer: Layer) -> allocation.Shape:
+        return shape_for(layer, self.method)
+
     def _error_curves(self) -> dict[str, Tensor]:
         """Return each layer's expected increase of the loss (or output error) at every rank."""
         curves = {}
@@ -218,18 +263,14 @@ class _Run:
 
     def _last_k(self, keep: float) -> Ranks:
         blocks = [
-            [layer.shape for layer in self.structure.in_block(block) if not layer.skipped]
+            [self._shape(layer) for layer in self.structure.in_block(block) if not layer.skipped]
             for block in range(self.structure.blocks)
         ]
         runner = BlockRunner(self.model, self.structure, self.ids[:MEASURE_WINDOWS])
         inputs = [runner.hidden]
         for block in range(self.structure.blocks):
             inputs.append(runner.run(block, inputs[-1]))
-        by_name = {layer.name: layer for layer in self.layers}
         progress = logging.tqdm(desc="last k", unit="choice")
-
-        def feasible(shape: allocation.Shape, rank: int | None) -> bool:
-            return rank is None or rank >= self.decomposition(by_name[shape.name]).least_rank
 
         def measure(ranks: Ranks) -> float:
             progress.update()
@@ -237,7 +278,7 @@ class _Run:
 
         try:
             return allocation.last_k(
-                blocks, keep, self.recipe.layout, self.recipe.rank_step, feasible, measure
+                blocks, keep, self.recipe.layout, self.recipe.rank_step, measure
             )
         finally:
             progress.close()

@@ -2,8 +2,6 @@
 
 import math
 
-import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -40,59 +38,49 @@ def pivot(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     up [N, r], down [r, K] -> (coefficients [N - r, r], rows [r, K], pivots [r] int32, ascending),
     in up's dtype, computed in float64. The product is unchanged and every |coefficient| is at most
-    2 (so 16-bit storage stays accurate). Pivots come from a QR with column pivoting of the small
-    factor, then rows are swapped until the bound holds. Raises ValueError when r > min(N, K).
-    Idea: PIFA (arXiv 2501.19090); the bounded swaps are those of strong rank-revealing QR.
+    2, so that 16-bit storage stays accurate. The first pivots are those of an LU decomposition with
+    partial pivoting of the small factor, which needs no full rank; then rows are swapped until the
+    bound holds. Raises ValueError when r > min(N, K).
+    Idea: PIFA (arXiv 2501.19090); bounded swaps as in strong rank-revealing QR (Gu & Eisenstat).
     """
     rank = up.shape[1]
     if rank > min(up.shape[0], down.shape[1]):
         raise ValueError(f"rank {rank} of a {up.shape[0]}x{down.shape[1]} matrix")
-    u, v = (t.detach().to("cpu", torch.float64).numpy() for t in (up, down))
-    basis, small = np.linalg.qr(v.T)  # [K, r], [r, r]: u v = (small uᵀ)ᵀ basisᵀ
-    columns = small @ u.T  # [r, N]
-    order = scipy.linalg.qr(columns, mode="r", pivoting=True)[1]
-    pivots = _swap_until_bounded(columns, order[:rank].copy())
-    pivots.sort()
-    others = np.setdiff1d(np.arange(u.shape[0]), pivots)
-    coefficients = _coefficients(columns, pivots, others)
-    rows = columns[:, pivots].T @ basis.T
-    return (
-        torch.from_numpy(coefficients).to(up),
-        torch.from_numpy(rows).to(up),
-        torch.from_numpy(pivots.astype(np.int32)).to(up.device),
-    )
+    basis, small = torch.linalg.qr(down.detach().double().mT)  # [K, r], [r, r]
+    rows = up.detach().double() @ small.mT  # [N, r]: up @ down = rows @ basisᵀ
+    lu, transpositions = torch.linalg.lu_factor_ex(rows)[:2]
+    order = _permutation(transpositions, up.shape[0])
+    coefficients = torch.linalg.solve_triangular(
+        lu[:rank], lu[rank:], upper=False, left=False, unitriangular=True
+    )  # [N - r, r]: L2 L1⁻¹
+    pivots, others = order[:rank].clone(), order[rank:].clone()
+    _swap_until_bounded(coefficients, pivots, others)
+    pivots, columns = pivots.sort()
+    coefficients = coefficients[others.argsort()][:, columns]
+    kept = rows[pivots.to(up.device)] @ basis.mT
+    return coefficients.to(up), kept.to(up), pivots.to(up.device, torch.int32)
 
 
-def _coefficients(
-    columns: np.ndarray, pivots: np.ndarray, others: np.ndarray
-) -> np.ndarray:  # [N - r, r]
-    """Solve `columns[:, others] = columns[:, pivots] Cᵀ`; redundant pivots get zeros."""
-    q, r, order = scipy.linalg.qr(columns[:, pivots], pivoting=True)
-    diagonal = np.abs(np.diag(r))
-    floor = np.finfo(np.float64).eps * max(columns.shape) * diagonal[0]
-    full = int((diagonal > floor).sum())
-    solution = np.zeros((len(pivots), len(others)))
-    right = q.T @ columns[:, others]
-    solution[order[:full]] = scipy.linalg.solve_triangular(r[:full, :full], right[:full])
-    return solution.T
+def _permutation(transpositions: Tensor, size: int) -> Tensor:
+    """Turn LAPACK's row transpositions (from 1) into the order of rows that they make."""
+    order = list(range(size))
+    for i, j in enumerate((transpositions - 1).tolist()):
+        order[i], order[j] = order[j], order[i]
+    return torch.tensor(order)
 
 
-def _swap_until_bounded(columns: np.ndarray, pivots: np.ndarray) -> np.ndarray:
-    """Exchange a pivot for a row whose coefficient exceeds the bound until none does.
+def _swap_until_bounded(c: Tensor, pivots: Tensor, others: Tensor) -> None:
+    """Exchange, in place, a pivot for a row whose coefficient exceeds the bound until none does.
 
     Each exchange multiplies the volume of the pivot rows by more than the bound, so it ends.
     """
-    others = np.setdiff1d(np.arange(columns.shape[1]), pivots)
-    if not len(others):
-        return pivots
-    c = _coefficients(columns, pivots, others)
-    while True:
-        row, column = np.unravel_index(np.abs(c).argmax(), c.shape)
-        p = c[row, column]
+    while c.numel():
+        row, column = divmod(int(c.abs().argmax()), c.shape[1])
+        p = float(c[row, column])
         if abs(p) <= MAX_COEFFICIENT:
-            return pivots
-        pivot_column, swapped_row = c[:, column].copy() / p, c[row].copy()
-        c -= np.outer(pivot_column, swapped_row)
+            return
+        pivot_column, swapped_row = c[:, column] / p, c[row].clone()
+        c.addr_(pivot_column, swapped_row, alpha=-1)
         c[row], c[:, column] = -swapped_row / p, pivot_column
         c[row, column] = 1 / p
-        pivots[column], others[row] = others[row], pivots[column]
+        pivots[column], others[row] = int(others[row]), int(pivots[column])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,6 +17,18 @@ from transformers import (
 
 from calr.errors import CalrError
 from calr.integrations.transformers import QUANT_METHOD
+
+# what transformers, torch and safetensors raise for bad paths, devices, memory and files
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    AssertionError,
+    SafetensorError,
+)
 
 
 def load(
@@ -32,9 +45,9 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments)
         model = AutoModelForCausalLM.from_pretrained(
-            **arguments, dtype=_dtype(dtype), device_map=None if device == "cpu" else device
+            **arguments, dtype=resolve_dtype(dtype), device_map=None if device == "cpu" else device
         )
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise CalrError(f"{source}: cannot be loaded: {error}") from error
     return model.eval(), tokenizer
 
@@ -51,7 +64,7 @@ def load_skeleton(source: str, *, trust_remote_code: bool = False) -> PreTrained
             )
             model.eval()
             return model
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise CalrError(f"{source}: its configuration cannot be read: {error}") from error
 
 
@@ -87,7 +100,8 @@ def _arguments(source: str) -> dict[str, Any]:
     }
 
 
-def _dtype(name: str) -> Any:
+def resolve_dtype(name: str) -> Any:
+    """Return the torch dtype of a name, or "auto". Raises CalrError for anything else."""
     if name == "auto":
         return "auto"
     dtype = getattr(torch, name, None)

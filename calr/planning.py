@@ -10,9 +10,15 @@ import torch
 
 from calr import allocation, methods
 from calr.allocation import Ranks
-from calr.compression import CACHE_BYTES, check_reachable, curves_name, parameter_report
+from calr.compression import (
+    CACHE_BYTES,
+    curves_name,
+    keep_of_rest,
+    parameter_report,
+    shape_for,
+)
 from calr.errors import CalrError
-from calr.models import load_skeleton
+from calr.models import load_skeleton, resolve_dtype
 from calr.recipe import Recipe
 from calr.store import Store
 from calr.structure import Structure, analyse
@@ -25,8 +31,8 @@ EIGEN_FLOPS = 25  # eigenvalues and vectors of an n Ã— n matrix cost about 25 nÂ
 class Plan:
     """What a compression would do.
 
-    ranks_follow_calibration: ranks here are not final. feasible_last_k: under allocation=last_k,
-    what each layer keeps for every number of last blocks that can reach keep.
+    ranks_follow_calibration: the ranks of `layers` are not final. feasible_last_k: under
+    allocation=last_k, the exact ranks for every number k of last blocks that can reach keep.
     """
 
     model: str
@@ -34,7 +40,7 @@ class Plan:
     totals: dict[str, float]
     coverage: float
     ranks_follow_calibration: bool
-    feasible_last_k: dict[int, float]
+    feasible_last_k: dict[int, dict[str, Any]]
     peak_memory_bytes: int
     seconds: float
 
@@ -60,8 +66,6 @@ def plan(
     recipe = recipe or Recipe()
     model = load_skeleton(source, trust_remote_code=trust_remote_code)
     structure = analyse(model, recipe.skip)
-    check_reachable(structure, recipe)
-    methods.resolve(recipe.method, recipe.method_options)
     ranks, exact = _ranks(structure, recipe, statistics)
     element = _element_size(model, dtype)
     totals = parameter_report(structure, ranks, recipe.layout)
@@ -92,8 +96,9 @@ def plan(
 def _ranks(
     structure: Structure, recipe: Recipe, statistics: str | Path | None
 ) -> tuple[Ranks, bool]:
-    layers = [layer for layer in structure.layers if not layer.skipped]
-    shapes = [layer.shape for layer in layers]
+    method = methods.resolve(recipe.method, recipe.method_options)
+    keep = keep_of_rest(structure, recipe)
+    shapes = [shape_for(layer, method) for layer in structure.layers if not layer.skipped]
     fixed = structure.linear_parameters - sum(shape.dense for shape in shapes)
     if statistics is not None and recipe.allocation == "global":
         name, store = curves_name(recipe), Path(statistics)
@@ -102,9 +107,12 @@ def _ranks(
                 f"{statistics}: holds no error curves of {name}; compress with it first"
             )
         curves = Store(store).load(name)
-        missing = [shape.name for shape in shapes if shape.name not in curves]
-        if missing:
-            raise CalrError(f"{statistics}: knows nothing of {missing[0]}; it is of another model")
+        for shape in shapes:
+            length = min(shape.out_features, shape.in_features) + 1
+            if shape.name not in curves or len(curves[shape.name]) != length:
+                raise CalrError(
+                    f"{statistics}: has no curve of {shape.name}; it is another model's"
+                )
         return allocation.globally(
             shapes,
             [curves[shape.name].numpy() for shape in shapes],
@@ -114,22 +122,29 @@ def _ranks(
             fixed=fixed,
             exact=recipe.solver == "exact",
         ), True
-    keep = (recipe.keep * structure.linear_parameters - fixed) / sum(s.dense for s in shapes)
     ranks = allocation.uniform(shapes, keep, recipe.layout, recipe.rank_step)
     return ranks, recipe.allocation == "uniform"
 
 
-def _feasible_last_k(structure: Structure, recipe: Recipe) -> dict[int, float]:
+def _feasible_last_k(structure: Structure, recipe: Recipe) -> dict[int, dict[str, Any]]:
     if recipe.allocation != "last_k":
         return {}
-    kept = {k: 1 - structure.blocks * (1 - recipe.keep) / k for k in range(1, structure.blocks + 1)}
-    return {k: keep for k, keep in kept.items() if keep > 0}
+    method = methods.resolve(recipe.method, recipe.method_options)
+    blocks = [
+        [shape_for(layer, method) for layer in structure.in_block(block) if not layer.skipped]
+        for block in range(structure.blocks)
+    ]
+    found = allocation.feasible_last_k(
+        blocks, keep_of_rest(structure, recipe), recipe.layout, recipe.rank_step
+    )
+    return {k: {"keep_per_layer": keep, "ranks": ranks} for k, (keep, ranks) in found.items()}
 
 
 def _element_size(model: torch.nn.Module, dtype: str) -> int:
-    name = getattr(model.config, "dtype", None) if dtype == "auto" else dtype
-    resolved = getattr(torch, name, torch.float32) if isinstance(name, str) else name
-    return (resolved or torch.float32).itemsize
+    found = resolve_dtype(dtype)
+    if found == "auto":
+        found = getattr(model.config, "dtype", None) or torch.float32
+    return int((getattr(torch, found) if isinstance(found, str) else found).itemsize)
 
 
 def _vocabulary(model: Any) -> int:

@@ -54,9 +54,14 @@ class Recipe:
                 f"keep={self.keep}: must be in (0, 1], the fraction of the decoder's linear "
                 "parameters that is kept"
             )
-        for name in ("rank_step", "samples", "gradient_samples", "window"):
-            if getattr(self, name) < 1:
-                raise CalrError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, least in (
+            ("rank_step", 1),
+            ("samples", 1),
+            ("gradient_samples", 1),
+            ("window", 4),
+        ):
+            if getattr(self, name) < least:
+                raise CalrError(f"{name}={getattr(self, name)}: must be at least {least}")
         for name, choices in (
             ("layout", ("pivoted", "two_factor")),
             ("allocation", ("global", "uniform", "last_k")),

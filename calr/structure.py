@@ -77,6 +77,10 @@ def analyse(model: PreTrainedModel, skip: Sequence[str] = ()) -> Structure:
     stacked experts), or whose layers a pattern does not match.
     """
     _refuse_compressed(model)
+    if model.config.get_text_config(decoder=True) is not model.config:
+        raise CalrError(
+            f"{type(model).__name__}: is multimodal, which is not supported; load its text model"
+        )
     name, blocks = find_blocks(model)
     linears = _linears(name, blocks)
     groups, tuple_output = _trace(model, blocks, linears)
@@ -196,6 +200,12 @@ def _trace(
         model.train(training)
         for handle in handles:
             handle.remove()
+    idle = {name: module.weight.numel() for name, module in linears.items() if name not in inputs}
+    if sum(idle.values()) > UNCOVERED_LIMIT * sum(p.numel() for p in blocks.parameters()):
+        raise CalrError(
+            f"{next(iter(idle))}: did not run for a few tokens, like {len(idle) - 1} other linear "
+            "layers (experts?); models that use their layers selectively are not supported"
+        )
     first: dict[int, str] = {}
     return {n: first.setdefault(id(x), n) for n, x in inputs.items()}, outputs[0]
 

@@ -10,16 +10,17 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from calr.errors import CalrError
 
 HELD_OUT = 5  # one fifth of the built-in text is kept from calibration, for evaluation
+CACHE_BYTES = 2 << 30
 CHARACTERS_PER_TOKEN = 8  # generous first guess of how much text a window needs
 Source = str | Path | Sequence[str] | Tensor
 
@@ -43,7 +44,8 @@ def calibration_windows(
     there is no window's worth of text; warns when there are fewer windows than samples.
     """
     if isinstance(source, Tensor):
-        if source.dim() != 2 or source.shape[1] < 2 or source.is_floating_point():
+        shaped = source.dim() == 2 and source.shape[0] >= 1 and source.shape[1] >= 2
+        if not shaped or source.is_floating_point() or int(source.min()) < 0:
             raise CalrError(
                 f"calibration ids {list(source.shape)} {source.dtype}: must be integers "
                 "[windows, tokens] with at least two tokens"
@@ -95,32 +97,45 @@ def sample_from(
     (as in LLM-QAT, arXiv 2305.17888).
     """
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = len(tokenizer) - len(tokenizer.all_special_ids)
-    start = torch.randint(vocabulary, (samples, 1), generator=generator)
-    start = start + (len(tokenizer) - vocabulary)
     embeddings: Any = model.get_input_embeddings()
-    start = start.clamp(max=embeddings.num_embeddings - 1)
-    generate: Any = model.generate
+    usable = set(range(min(len(tokenizer), embeddings.num_embeddings)))
+    ordinary = torch.tensor(sorted(usable - set(tokenizer.all_special_ids)))
+    start = ordinary[torch.randint(len(ordinary), (samples, 1), generator=generator)]
     if _adds_bos(tokenizer):
         start = torch.cat([torch.full_like(start, tokenizer.bos_token_id), start], 1)
+    length = window - start.shape[1]
+    own, generate = model.generation_config, cast(Any, model.generate)
     rows = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed)
-        for batch in logging.tqdm(start.split(64), desc="sampling text"):
-            rows.append(
-                generate(
-                    batch.to(model.device),
-                    attention_mask=torch.ones_like(batch, device=model.device),
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    min_new_tokens=window - batch.shape[1],
-                    max_new_tokens=window - batch.shape[1],
-                ).cpu()
+        try:
+            # none of the model's own penalties and filters: plain sampling from its distribution
+            model.generation_config = GenerationConfig(
+                do_sample=True,
+                top_k=0,
+                min_new_tokens=length,
+                max_new_tokens=length,
+                eos_token_id=own.eos_token_id if own else None,
+                pad_token_id=0,
             )
+            for batch in logging.tqdm(
+                start.split(_sampling_batch(model, window)), desc="sampling text", unit="batch"
+            ):
+                mask = torch.ones_like(batch, device=model.device)
+                rows.append(generate(batch.to(model.device), attention_mask=mask).cpu())
+        finally:
+            model.generation_config = own
     return torch.cat(rows)
+
+
+def _sampling_batch(model: PreTrainedModel, window: int) -> int:
+    """Return how many windows to sample at once, for a key-value cache of at most 2 GiB."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * heads * size * window * model.dtype.itemsize
+    return int(max(1, min(64, CACHE_BYTES // cache)))
 
 
 def read_text(source: str | Path | Sequence[str]) -> str:
@@ -133,11 +148,11 @@ def read_text(source: str | Path | Sequence[str]) -> str:
     path = Path(name)
     if path.is_dir():
         raise CalrError(f"{source}: is a directory; name a text or jsonl file")
-    if path.suffix == ".jsonl" and path.exists():
-        return "\n\n".join(_jsonl(path, field or "text"))
     if path.exists():
         try:
-            return path.read_text()
+            if path.suffix == ".jsonl":
+                return "\n\n".join(_jsonl(path, field or "text"))
+            return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CalrError(f"{source}: cannot be read as text: {error}") from error
     if path.suffix or name.startswith((".", "/")):
@@ -169,7 +184,10 @@ def _parts(source: str | Path | Sequence[str] | None) -> list[str | Path | Seque
     if source is None:
         return ["sampled"]
     if isinstance(source, str) and "," in source and not Path(source).exists():
-        return [part.strip() for part in source.split(",") if part.strip()]
+        parts = [part.strip() for part in source.split(",") if part.strip()]
+        if not parts:
+            raise CalrError(f"calibration={source!r}: names no text")
+        return list(parts)
     return [source]
 
 
@@ -233,11 +251,11 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 
 def _jsonl(path: Path, field: str) -> list[str]:
     texts = []
-    with path.open() as lines:
+    with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 texts.append(str(json.loads(line)[field]))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
                 raise CalrError(
                     f"{path} line {number}: no JSON object with a field {field!r}; name the field "
                     f"as {path.name}#field"

@@ -52,6 +52,8 @@ def randomized_svd(
     """
     _check(A, rank, tol)
     generator = generator or torch.Generator().manual_seed(SEED)
+    out = A.dtype if A.dtype in (torch.float32, torch.float64) else torch.float32
+    A = A.to(out)
     scale = _scale(A)
     options = (rank, tol, oversample, power_iters, compute_dtype, generator)
     if A.shape[-2] < A.shape[-1]:
@@ -63,7 +65,6 @@ def randomized_svd(
     largest = u.abs().argmax(-2, keepdim=True)
     sign = u.gather(-2, largest).sign()  # [..., 1, k]
     sign = torch.where(sign == 0, 1, sign)
-    out = A.dtype if A.dtype in (torch.float32, torch.float64) else torch.float32
     return (u * sign).to(out), s.to(out), (vh * sign.mT).to(out)
 
 
@@ -88,6 +89,8 @@ def truncated_eigh(
     if C.dim() < 2 or C.shape[-1] != C.shape[-2]:
         raise ValueError(f"C {list(C.shape)}: must be square in its last two dimensions")
     _check(C, rank, None)
+    out = C.dtype if C.dtype in (torch.float32, torch.float64) else torch.float32
+    C = C.to(out)
     n = C.shape[-1]
     sketch, iterations = _sketch_size(n, rank, oversample), _power_iters(n, rank, power_iters)
     work, scale = _work_dtype(C, compute_dtype), _scale(C)
@@ -109,7 +112,6 @@ def truncated_eigh(
 
     values, vectors = _over_batch(C / scale, one)
     sign = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True)).sign()
-    out = C.dtype if C.dtype in (torch.float32, torch.float64) else torch.float32
     values = values.clamp(min=0) * scale[..., 0]
     return values.to(out), (vectors * torch.where(sign == 0, 1, sign)).to(out)
 

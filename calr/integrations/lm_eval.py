@@ -52,9 +52,12 @@ def evaluate(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with tempfile.TemporaryDirectory() as folder:
         manager = TaskManager()
-        unknown = [task for task in tasks if task not in manager.all_tasks]
+        unknown = [task for task in tasks if task not in manager.all_subtasks]
         if unknown:
-            raise CalrError(f"tasks: lm-eval has no task {unknown[0]!r}; see `lm-eval ls tasks`")
+            raise CalrError(
+                f"tasks: lm-eval has no task {unknown[0]!r} (name single tasks, not groups); "
+                "see `lm-eval ls tasks`"
+            )
         names = {task: task for task in tasks}
         if data is not None:
             names = {task: f"local_{task}" for task in tasks}
@@ -125,7 +128,7 @@ def _write_local_task(manager: Any, task: str, data: Path, target: Path) -> None
     with files[0].open() as lines:
         columns = set(json.loads(lines.readline()))
     config: dict[str, Any] = {
-        "include": str(_definition(manager, task)),
+        "include": str(manager.task_index[task].yaml_path),
         "task": f"local_{task}",
         "dataset_path": "json",
         "dataset_name": None,
@@ -138,13 +141,3 @@ def _write_local_task(manager: Any, task: str, data: Path, target: Path) -> None
         if known <= columns:
             config |= overrides
     target.write_text(yaml.safe_dump(config))
-
-
-def _definition(manager: Any, task: str) -> Path:
-    """Find the file in which lm-eval defines a task."""
-    import lm_eval.tasks
-
-    for path in Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"):
-        if f"task: {task}\n" in path.read_text():
-            return path
-    raise CalrError(f"task_data: lm-eval's definition of {task} was not found")

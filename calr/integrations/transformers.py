@@ -5,6 +5,7 @@ names every factored layer, its layout and rank; the modules are built from that
 before the weights are read.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -36,16 +37,19 @@ class CalrConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        layers: dict[str, dict[str, Any]],
+        layers: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         recipe: dict[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
+        **unknown: Any,
     ) -> None:
         if format_version != FORMAT_VERSION:
             raise CalrError(
                 f"config.json: format_version {format_version!r} of the checkpoint is not "
                 f"{FORMAT_VERSION}, the one this release of calr reads; upgrade calr"
             )
+        if unknown:
+            raise CalrError(f"config.json: unknown field {next(iter(unknown))!r} in its calr block")
         if not isinstance(layers, dict):
             raise CalrError("config.json: quantization_config.layers must map names to layers")
         for name, layer in layers.items():
@@ -97,10 +101,11 @@ class CalrQuantizer(HfQuantizer):
 
     def update_tp_plan(self, config: Any) -> Any:
         """Shard a row-parallel layer by its first factor (transformers <= 5.20)."""
-        plan = getattr(config, "base_model_tp_plan", None) or {}
+        plan = dict(getattr(config, "base_model_tp_plan", None) or {})
         for key in [key for key, style in plan.items() if style == "rowwise"]:
             if any(_wildcard(name).endswith(key) for name in self.quantization_config.layers):
                 plan[f"{key}.down"] = plan.pop(key)
+        config.base_model_tp_plan = plan  # of this config alone, not of its class
         return config
 
     def _dequantize(
@@ -193,17 +198,18 @@ def _check_files(model: nn.Module, files: list[str], layers: Iterable[str]) -> N
         except (SafetensorError, OSError) as error:
             raise CalrError(f"{file}: damaged or truncated ({error}); copy it again") from error
     expected: dict[str, Tensor] = model.state_dict()
-    for name in layers:
-        prefix = f"{name}."
-        for key in [k for k in expected if k.startswith(prefix)]:
-            if key not in found:
-                raise CalrError(f"{key}: missing from the checkpoint; layer {name} is incomplete")
-            file, shape = found[key]
-            if shape != list(expected[key].shape):
-                raise CalrError(
-                    f"{key}: has shape {shape} in {file}, but config.json's layout and rank of "
-                    f"the layer need {list(expected[key].shape)}"
-                )
+    optional = set(getattr(model, "all_tied_weights_keys", None) or {})
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or []
+    for key, tensor in expected.items():
+        if key in optional or any(re.search(pattern, key) for pattern in patterns):
+            continue
+        if key not in found:
+            raise CalrError(f"{key}: missing from the checkpoint's files; copy them again")
+        file, shape = found[key]
+        if shape != list(tensor.shape):
+            raise CalrError(
+                f"{key}: has shape {shape} in {file}, but config.json needs {list(tensor.shape)}"
+            )
     for key, (file, _) in found.items():
         factor = key.endswith((".down.weight", ".pivots"))
         if key not in expected and (factor or key.rpartition(".")[0] in layers):

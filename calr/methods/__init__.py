@@ -1,8 +1,9 @@
 """Decompositions of one weight matrix: one method, one file, one frozen config.
 
 Every file here defines `Config`, a frozen dataclass of the method's options, `decompose(weight,
-moments, config) -> Decomposition`, a pure function on tensors, and `MOMENTS`, the statistics that
-it reads. Adding a method is adding a file.
+moments, config) -> Decomposition`, a pure function on tensors, `MOMENTS`, the statistics that it
+reads, and, where not every rank can be made, `least_rank(N, K, config)`. Adding a method is adding
+a file.
 """
 
 import dataclasses
@@ -10,11 +11,25 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from calr.errors import CalrError
 from calr.methods.decomposition import Decomposition, Moments
 
-Decompose = Callable[..., Decomposition]
+
+@dataclass(frozen=True)
+class Method:
+    """A method with its options bound.
+
+    decompose(weight [N, K], moments) -> Decomposition; moments names what it reads;
+    least_rank(N, K) is the smallest rank that it can make.
+    """
+
+    decompose: Callable[[Tensor, Moments], Decomposition]
+    moments: frozenset[str]
+    least_rank: Callable[[int, int], int]
 
 
 def names() -> list[str]:
@@ -27,8 +42,8 @@ def names() -> list[str]:
     return sorted(name for name in modules if name != "decomposition")
 
 
-def resolve(name: str, options: dict[str, float]) -> tuple[Decompose, frozenset[str]]:
-    """Return `decompose(weight, moments)` with its options bound, and the moments it needs.
+def resolve(name: str, options: dict[str, float]) -> Method:
+    """Find a method and bind its options.
 
     Raises CalrError for an unknown method or option, listing the known ones.
     """
@@ -42,7 +57,12 @@ def resolve(name: str, options: dict[str, float]) -> tuple[Decompose, frozenset[
             f"method_options: {name} has no option {unknown[0]!r}; it knows {known or 'none'}"
         )
     config = module.Config(**options)
-    return functools.partial(module.decompose, config=config), module.MOMENTS
+    least_rank = getattr(module, "least_rank", lambda n, k, config: 1)
+    return Method(
+        decompose=functools.partial(module.decompose, config=config),
+        moments=module.MOMENTS,
+        least_rank=functools.partial(least_rank, config=config),
+    )
 
 
-__all__ = ["Decomposition", "Moments", "names", "resolve"]
+__all__ = ["Decomposition", "Method", "Moments", "names", "resolve"]

@@ -30,13 +30,12 @@ class Decomposition:
 
     errors [min(N, K) + 1] float64, errors[r] the expected error at rank r. unit says of what:
     "output" is E‖Wx - W'x‖², "loss" the predicted increase of the loss in nats per token.
-    factors(r) -> (up [N, r], down [r, K]) in float32, for r of at least least_rank.
+    factors(r) -> (up [N, r], down [r, K]) in float32, for every r that the method can make.
     """
 
     errors: Tensor
     factors: Callable[[int], tuple[Tensor, Tensor]]
     unit: Literal["output", "loss"] = "output"
-    least_rank: int = 1
 
 
 def nested(

@@ -52,7 +52,12 @@ def decompose(weight: Tensor, moments: Moments, config: Config) -> Decomposition
         residual_up, residual_down = plain_truncation(w - up @ down, residual_rank)
         return torch.cat([up, residual_up], 1).float(), torch.cat([down, residual_down]).float()
 
-    return Decomposition(errors=bound.cpu(), factors=factors, least_rank=residual_rank + 1)
+    return Decomposition(errors=bound.cpu(), factors=factors)
+
+
+def least_rank(out_features: int, in_features: int, config: Config) -> int:
+    """Return the smallest rank: one beside the residual's (r - r_res >= 1)."""
+    return compensation_rank(out_features, in_features, config.beta) + 1
 
 
 def compensation_rank(out_features: int, in_features: int, beta: float) -> int:

@@ -141,7 +141,7 @@ def test_last_k_takes_the_k_with_the_smallest_measure():
         seen.append(sum(rank is not None for rank in ranks.values()))
         return abs(seen[-1] - 3)
 
-    ranks = last_k(blocks, 0.6, "pivoted", 1, lambda shape, rank: True, measure)
+    ranks = last_k(blocks, 0.6, "pivoted", 1, measure)
     assert seen == [2, 3, 4]  # k = 1 would need R_layer = 1.6
     assert [ranks[str(i)] is None for i in range(4)] == [True, False, False, False]
     # R_layer = 4 * 0.4 / 3
@@ -151,7 +151,22 @@ def test_last_k_takes_the_k_with_the_smallest_measure():
 
 def test_last_k_without_a_feasible_k_says_so():
     with pytest.raises(CalrError, match="no number of last blocks"):
-        last_k([[Shape("a", 64, 64)]], 0.5, "pivoted", 8, lambda s, r: False, lambda r: 0.0)
+        last_k([[Shape("a", 64, 64, least_rank=60)]], 0.5, "pivoted", 8, lambda ranks: 0.0)
+
+
+def test_last_k_meets_the_budget_with_unequal_and_empty_blocks():
+    blocks = [[Shape("a", 32, 32)], [Shape("b", 128, 128)], [Shape("c", 32, 32)], []]
+    shapes = [shape for block in blocks for shape in block]
+    tried = []
+    last_k(blocks, 0.7, "pivoted", 1, lambda ranks: tried.append(ranks) or 0.0)
+    assert len(tried) == 2  # the last block alone, of 32², cannot lose 30 % of all
+    for ranks in tried:
+        kept = spent(shapes, "pivoted", ranks) / sum(shape.dense for shape in shapes)
+        assert 0.69 < kept <= 0.7
+
+
+def test_ranks_below_the_least_are_no_choice():
+    assert candidates(Shape("a", 64, 64, least_rank=17), "pivoted", 8)[:2] == [24, 32]
 
 
 def test_unreachable_keep_names_what_is_reachable():

@@ -104,7 +104,7 @@ def test_stored_statistics_are_found_again_bit_for_bit(model, ids, tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_damaged_weight_is_named(model, ids, value):
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = value
-    with pytest.raises(CalrError, match=r"model.layers.1.mlp.up_proj.weight: the weight hold NaN"):
+    with pytest.raises(CalrError, match=r"model.layers.1.mlp.up_proj.weight: the values hold NaN"):
         check_finite(model)
 
 

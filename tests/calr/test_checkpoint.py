@@ -103,7 +103,7 @@ TAMPERED = {
     "huge rank": (edit_config, lambda c: c["layers"][NAME].update(rank=999), "rank 999 of a"),
     "layout": (edit_config, lambda c: c["layers"][NAME].update(layout="x"), "unknown layout 'x'"),
     "fields": (edit_config, lambda c: c["layers"][NAME].pop("rank"), "exactly a layout and a rank"),
-    "unlisted": (edit_config, lambda c: c["layers"].pop(NAME), "lists no layer that it belongs to"),
+    "unlisted": (edit_config, lambda c: c["layers"].pop(NAME), "config.json needs"),
     "unknown layer": (
         edit_config,
         lambda c: c["layers"].update({"model.nothing": {"layout": "pivoted", "rank": 1}}),
@@ -114,6 +114,13 @@ TAMPERED = {
         lambda t: t.pop(f"{NAME}.down.weight"),
         "missing from the checkpoint",
     ),
+    "missing dense": (
+        edit_tensors,
+        lambda t: t.pop("model.layers.1.input_layernorm.weight"),
+        "layers.1.input_layernorm.weight: missing from the checkpoint",
+    ),
+    "new field": (edit_config, lambda c: c.update(format_version=2, x=1), "format_version 2"),
+    "unknown field": (edit_config, lambda c: c.update(x=1), "unknown field 'x'"),
     "extra": (
         edit_tensors,
         lambda t: t.update({f"{NAME}.more": torch.ones(1)}),
@@ -178,6 +185,20 @@ def test_a_directory_is_never_mixed(tmp_path):
     with pytest.raises(CalrError, match=r"unfinished run of something else \(\{'keep': 0.6\}\)"):
         prepare(new, "other", {}, overwrite=False)
     assert not (prepare(new, "other", {}, overwrite=True) / "part").exists()
+
+
+def test_files_that_are_not_ours_survive(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "model.gguf").write_text("mine")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "old.jinja").write_text("old")
+    prepare(tmp_path, "k", {}, overwrite=True)
+    with pytest.raises(CalrError, match="--overwrite"):  # not a run of its own any more
+        prepare(tmp_path, "k", {}, overwrite=False)
+    write(tiny_llama(), byte_tokenizer(), tmp_path, CARD)
+    assert (tmp_path / "notes.txt").read_text() == (tmp_path / "model.gguf").read_text() == "mine"
+    assert not (tmp_path / "additional_chat_templates").exists()
 
 
 def test_overwriting_leaves_nothing_of_the_old_checkpoint(tmp_path):

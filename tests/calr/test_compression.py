@@ -101,7 +101,39 @@ def test_statistics_are_reused_and_those_of_another_run_refused(ids, tmp_path):
     assert stamps == {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("inputs-*")}
     assert torch.equal(first(ids).logits, again(ids).logits)
     with pytest.raises(CalrError, match="statistics of another model, calibration text or seed"):
-        compressed(ids + 1, statistics=tmp_path)
+        compressed(ids.flip(0), statistics=tmp_path)
+
+
+def test_erc_svd_never_gets_a_rank_that_it_cannot_make(ids):
+    model = compressed(ids, keep=0.4, method="erc_svd", method_options={"beta": 0.3})
+    ranks = [layer["rank"] for layer in model.config.quantization_config.layers.values()]
+    assert min(ranks) >= 4  # 0.3 * 32 * 16 / 48 = 3.2, and one more
+
+
+def test_last_k_with_skipped_layers_meets_its_budget(ids):
+    options = {"allocation": "last_k", "skip": ("*.1.mlp.*",), "rank_step": 1}
+    assert 0.75 < kept(compressed(ids, keep=0.8, **options)) <= 0.8
+
+
+def test_dropout_is_off_while_compressing_and_training_mode_comes_back(ids):
+    first, second = (tiny_llama(attention_dropout=0.5).train() for _ in range(2))
+    for model in (first, second):
+        calr.compress(model, calr.Recipe(keep=0.6), calibration=ids)
+        assert all(module.training for module in model.modules())
+    states = first.state_dict(), second.state_dict()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_nothing_left_to_compress_and_foreign_ids_are_refused(ids):
+    with pytest.raises(CalrError, match="nothing to compress"):
+        compressed(ids, skip=("*",))
+    with pytest.raises(CalrError, match="300 is outside the model's vocabulary of 258"):
+        compressed(torch.full((2, 8), 300))
+
+
+def test_weights_that_are_not_in_memory_are_refused(ids):
+    with pytest.raises(CalrError, match="is not in memory"):
+        calr.compress(tiny_llama().to("meta"), calibration=ids)
 
 
 def test_exact_solver(ids):

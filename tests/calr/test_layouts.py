@@ -28,17 +28,18 @@ def test_pivoting_is_lossless_and_bounded(n, k, seed, data):
     others = np.setdiff1d(np.arange(n), pivots.numpy())
     rebuilt[others] = coefficients @ rows
     scale = up.norm() * down.norm() + 1e-30
-    assert (rebuilt - up @ down).norm() <= 1e-12 * scale
+    assert (rebuilt - up @ down).norm() <= 1e-11 * scale
 
 
 def test_rows_are_swapped_where_pivoting_alone_exceeds_the_bound():
-    n = 40  # Kahan's matrix, on which column pivoting fails to reveal the rank
-    s, c = np.sin(0.3), np.cos(0.3)
-    kahan = np.diag(s ** np.arange(n)) @ (np.eye(n) - c * np.triu(np.ones((n, n)), 1))
-    up = torch.from_numpy(kahan[: n - 1].T * (1 - 1e-3 * np.arange(n))[:, None])
-    coefficients, rows, pivots = pivot(up, torch.eye(n - 1, dtype=torch.float64))
-    assert coefficients.abs().max() <= MAX_COEFFICIENT + 1e-9
+    n = 24  # on this matrix partial pivoting makes no exchange and coefficients grow like 2^n
+    first = torch.eye(n, dtype=torch.float64) - torch.ones(n, n, dtype=torch.float64).tril(-1)
+    up = torch.cat([first, -torch.ones(1, n, dtype=torch.float64)])
+    coefficients, rows, pivots = pivot(up, torch.eye(n, dtype=torch.float64))
+    assert coefficients.abs().max() <= MAX_COEFFICIENT
     torch.testing.assert_close(up[pivots.long()], rows)
+    other = next(row for row in range(n + 1) if row not in pivots.tolist())
+    torch.testing.assert_close((coefficients @ rows)[0], up[other])
 
 
 @given(st.integers(1, 500), st.integers(1, 500), st.floats(0.01, 1))

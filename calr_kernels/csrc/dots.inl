@@ -1,0 +1,99 @@
+// Dot products of weight rows with inputs, for one instruction set (CALR_NAMESPACE, CALR_LANES).
+//
+// A tile of ROWS weight rows and COLUMNS inputs keeps ROWS * COLUMNS accumulators in registers; a
+// weight vector is loaded once and used for every input. The sum of a row does not depend on the
+// tile it is computed in: one accumulator per row and input, lanes added in a fixed order.
+
+namespace CALR_NAMESPACE {
+
+#if CALR_LANES == 16
+using Vector = __m512;
+inline Vector zero() { return _mm512_setzero_ps(); }
+inline Vector load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vector load(const bfloat16* p) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+inline Vector load(const float16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+inline float sum(Vector v) { return _mm512_reduce_add_ps(v); }
+#elif CALR_LANES == 8
+using Vector = __m256;
+inline Vector zero() { return _mm256_setzero_ps(); }
+inline Vector load(const float* p) { return _mm256_loadu_ps(p); }
+inline Vector load(const bfloat16* p) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+}
+inline Vector load(const float16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+inline float sum(Vector v) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+#else
+using Vector = float;
+inline Vector zero() { return 0.0f; }
+template <typename W>
+inline Vector load(const W* p) {
+  return widen(*p);
+}
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
+inline float sum(Vector v) { return v; }
+#endif
+
+template <int ROWS, int COLUMNS, typename W>
+inline void tile(const W* weight, const float* x, float* out, int64_t k, int64_t out_stride) {
+  Vector total[ROWS][COLUMNS];
+  for (int i = 0; i < ROWS; ++i) {
+    for (int j = 0; j < COLUMNS; ++j) total[i][j] = zero();
+  }
+  const int64_t whole = k - k % CALR_LANES;
+  for (int64_t at = 0; at < whole; at += CALR_LANES) {
+    Vector inputs[COLUMNS];
+    for (int j = 0; j < COLUMNS; ++j) inputs[j] = load(x + j * k + at);
+    for (int i = 0; i < ROWS; ++i) {
+      const Vector w = load(weight + i * k + at);
+      for (int j = 0; j < COLUMNS; ++j) total[i][j] = multiply_add(w, inputs[j], total[i][j]);
+    }
+  }
+  for (int i = 0; i < ROWS; ++i) {
+    for (int j = 0; j < COLUMNS; ++j) {
+      float result = sum(total[i][j]);
+      for (int64_t at = whole; at < k; ++at) result += widen(weight[i * k + at]) * x[j * k + at];
+      out[j * out_stride + i] = result;
+    }
+  }
+}
+
+template <int COLUMNS, typename W>
+inline void rows(const W* weight, const float* x, float* out, int64_t k, int64_t out_stride,
+                 int64_t begin, int64_t end) {
+  int64_t row = begin;
+  for (; row + 8 <= end && COLUMNS == 1; row += 8) {
+    tile<8, COLUMNS>(weight + row * k, x, out + row, k, out_stride);
+  }
+  for (; row + 4 <= end; row += 4) {
+    tile<4, COLUMNS>(weight + row * k, x, out + row, k, out_stride);
+  }
+  for (; row < end; ++row) tile<1, COLUMNS>(weight + row * k, x, out + row, k, out_stride);
+}
+
+template <typename W>
+void dots(const W* weight, const float* x, float* out, int64_t m, int64_t k, int64_t out_stride,
+          int64_t begin, int64_t end) {
+  int64_t at = 0;
+  for (; at + 4 <= m; at += 4) {
+    rows<4>(weight, x + at * k, out + at * out_stride, k, out_stride, begin, end);
+  }
+  for (; at < m; ++at) {
+    rows<1>(weight, x + at * k, out + at * out_stride, k, out_stride, begin, end);
+  }
+}
+
+}  // namespace CALR_NAMESPACE
