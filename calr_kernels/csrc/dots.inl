@@ -37,14 +37,26 @@ inline float sum(Vector v) {
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
 #else
-using Vector = float;
-inline Vector zero() { return 0.0f; }
+struct Vector {
+  float lane[CALR_LANES];
+};
+inline Vector zero() { return Vector{}; }
 template <typename W>
 inline Vector load(const W* p) {
-  return widen(*p);
+  Vector v;
+  for (int i = 0; i < CALR_LANES; ++i) v.lane[i] = widen(p[i]);
+  return v;
 }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
-inline float sum(Vector v) { return v; }
+inline Vector multiply_add(const Vector& a, const Vector& b, Vector c) {
+  for (int i = 0; i < CALR_LANES; ++i) c.lane[i] += a.lane[i] * b.lane[i];
+  return c;
+}
+inline float sum(Vector v) {
+  for (int half = CALR_LANES / 2; half; half /= 2) {
+    for (int i = 0; i < half; ++i) v.lane[i] += v.lane[i + half];
+  }
+  return v.lane[0];
+}
 #endif
 
 template <int ROWS, int COLUMNS, typename W>

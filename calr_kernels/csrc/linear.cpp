@@ -85,7 +85,7 @@ inline void narrow(float value, float16* out) {  // to nearest even
 
 // One implementation per instruction set: dot products of ROWS weight rows with COLUMNS inputs.
 #define CALR_NAMESPACE scalar
-#define CALR_LANES 1
+#define CALR_LANES 4
 #include "dots.inl"
 #undef CALR_NAMESPACE
 #undef CALR_LANES

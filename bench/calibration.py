@@ -1,0 +1,65 @@
+"""Which calibration text serves unseen text best: perplexity at keep 0.8 by the default method.
+
+    python bench/calibration.py --model MODEL --data DIR
+
+Writes bench/results/calibration.json row by row and prints a table. DIR as in bench/README.md, and
+web/openwebtext_1000.jsonl, of whose pages the last 100 are used.
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import calr
+from calr.evaluation import perplexity
+from calr.text import evaluation_windows
+
+
+def main() -> None:
+    """Compress once per calibration text and measure on four others."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--output", type=Path, default=Path("bench/results/calibration.json"))
+    arguments = parser.parse_args()
+    dense, tokenizer = calr.load(arguments.model)
+    pages = (arguments.data / "web/openwebtext_1000.jsonl").read_text().splitlines()[900:]
+    texts = {
+        "WikiText-2 raw test": arguments.data / "wikitext2/wiki.test.raw",
+        "web pages": [json.loads(page)["text"] for page in pages],
+        "Sherlock Holmes": arguments.data / "books/The-Adventures-of-Sherlock-Holmes_1661.txt",
+        "builtin, held out": "builtin",
+    }
+    windows = {
+        name: evaluation_windows(text, tokenizer, windows=20, window=512)
+        for name, text in texts.items()
+    }
+    wikitext = str(arguments.data / "wikitext2/wiki.train.tokens")
+    sources = {
+        "none (dense)": None,
+        "WikiText-2 train": wikitext,
+        "builtin": "builtin",
+        "sampled": "sampled",
+        "builtin and sampled": "builtin,sampled",
+    }
+    rows = []
+    for name, source in sources.items():
+        model = dense
+        if source is not None:
+            model = calr.compress(
+                copy.deepcopy(dense),
+                calr.Recipe(keep=arguments.keep),
+                calibration=source,
+                tokenizer=tokenizer,
+            )
+        found = {text: round(perplexity(model, ids).perplexity, 2) for text, ids in windows.items()}
+        rows.append({"calibration": name, "perplexity": found})
+        print("|", name, "|", " | ".join(map(str, found.values())), "|", flush=True)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

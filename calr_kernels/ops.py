@@ -1,0 +1,166 @@
+"""The operations as users call them: checked arguments, custom operator, choice of backend.
+
+`torch.ops.calr.lowrank_linear` has a fake kernel and gradients, so it works under torch.compile and
+autograd. Outside of both the backend is called directly: dispatch costs as much as a small layer.
+"""
+
+import torch
+from torch import Tensor
+
+from calr_kernels import cpu, reference
+
+NAME = "calr::lowrank_linear"
+torch.library.define(
+    NAME, "(Tensor x, Tensor down, Tensor up, Tensor? pivots, Tensor? bias) -> Tensor"
+)
+
+
+def lowrank_linear(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    corrective_down: Tensor | None = None,
+    corrective_up: Tensor | None = None,
+) -> Tensor:
+    """Apply `y = up (down x) + corrective_up (corrective_down x) + bias`.
+
+    x [..., K], down [r, K], up [N, r], bias [N], corrective_down [c, K], corrective_up [N, c]
+    -> y [..., N] in x's dtype: bfloat16, float16, float32 or float64. Factors share x's dtype, or
+    may be 16-bit under float32 x on the CPU. Accumulation is in float32 (float64 for float64); the
+    rank-r intermediate rounds to x's dtype once. Deterministic. Raises ValueError naming the
+    argument whose shape, dtype or device does not fit.
+
+    >>> x, down, up = torch.ones(2, 3), torch.ones(1, 3), torch.ones(4, 1)
+    >>> lowrank_linear(x, down, up)[0].tolist()
+    [3.0, 3.0, 3.0, 3.0]
+    """
+    check(x, down, up, None, bias)
+    y = apply(x, down, up, None, bias)
+    if corrective_down is None and corrective_up is None:
+        return y
+    if corrective_down is None or corrective_up is None:
+        raise ValueError("corrective_down and corrective_up: give both or neither")
+    check(x, corrective_down, corrective_up, None, bias)
+    return y + apply(x, corrective_down, corrective_up, None, None)
+
+
+def pivoted_linear(
+    x: Tensor, down: Tensor, up: Tensor, pivots: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Apply a rank-r matrix stored as r of its rows and the coefficients of the others.
+
+    x [..., K], down [r, K], up [N - r, r], pivots [r] int32, bias [N] -> y [..., N]. y[..., pivots]
+    are `down x`, the other outputs, in ascending order, `up (down x)`. Types, accuracy and errors
+    as in `lowrank_linear`; pivots must be distinct rows.
+
+    >>> x, down, up = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0]])
+    >>> pivoted_linear(x, down, up, pivots=torch.tensor([1], dtype=torch.int32)).tolist()
+    [[6.0, 3.0]]
+    """
+    check(x, down, up, pivots, bias)
+    return apply(x, down, up, pivots, bias)
+
+
+def apply(
+    x: Tensor, down: Tensor, up: Tensor, pivots: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Run a low-rank layer on arguments that fit: directly where nothing needs the dispatcher."""
+    if not torch.compiler.is_compiling() and not _needs_gradients(x, down, up, bias):
+        return _forward(x, down, up, pivots, bias)
+    result: Tensor = torch.ops.calr.lowrank_linear(x, down, up, pivots, bias)
+    return result
+
+
+def check(x: Tensor, down: Tensor, up: Tensor, pivots: Tensor | None, bias: Tensor | None) -> None:
+    """Raise ValueError naming the first argument that does not fit the others."""
+    if down.dim() != 2 or up.dim() != 2 or x.dim() < 1:
+        raise ValueError(
+            f"x {list(x.shape)}, down {list(down.shape)}, up {list(up.shape)}: must be [..., K], "
+            "[r, K] and [rows, r]"
+        )
+    rank, k = down.shape
+    n = up.shape[0] + (0 if pivots is None else rank)
+    for name, found, wanted in (
+        ("x", x.shape[-1], k),
+        ("up", up.shape[1], rank),
+        ("bias", None if bias is None else tuple(bias.shape), (n,)),
+        ("pivots", None if pivots is None else tuple(pivots.shape), (rank,)),
+    ):
+        if found is not None and found != wanted:
+            raise ValueError(
+                f"{name}: has size {found} where down {list(down.shape)} and up "
+                f"{list(up.shape)} need {wanted}"
+            )
+    if pivots is not None and pivots.dtype != torch.int32:
+        raise ValueError(f"pivots: {pivots.dtype}, must be torch.int32")
+    mixed = x.dtype == torch.float32 and x.device.type == "cpu"
+    for name, tensor in (("down", down), ("up", up), ("bias", bias), ("pivots", pivots)):
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: is on {tensor.device}, but x on {x.device}")
+        wanted_dtype = down.dtype if name == "up" else x.dtype
+        if name != "pivots" and tensor.dtype != wanted_dtype:
+            small = tensor.dtype in (torch.bfloat16, torch.float16)
+            if not (mixed and small and name == "down"):
+                raise ValueError(f"{name}: is {tensor.dtype}, but must be {wanted_dtype}")
+    if not x.is_floating_point():
+        raise ValueError(f"x: is {x.dtype}, must be a floating dtype")
+
+
+def _needs_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _forward(
+    x: Tensor, down: Tensor, up: Tensor, pivots: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    if cpu.usable(x, down, up) and (pivots is None or pivots.is_contiguous()):
+        return cpu.lowrank_linear(x, down, up, pivots, None if bias is None else bias.contiguous())
+    if down.dtype != x.dtype:
+        down, up = down.to(x.dtype), up.to(x.dtype)
+    if pivots is None:
+        return reference.lowrank_linear(x, down, up, bias)
+    return reference.pivoted_linear(x, down, up, pivots, bias)
+
+
+def _fake(
+    x: Tensor, down: Tensor, up: Tensor, pivots: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    n = up.shape[0] + (0 if pivots is None else down.shape[0])
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, down, up, pivots, _ = inputs
+    ctx.save_for_backward(x, down, up, pivots)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    """Recompute the rank-r intermediate; skip the gradients that nobody needs."""
+    x, down, up, pivots = ctx.saved_tensors
+    need_x, need_down, need_up, _, need_bias = ctx.needs_input_grad
+    wide_down, wide_up = down.to(x.dtype), up.to(x.dtype)
+    direct, rest = None, grad  # gradients of t as an output, and of up t
+    if pivots is not None:
+        source = reference.pivot_source(pivots, grad.shape[-1])
+        stored = torch.empty_like(grad).index_copy(-1, source, grad)
+        direct, rest = stored.split([down.shape[0], up.shape[0]], dim=-1)
+    dt = rest @ wide_up  # [..., r]
+    if direct is not None:
+        dt = dt + direct
+    rows = x.reshape(-1, x.shape[-1])
+    dx = dt @ wide_down if need_x else None
+    d_down = (dt.reshape(-1, dt.shape[-1]).mT @ rows).to(down.dtype) if need_down else None
+    d_up = None
+    if need_up:
+        t = rows @ wide_down.mT
+        d_up = (rest.reshape(-1, rest.shape[-1]).mT @ t).to(up.dtype)
+    d_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
+    return dx, d_down, d_up, None, d_bias
+
+
+torch.library.impl(NAME, "default", _forward)
+torch.library.register_fake(NAME, _fake)
+torch.library.register_autograd(NAME, _backward, setup_context=_setup)
