@@ -134,6 +134,21 @@ def keep_of_rest(structure: Structure, recipe: Recipe) -> float:
     return (recipe.keep * total - dense) / (total - dense)
 
 
+def global_ranks(
+    shapes: list[allocation.Shape], curves: dict[str, Tensor], recipe: Recipe, fixed: int
+) -> Ranks:
+    """Allocate ranks globally from every layer's error curve; fixed: parameters that stay dense."""
+    return allocation.globally(
+        shapes,
+        [curves[shape.name].numpy() for shape in shapes],
+        recipe.keep,
+        recipe.layout,
+        recipe.rank_step,
+        fixed=fixed,
+        exact=recipe.solver == "exact",
+    )
+
+
 def curves_name(recipe: Recipe) -> str:
     """Name the error curves of a method among the statistics."""
     options = "".join(f"-{key}={value:g}" for key, value in sorted(recipe.method_options.items()))
@@ -235,15 +250,7 @@ class _Run:
         if name not in self.statistics.store:
             self.statistics.store.save(name, self._error_curves())
         curves = self.statistics.store.load(name)
-        return allocation.globally(
-            shapes,
-            [curves[shape.name].numpy() for shape in shapes],
-            recipe.keep,
-            recipe.layout,
-            recipe.rank_step,
-            fixed=self.fixed,
-            exact=recipe.solver == "exact",
-        )
+        return global_ranks(shapes, curves, recipe, self.fixed)
 
     def _shape(self, layer: Layer) -> allocation.Shape:
         return shape_for(layer, self.method)

@@ -13,6 +13,7 @@ from calr.allocation import Ranks
 from calr.compression import (
     CACHE_BYTES,
     curves_name,
+    global_ranks,
     keep_of_rest,
     parameter_report,
     shape_for,
@@ -113,15 +114,7 @@ def _ranks(
                 raise CalrError(
                     f"{statistics}: has no curve of {shape.name}; it is another model's"
                 )
-        return allocation.globally(
-            shapes,
-            [curves[shape.name].numpy() for shape in shapes],
-            recipe.keep,
-            recipe.layout,
-            recipe.rank_step,
-            fixed=fixed,
-            exact=recipe.solver == "exact",
-        ), True
+        return global_ranks(shapes, curves, recipe, fixed), True
     ranks = allocation.uniform(shapes, keep, recipe.layout, recipe.rank_step)
     return ranks, recipe.allocation == "uniform"
 
