@@ -8,11 +8,10 @@ setup(
     ext_modules=[
         Extension(  # a plain shared library with a C interface, loaded with ctypes
             "calr_kernels._cpu",
-            sources=[f"{SOURCES}/linear.cpp", f"{SOURCES}/pool.cpp"],
+            sources=[f"{SOURCES}/linear.cpp"],
             depends=[f"{SOURCES}/dots.inl", f"{SOURCES}/pool.h"],
             language="c++",
             extra_compile_args=["-std=c++17", "-O3"],
-            extra_link_args=["-pthread"],
             optional=True,
         )
     ]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 ISAS = ("scalar", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PLAIN = (Tensor, torch.nn.Parameter)
 MAX_ROWS = 16  # rows of x above which torch's matrix products are faster
 
 
@@ -54,20 +55,23 @@ def isa() -> int:
     return int(ctypes.CDLL(spec.origin).calr_isa())
 
 
-def usable(x: Tensor, *weights: Tensor | None) -> bool:
-    """Tell whether the kernel computes this: few rows, CPU tensors, types that it knows.
+def usable(x: Tensor, down: Tensor, up: Tensor) -> bool:
+    """Tell whether the kernel computes this: few rows, plain CPU tensors, types that it knows.
 
-    Weights share one type; x has it too, or is float32.
+    Factors share one type; x has it too, or is float32. Written out, since it runs at every call.
     """
-    given = [weight for weight in weights if weight is not None]
     return (
-        x.device.type == "cpu"
-        and x.dtype in TYPES
+        down.dtype in TYPES
+        and up.dtype is down.dtype
+        and (x.dtype is down.dtype or x.dtype is torch.float32)
+        and x.is_cpu
+        and down.is_cpu
+        and up.is_cpu
         and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
-        and all(type(w) in (Tensor, torch.nn.Parameter) for w in given)
-        and all(w.device.type == "cpu" and w.is_contiguous() for w in given)
-        and given[0].dtype in TYPES
-        and x.dtype in (given[0].dtype, torch.float32)
+        and type(down) in PLAIN
+        and type(up) in PLAIN
+        and down.is_contiguous()
+        and up.is_contiguous()
         and library() is not None
     )
 

@@ -70,15 +70,17 @@ class LowRankLinear(nn.Linear):
     def _may_fuse(self, input: Tensor) -> bool:
         """Tell whether reading `down.weight` bypasses nobody: offloading, tensor parallelism, hooks
         and wrapped weights all act when `down` itself is called."""
-        down = self.down
+        down, weight = self._modules["down"], self._parameters["weight"]
+        if type(down) is not nn.Linear or weight is None:
+            return False
+        down_weight = down._parameters["weight"]
         return (
-            type(down) is nn.Linear
-            and "forward" not in vars(down)
+            "forward" not in down.__dict__
             and not (down._forward_hooks or down._forward_pre_hooks)
             and not (down._backward_hooks or down._backward_pre_hooks)
-            and type(down.weight) is type(self.weight) is nn.Parameter
-            and down.weight.device == self.weight.device == input.device
-            and down.weight.dtype == self.weight.dtype == input.dtype
+            and type(down_weight) is type(weight) is nn.Parameter
+            and down_weight.device == weight.device == input.device
+            and down_weight.dtype is weight.dtype is input.dtype
             and not torch.is_autocast_enabled(input.device.type)
         )
 
