@@ -40,8 +40,8 @@ def main() -> None:
     sources = {
         "none (dense)": None,
         "WikiText-2 train": wikitext,
-        "builtin": "builtin",
         "sampled": "sampled",
+        "builtin": "builtin",
         "builtin and sampled": "builtin,sampled",
     }
     rows = []

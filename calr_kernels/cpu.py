@@ -38,6 +38,8 @@ def library() -> ctypes.CDLL | None:
     pointer, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     loaded.calr_lowrank_linear.argtypes = [pointer] * 6 + [size] * 4 + [code] * 3
     loaded.calr_lowrank_linear.restype = code
+    loaded.calr_interleave.argtypes = [pointer] * 4 + [size] * 3 + [code] * 2
+    loaded.calr_interleave.restype = code
     loaded.calr_linear.argtypes = [pointer] * 4 + [size] * 3 + [code] * 3
     loaded.calr_linear.restype = None
     wanted = os.environ.get("CALR_CPU_ISA")
@@ -103,6 +105,32 @@ def lowrank_linear(
         r,
         TYPES[x.dtype],
         TYPES[down.dtype],
+        torch.get_num_threads(),
+    )
+    if status:
+        raise ValueError(f"pivots: must be {r} distinct rows below {n}")
+    return y
+
+
+def interleave(t: Tensor, rest: Tensor, pivots: Tensor) -> Tensor:
+    """Put outputs in their places: t [..., r] at pivots [r] int32, rest [..., N - r] at the others.
+
+    Contiguous CPU tensors of a type in TYPES -> [..., N]. Raises ValueError for pivots that are not
+    distinct rows. Several times faster than concatenation and index_select.
+    """
+    loaded = library()
+    assert loaded is not None
+    r, n = t.shape[-1], t.shape[-1] + rest.shape[-1]
+    y = t.new_empty(*t.shape[:-1], n)
+    status = loaded.calr_interleave(
+        t.data_ptr(),
+        rest.data_ptr(),
+        pivots.data_ptr(),
+        y.data_ptr(),
+        t.numel() // r,
+        n,
+        r,
+        t.itemsize,
         torch.get_num_threads(),
     )
     if status:

@@ -6,6 +6,7 @@ autograd. Outside of both the backend is called directly: dispatch costs as much
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from calr_kernels import cpu, reference
 
@@ -122,6 +123,10 @@ def _forward(
         down, up = down.to(x.dtype), up.to(x.dtype)
     if pivots is None:
         return reference.lowrank_linear(x, down, up, bias)
+    if x.is_cpu and x.dtype in cpu.TYPES and pivots.is_contiguous() and cpu.library() is not None:
+        t = linear(x, down).contiguous()
+        y = cpu.interleave(t, linear(t, up).contiguous(), pivots)
+        return y if bias is None else y.add_(bias)
     return reference.pivoted_linear(x, down, up, pivots, bias)
 
 

@@ -196,6 +196,33 @@ float load(int32_t type, const void* x, int64_t index) {
   return widen(static_cast<const float16*>(x)[index]);
 }
 
+// Write into `others` the rows below n that are not pivots, ascending; false for bad pivots.
+bool complement(const int32_t* pivots, int64_t n, int64_t r, std::vector<int32_t>& others) {
+  others.assign(n, 1);
+  for (int64_t i = 0; i < r; ++i) {
+    if (pivots[i] < 0 || pivots[i] >= n || !others[pivots[i]]) return false;
+    others[pivots[i]] = 0;
+  }
+  int64_t count = 0;
+  for (int64_t row = 0; row < n; ++row) {
+    const int32_t keep = others[row];
+    others[count] = static_cast<int32_t>(row);
+    count += keep;
+  }
+  return true;
+}
+
+template <typename Element>
+void interleave(const Element* t, const Element* rest, const int32_t* pivots,
+                const int32_t* others, Element* y, int64_t n, int64_t r, int64_t begin,
+                int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    Element* out = y + row * n;
+    for (int64_t i = 0; i < r; ++i) out[pivots[i]] = t[row * r + i];
+    for (int64_t i = 0; i < n - r; ++i) out[others[i]] = rest[row * (n - r) + i];
+  }
+}
+
 float rounded(int32_t type, float value) {  // through x's type and back
   char buffer[4];
   store(type, value, buffer, 0);
@@ -229,19 +256,7 @@ int32_t calr_lowrank_linear(const void* x, const void* down, const void* up, con
   float* wide = scratch.data();
   float* t = wide + m * k;
   float* out = t + m * r;
-  if (pivots) {
-    others.assign(n, 1);
-    for (int64_t i = 0; i < r; ++i) {
-      if (pivots[i] < 0 || pivots[i] >= n || !others[pivots[i]]) return -1;
-      others[pivots[i]] = 0;
-    }
-    int64_t count = 0;
-    for (int64_t row = 0; row < n; ++row) {
-      const int32_t keep = others[row];
-      others[count] = static_cast<int32_t>(row);
-      count += keep;
-    }
-  }
+  if (pivots && !complement(pivots, n, r, others)) return -1;
   widen_any(x_type, x, wide, m * k);
   const int32_t* rest = others.data();
   calr::parallel(threads, r, k * m, [&](int64_t begin, int64_t end) {
@@ -270,6 +285,24 @@ int32_t calr_lowrank_linear(const void* x, const void* down, const void* up, con
       }
     }
   }
+  return 0;
+}
+
+// y [M, N]: t [M, r] at the columns pivots [r], rest [M, N - r] at the others in ascending order, for
+// elements of 2 or 4 bytes. Returns 0, or -1 for bad pivots.
+int32_t calr_interleave(const void* t, const void* rest, const int32_t* pivots, void* y, int64_t m,
+                        int64_t n, int64_t r, int32_t element_size, int32_t threads) {
+  std::vector<int32_t> others;
+  if (!complement(pivots, n, r, others)) return -1;
+  calr::parallel(threads, m, n, [&](int64_t begin, int64_t end) {
+    if (element_size == 2) {
+      interleave(static_cast<const uint16_t*>(t), static_cast<const uint16_t*>(rest), pivots,
+                 others.data(), static_cast<uint16_t*>(y), n, r, begin, end);
+    } else {
+      interleave(static_cast<const uint32_t*>(t), static_cast<const uint32_t*>(rest), pivots,
+                 others.data(), static_cast<uint32_t*>(y), n, r, begin, end);
+    }
+  });
   return 0;
 }
 
