@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from calr import allocation, benchmark, checkpoint, models, planning
+from calr import __version__, allocation, benchmark, checkpoint, models, planning
 from calr.calibration import check_finite, fingerprint
 from calr.cli import recipe_of
 from calr.compression import compress as compress_model
@@ -72,16 +72,14 @@ def compress(arguments: Namespace) -> None:
     started = time.monotonic()
     recipe, directory = recipe_of(arguments), Path(arguments.directory)
     source = Path(arguments.model).resolve()
-    if source.exists() and directory.resolve() in (
-        source,
-        source.parent if source.is_file() else source,
-    ):
+    home = source.parent if source.is_file() else source
+    if home.exists() and directory.resolve() == home:
         raise CalrError(f"{directory}: is the model itself; name another directory")
     checkpoint.refuse(directory, overwrite=arguments.overwrite)  # before minutes of loading
     model, tokenizer = _load(arguments, arguments.model)
     structure = analyse(model, recipe.skip)
     check_finite(model)
-    key = fingerprint(model, recipe, _content(arguments.calibration))
+    key = fingerprint(model, recipe, _content(arguments.calibration), __version__)
     with checkpoint.writing(directory):
         work = checkpoint.prepare(
             directory,
@@ -89,7 +87,7 @@ def compress(arguments: Namespace) -> None:
             {"model": arguments.model, "keep": recipe.keep, "method": recipe.method},
             overwrite=arguments.overwrite,
         )
-        measured = _measure(model, tokenizer, arguments.eval_windows, recipe.window)
+        before = _measure("dense", model, tokenizer, arguments.eval_windows, recipe.window)
         compress_model(
             model,
             recipe,
@@ -104,12 +102,8 @@ def compress(arguments: Namespace) -> None:
         results["coverage"] = structure.coverage
         results["factored_layers"] = len(layers)
         results["dense_layers"] = len(structure.layers) - len(layers)
-        if measured is not None:
-            after = _measure(model, tokenizer, arguments.eval_windows, recipe.window)
-            results["perplexity_text"] = "builtin, held out"
-            results["perplexity_windows"] = arguments.eval_windows
-            results["perplexity_dense"] = round(measured, 3)
-            results["perplexity_compressed"] = round(after or 0, 3)
+        results |= before
+        results |= _measure("compressed", model, tokenizer, arguments.eval_windows, recipe.window)
         results["seconds"] = round(time.monotonic() - started, 1)
         card = checkpoint.model_card(arguments.model, recipe_yaml(arguments), results)
         checkpoint.write(model, tokenizer, directory, card)
@@ -279,12 +273,22 @@ def _load(arguments: Namespace, source: str) -> tuple[PreTrainedModel, PreTraine
 
 
 def _measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: int, window: int
-) -> float | None:
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: int,
+    window: int,
+) -> dict[str, Any]:
+    """Measure perplexity on built-in text that calibration never sees; nothing for no windows."""
     if not windows:
-        return None
+        return {}
     ids = evaluation_windows("builtin", tokenizer, windows=windows, window=window)
-    return perplexity(model, ids).perplexity
+    result = perplexity(model, ids)
+    return {
+        "perplexity_text": "builtin, held out",
+        "perplexity_windows": result.windows,
+        f"perplexity_{name}": round(result.perplexity, 3),
+    }
 
 
 def _content(calibration: str) -> str:
