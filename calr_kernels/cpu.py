@@ -40,8 +40,6 @@ def library() -> ctypes.CDLL | None:
     loaded.calr_lowrank_linear.restype = code
     loaded.calr_interleave.argtypes = [pointer] * 4 + [size] * 3 + [code] * 2
     loaded.calr_interleave.restype = code
-    loaded.calr_linear.argtypes = [pointer] * 4 + [size] * 3 + [code] * 3
-    loaded.calr_linear.restype = None
     wanted = os.environ.get("CALR_CPU_ISA")
     if wanted is not None and (
         wanted not in ISAS or loaded.calr_select_isa(ISAS.index(wanted)) != 0
@@ -135,26 +133,4 @@ def interleave(t: Tensor, rest: Tensor, pivots: Tensor) -> Tensor:
     )
     if status:
         raise ValueError(f"pivots: must be {r} distinct rows below {n}")
-    return y
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute `torch.nn.functional.linear`, for `usable` tensors of matching shapes."""
-    loaded = library()
-    assert loaded is not None
-    x = x.contiguous()
-    n, k = weight.shape
-    y = x.new_empty(*x.shape[:-1], n)
-    loaded.calr_linear(
-        x.data_ptr(),
-        weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        x.numel() // k,
-        k,
-        n,
-        TYPES[x.dtype],
-        TYPES[weight.dtype],
-        torch.get_num_threads(),
-    )
     return y

@@ -1,4 +1,4 @@
-// Low-rank and dense linear layers for small batches on a CPU, behind a C interface.
+// Low-rank linear layers for small batches on a CPU, behind a C interface.
 //
 // y = up (down x) + bias, x [M, K], down [r, K], up [rows, r]. Both products are dot products of
 // contiguous weight rows, so every weight byte is read once, in order, and nothing is packed: the
@@ -304,25 +304,6 @@ int32_t calr_interleave(const void* t, const void* rest, const int32_t* pivots, 
     }
   });
   return 0;
-}
-
-// y [M, N] = weight x + bias, weight [N, K]: for layers left dense.
-void calr_linear(const void* x, const void* weight, const void* bias, void* y, int64_t m, int64_t k,
-                 int64_t n, int32_t x_type, int32_t weight_type, int32_t threads) {
-  thread_local std::vector<float> scratch;
-  scratch.resize(m * (k + n));
-  float* wide = scratch.data();
-  float* out = wide + m * k;
-  widen_any(x_type, x, wide, m * k);
-  calr::parallel(threads, n, k * m, [&](int64_t begin, int64_t end) {
-    dots_any(weight_type, weight, wide, out, m, k, n, begin, end);
-    for (int64_t row = 0; row < m; ++row) {
-      for (int64_t i = begin; i < end; ++i) {
-        const float b = bias ? load(x_type, bias, i) : 0.0f;
-        store(x_type, out[row * n + i] + b, y, row * n + i);
-      }
-    }
-  });
 }
 
 }  // extern "C"
