@@ -3,7 +3,8 @@
     python bench/svd.py [--quick]
 
 Writes bench/results/svd.json and svd.png and prints a table. Matrices have singular values i^-0.5.
-torch.linalg.svd runs once per shape (it dominates the time); the others take turns.
+torch.linalg.svd runs once per shape (it dominates the time), as does scipy's svds per rank; the
+others take turns. SmolLM2's shape is a batch of 30.
 """
 
 import argparse
@@ -11,55 +12,104 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy
 import torch
+from scipy.sparse.linalg import svds
+from sklearn.utils.extmath import randomized_svd as sklearn_svd
 
 from calr_kernels.svd import randomized_svd
 
-SHAPES = [(576, 1536), (2048, 8192), (4096, 4096), (4096, 11008)]
+SHAPES = [(30, 576, 1536), (1, 2048, 8192), (1, 4096, 4096), (1, 4096, 11008)]  # batch, m, n
 FRACTIONS = [0.05, 0.12, 0.25, 0.5]
 SVDS_LIMIT = 0.12  # scipy's Lanczos takes minutes above
+ONCE = "scipy svds"
 
 
-def matrix(m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A random matrix with singular values i^-0.5, and these."""
+def matrices(batch: int, m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random matrices [batch, m, n] with singular values i^-0.5, and these."""
     generator = torch.Generator().manual_seed(0)
     small = min(m, n)
-    u = torch.linalg.qr(torch.randn(m, small, generator=generator))[0]
-    v = torch.linalg.qr(torch.randn(n, small, generator=generator))[0]
+    u = torch.linalg.qr(torch.randn(batch, m, small, generator=generator))[0]
+    v = torch.linalg.qr(torch.randn(batch, n, small, generator=generator))[0]
     s = torch.arange(1, small + 1, dtype=torch.float64) ** -0.5
-    return (u * s.float()) @ v.T, s
+    return (u * s.float()) @ v.mT, s
 
 
-def contenders(rank: int, small: int) -> dict:
+def one_by_one(a: torch.Tensor, svd: Callable[[numpy.ndarray], tuple]) -> tuple:
+    """Apply an SVD of numpy arrays to every matrix of a batch."""
+    found = zip(*(svd(matrix) for matrix in a.numpy()), strict=True)
+    return tuple(torch.from_numpy(numpy.stack(part)) for part in found)
+
+
+def contenders(rank: int, small: int) -> dict[str, Callable[[torch.Tensor], tuple]]:
     """Every truncated SVD at the same sketch size and number of power iterations."""
-    from scipy.sparse.linalg import svds
-    from sklearn.utils.extmath import randomized_svd as sklearn_svd
-
     extra = min(small, rank + max(32, rank // 4)) - rank
     iterations = 2 if rank <= 0.12 * small else 3
+
+    def sklearn(matrix: numpy.ndarray) -> tuple:
+        return sklearn_svd(matrix, rank, n_oversamples=extra, n_iter=iterations, random_state=0)
+
+    def lowrank(a: torch.Tensor) -> tuple:
+        u, s, v = torch.svd_lowrank(a, q=rank + extra, niter=iterations)
+        return u, s, v.mT
+
     found = {
         "calr": lambda a: randomized_svd(a, rank),
-        "torch.svd_lowrank": lambda a: torch.svd_lowrank(a, q=rank + extra, niter=iterations),
-        "sklearn": lambda a: sklearn_svd(
-            a.numpy(), rank, n_oversamples=extra, n_iter=iterations, random_state=0
-        ),
+        "calr, bfloat16": lambda a: randomized_svd(a, rank, compute_dtype=torch.bfloat16),
+        "torch.svd_lowrank": lowrank,
+        "sklearn": lambda a: one_by_one(a, sklearn),
     }
     if rank <= SVDS_LIMIT * small + 1:
-        found["scipy svds"] = lambda a: svds(a.numpy(), k=rank, random_state=0)
+        found[ONCE] = lambda a: one_by_one(a, lambda matrix: svds(matrix, k=rank, random_state=0))
     return found
 
 
-def relative_error(a: torch.Tensor, usv: tuple, rank: int, transposed: bool) -> float:
-    """Frobenius error of the rank-r product, over the norm of a."""
-    u, s, v = (
-        torch.as_tensor(t.copy() if hasattr(t, "dtype") and not isinstance(t, torch.Tensor) else t)
-        for t in usv
-    )
-    vh = v.mT if transposed else v
-    order = s.argsort(descending=True)[:rank]
-    return float((a - (u[:, order] * s[order]) @ vh[order]).norm() / a.norm())
+def relative_error(a: torch.Tensor, usv: tuple, rank: int) -> float:
+    """Frobenius error of the rank-r products, over the norm of a."""
+    u, s, vh = usv
+    order = s[0].argsort(descending=True)[:rank]  # svds sorts upwards
+    product = (u[..., order] * s[..., None, order]) @ vh[..., order, :]
+    return float((a - product).norm() / a.norm())
+
+
+def measure(shape: tuple[int, int, int], rounds: int) -> Iterator[dict]:
+    """Time and judge every contender at every rank of one shape."""
+    a, s = matrices(*shape)
+    small = min(shape[1:])
+    start = time.perf_counter()
+    torch.linalg.svd(a, full_matrices=False)
+    exact = time.perf_counter() - start
+    for fraction in FRACTIONS:
+        rank = round(fraction * small)
+        optimum = float(s[rank:].norm() / s.norm())
+        runs = contenders(rank, small)
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        results = {}
+        for turn in range(rounds):
+            for name, run in runs.items():
+                if name == ONCE and turn:
+                    continue
+                start = time.perf_counter()
+                results[name] = run(a)
+                times[name].append(time.perf_counter() - start)
+        for name, taken in times.items():
+            seconds = statistics.median(taken)
+            yield {
+                "shape": list(shape),
+                "rank": rank,
+                "fraction": fraction,
+                "name": name,
+                "seconds": seconds,
+                "fastest": min(taken),
+                "slowest": max(taken),
+                "error_over_optimum": relative_error(a, results[name], rank) / optimum,
+                "linalg_svd_seconds": exact,
+                "speedup_over_linalg_svd": exact / seconds,
+            }
 
 
 def main() -> None:
@@ -67,50 +117,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the smallest shape only")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=Path("bench/results/svd"))
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     rows = []
-    for m, n in SHAPES[:1] if arguments.quick else SHAPES:
-        a, s = matrix(m, n)
-        start = time.perf_counter()
-        torch.linalg.svd(a, full_matrices=False)
-        exact = time.perf_counter() - start
-        for fraction in FRACTIONS:
-            rank = round(fraction * min(m, n))
-            optimum = float(s[rank:].norm() / s.norm())
-            runs = contenders(rank, min(m, n))
-            times: dict[str, list[float]] = {name: [] for name in runs}
-            results = {}
-            rounds = arguments.rounds if min(m, n) > 1000 else 3 * arguments.rounds
-            for turn in range(rounds):
-                for name, run in runs.items():
-                    if name == "scipy svds" and turn:
-                        continue
-                    start = time.perf_counter()
-                    results[name] = run(a)
-                    times[name].append(time.perf_counter() - start)
-            for name, taken in times.items():
-                error = relative_error(a, results[name], rank, name == "torch.svd_lowrank")
-                seconds = statistics.median(taken)
-                rows.append(
-                    {
-                        "shape": [m, n],
-                        "rank": rank,
-                        "fraction": fraction,
-                        "name": name,
-                        "seconds": seconds,
-                        "fastest": min(taken),
-                        "slowest": max(taken),
-                        "error_over_optimum": error / optimum,
-                        "linalg_svd_seconds": exact,
-                        "speedup_over_linalg_svd": exact / seconds,
-                    }
-                )
-                print(
-                    f"{m}×{n} rank {rank} {name:18} {seconds:8.3f} s "
-                    f"{exact / seconds:7.1f}× linalg.svd  error/optimum {error / optimum:.4f}",
-                    flush=True,
-                )
+    for shape in SHAPES[:1] if arguments.quick else SHAPES:
+        for row in measure(shape, arguments.rounds):
+            rows.append(row)
+            print(
+                f"{shape} rank {row['rank']} {row['name']:18} {row['seconds']:8.3f} s "
+                f"{row['speedup_over_linalg_svd']:7.1f}× linalg.svd "
+                f"error/optimum {row['error_over_optimum']:.4f}",
+                flush=True,
+            )
     machine = {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -125,8 +145,6 @@ def main() -> None:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Draw error against time, one panel per shape."""
-    import matplotlib.pyplot as plt
-
     shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows))
     figure, panels = plt.subplots(
         1, len(shapes), figsize=(4 * len(shapes), 3.6), squeeze=False, layout="constrained"
@@ -142,7 +160,7 @@ def plot(rows: list[dict], path: Path) -> None:
             )
         exact = next(r["linalg_svd_seconds"] for r in rows if tuple(r["shape"]) == shape)
         panel.axvline(exact, color="grey", linestyle=":", label="torch.linalg.svd")
-        panel.set(title=f"{shape[0]}×{shape[1]}", xscale="log", xlabel="seconds")
+        panel.set(title=" × ".join(map(str, shape)), xscale="log", xlabel="seconds")
     panels[0][0].set_ylabel("Frobenius error ÷ optimum")
     panels[0][-1].legend(fontsize=7)
     figure.savefig(path, dpi=120)

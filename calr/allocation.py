@@ -12,8 +12,7 @@ import numpy as np
 import scipy.optimize
 
 from calr.errors import CalrError
-from calr.layouts import parameters, rank_at
-from calr_kernels.nn import Layout
+from calr_kernels.nn import Layout, parameters, rank_at
 
 Ranks = dict[str, int | None]
 

@@ -1,36 +1,9 @@
-"""Storage layouts of a rank-r matrix: parameter counts, and the lossless pivoted form."""
-
-import math
+"""The lossless pivoted form of a rank-r matrix."""
 
 import torch
 from torch import Tensor
 
-from calr_kernels.nn import Layout
-
 MAX_COEFFICIENT = 2.0  # always reachable by row swaps; keeps 16-bit coefficients accurate
-
-
-def parameters(layout: Layout, out_features: int, in_features: int, rank: int) -> int:
-    """Count the numbers stored for a rank-r layer without its bias.
-
-    >>> parameters("two_factor", 4, 6, 2), parameters("pivoted", 4, 6, 2)
-    (20, 16)
-    """
-    if layout == "pivoted":
-        return rank * (out_features + in_features - rank)
-    return rank * (out_features + in_features)
-
-
-def rank_at(layout: Layout, out_features: int, in_features: int, keep: float) -> float:
-    """Return the (real) rank at which the layer stores `keep` of its dense parameters.
-
-    >>> rank_at("two_factor", 100, 100, 0.5), round(rank_at("pivoted", 100, 100, 0.75), 9)
-    (25.0, 50.0)
-    """
-    total, product = out_features + in_features, out_features * in_features
-    if layout == "two_factor":
-        return keep * product / total
-    return (total - math.sqrt(max(0.0, total * total - 4 * keep * product))) / 2
 
 
 def pivot(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:

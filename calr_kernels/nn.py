@@ -1,5 +1,6 @@
 """The drop-in module of a linear layer compressed to low rank."""
 
+import math
 from typing import Literal, cast
 
 import torch
@@ -95,3 +96,26 @@ class LowRankLinear(nn.Linear):
     def extra_repr(self) -> str:
         """Describe the layer in `print(model)`."""
         return f"{super().extra_repr()}, rank={self.rank}, layout={self.layout}"
+
+
+def parameters(layout: Layout, out_features: int, in_features: int, rank: int) -> int:
+    """Count the numbers stored for a rank-r layer without its bias.
+
+    >>> parameters("two_factor", 4, 6, 2), parameters("pivoted", 4, 6, 2)
+    (20, 16)
+    """
+    if layout == "pivoted":
+        return rank * (out_features + in_features - rank)
+    return rank * (out_features + in_features)
+
+
+def rank_at(layout: Layout, out_features: int, in_features: int, keep: float) -> float:
+    """Return the (real) rank at which the layer stores `keep` of its dense parameters.
+
+    >>> rank_at("two_factor", 100, 100, 0.5), round(rank_at("pivoted", 100, 100, 0.75), 9)
+    (25.0, 50.0)
+    """
+    total, product = out_features + in_features, out_features * in_features
+    if layout == "two_factor":
+        return keep * product / total
+    return (total - math.sqrt(max(0.0, total * total - 4 * keep * product))) / 2

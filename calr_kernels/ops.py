@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from calr_kernels import cpu, reference
+from calr_kernels import cpu, gpu, reference
 
 NAME = "calr::lowrank_linear"
 torch.library.define(
@@ -117,6 +117,8 @@ def _needs_gradients(*tensors: Tensor | None) -> bool:
 def _forward(
     x: Tensor, down: Tensor, up: Tensor, pivots: Tensor | None, bias: Tensor | None
 ) -> Tensor:
+    if gpu.usable(x, down, up):
+        return gpu.lowrank_linear(x, down, up, pivots, bias)
     if cpu.usable(x, down, up) and (pivots is None or pivots.is_contiguous()):
         return cpu.lowrank_linear(x, down, up, pivots, None if bias is None else bias.contiguous())
     if down.dtype != x.dtype:
@@ -143,10 +145,16 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    """Recompute the rank-r intermediate; skip the gradients that nobody needs."""
+    """Recompute the rank-r intermediate; skip the gradients that nobody needs.
+
+    With frozen two factors dx is the forward with their roles exchanged, and runs its kernels.
+    """
     x, down, up, pivots = ctx.saved_tensors
     need_x, need_down, need_up, _, need_bias = ctx.needs_input_grad
     wide_down, wide_up = down.to(x.dtype), up.to(x.dtype)
+    if pivots is None and not (need_down or need_up):
+        dx = _forward(grad, wide_up.mT, wide_down.mT, None, None) if need_x else None
+        return dx, None, None, None, _bias_gradient(grad) if need_bias else None
     direct, rest = None, grad  # gradients of t as an output, and of up t
     if pivots is not None:
         source = reference.pivot_source(pivots, grad.shape[-1])
@@ -162,8 +170,11 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     if need_up:
         t = rows @ wide_down.mT
         d_up = (rest.reshape(-1, rest.shape[-1]).mT @ t).to(up.dtype)
-    d_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
-    return dx, d_down, d_up, None, d_bias
+    return dx, d_down, d_up, None, _bias_gradient(grad) if need_bias else None
+
+
+def _bias_gradient(grad: Tensor) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
 torch.library.impl(NAME, "default", _forward)

@@ -1,12 +1,16 @@
 """Fixtures and the --device option."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from transformers.utils import logging
 
-from calr.testing import byte_tokenizer, tiny_llama
+if not torch.cuda.is_available():  # before any kernel is defined
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from calr.testing import byte_tokenizer, tiny_llama  # noqa: E402
 
 logging.disable_progress_bar()
 

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calr.layouts import MAX_COEFFICIENT, parameters, pivot, rank_at
+from calr.layouts import MAX_COEFFICIENT, pivot
+from calr_kernels.nn import parameters, rank_at
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,207 @@
+"""Launching the Triton kernels on an NVIDIA or AMD GPU, or in Triton's interpreter on the CPU.
+
+The counterpart of `calr_kernels.cpu`. Shapes are trusted: `calr_kernels.ops` checks them.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from calr_kernels import reference, tiles
+from calr_kernels.tiles import Arch, Plan, Tiles
+
+try:
+    import triton
+
+    from calr_kernels import kernels
+except ImportError:  # triton has no build for this platform
+    triton = None
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+def usable(x: Tensor, down: Tensor, up: Tensor) -> bool:
+    """Tell whether the kernels compute this: plain tensors of one type on a GPU, not empty."""
+    return (
+        x.is_cuda
+        and triton is not None
+        and x.dtype in TYPES
+        and down.dtype is x.dtype
+        and up.dtype is x.dtype
+        and x.numel() > 0
+    )
+
+
+def lowrank_linear(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    pivots: Tensor | None,
+    bias: Tensor | None,
+    *,
+    plan: Plan | None = None,
+    emulate_bf16: bool = False,
+) -> Tensor:
+    """Compute what `calr_kernels.lowrank_linear` and `pivoted_linear` do; pivots must ascend.
+
+    plan: how, by default the chooser's. emulate_bf16: float32 tensors that hold bfloat16 values are
+    rounded as bfloat16 would be (the interpreter cannot compute in bfloat16).
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    m, k, r = rows.shape[0], rows.shape[1], down.shape[0]
+    if plan is None:
+        plan = tiles.plan(
+            tiles.bucket(m), up.shape[0], k, r, x.itemsize, device_arch(x.device), pivots is not None
+        )
+    if plan.kind == "library":
+        if pivots is None:
+            return reference.lowrank_linear(x, down, up, bias)
+        return reference.pivoted_linear(x, down, up, pivots, bias)
+    n = up.shape[0] + (0 if pivots is None else r)
+    y = x.new_empty(*x.shape[:-1], n)
+    flat = y.view(-1, n)
+    if plan.kind == "products":
+        _products(rows, down, up, pivots, bias, flat, plan, emulate_bf16)
+    else:
+        _one_launch(rows, down, up, pivots, bias, flat, plan, emulate_bf16)
+    return y
+
+
+def gram(x: Tensor, out: Tensor | None = None, *, arch: Arch | None = None) -> Tensor:
+    """Compute xᵀ x (+ out) in float32: x [M, K] -> [K, K]; adds in place when out is given."""
+    arch = arch or device_arch(x.device)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    m, k = x.shape
+    result = torch.empty(k, k, dtype=torch.float32, device=x.device) if out is None else out
+    block, depth, stages = gram_tiles(k, x.itemsize, arch)
+    side = triton.cdiv(k, block)
+    kernels.gram[(side, side)](
+        x, result, m, k, x.stride(0), ADD=out is not None, BLOCK=block, BLOCK_M=depth,
+        num_warps=8 if block == 128 else 4, num_stages=stages,
+    )  # fmt: skip
+    return result
+
+
+def gram_tiles(k: int, itemsize: int, arch: Arch) -> tuple[int, int, int]:
+    """Choose (side of an output tile, rows a step, stages): small tiles where there are few."""
+    block = 128 if (k / 128) ** 2 / 2 >= arch.processors and itemsize == 2 else 64
+    return block, 64 if itemsize == 2 else 32, 2 if arch.backend == "hip" else 3
+
+
+@cache
+def device_arch(device: torch.device) -> Arch:
+    """Return the model of a device: the newest known architecture that is not newer than it."""
+    if device.type != "cuda":  # the interpreter
+        return tiles.ARCHS["sm_90"]
+    if torch.version.hip:
+        return tiles.ARCHS["gfx942"]
+    major, minor = torch.cuda.get_device_capability(device)
+    known = sorted(
+        (a for a in tiles.ARCHS.values() if a.backend == "cuda"), key=lambda a: int(a.version)
+    )
+    older = [a for a in known if int(a.version) <= 10 * major + minor]
+    return older[-1] if older else known[0]
+
+
+def _products(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    pivots: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    plan: Plan,
+    emulate_bf16: bool,
+) -> None:
+    """Run the two products; in the pivoted layout both write their outputs in place."""
+    first, second = plan.tiles
+    t = x.new_empty(x.shape[0], down.shape[0])
+    if pivots is None:
+        _product(x, down, t, None, None, None, first, emulate_bf16)
+    else:
+        _product(x, down, t, y, bias, pivots, first, emulate_bf16)
+    if up.shape[0]:
+        _product(t, up, y, None, bias, pivots, second, emulate_bf16)
+
+
+def _product(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    placed: Tensor | None,
+    bias: Tensor | None,
+    pivots: Tensor | None,
+    tile: Tiles,
+    emulate_bf16: bool,
+) -> None:
+    m, k, n = x.shape[0], x.shape[1], w.shape[0]
+    chunk = triton.cdiv(triton.cdiv(k, tile.split), tile.block_k) * tile.block_k
+    split = triton.cdiv(k, chunk)
+    programs = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+    scratch, counters = _shared(split, m, n, programs, y) if split > 1 else (y, y)
+    place = kernels.KEEP if pivots is None else kernels.OTHERS
+    kernels.product[(programs, split)](
+        x, w, y, y if placed is None else placed, y if bias is None else bias,
+        y if pivots is None else pivots, scratch, counters,
+        m, n, k, 0 if pivots is None else pivots.shape[0], chunk,
+        x.stride(0), w.stride(0), w.stride(1), y.stride(0),
+        y.stride(0) if placed is None else placed.stride(0),
+        PLACE=place.value if placed is None else kernels.PIVOTS.value, HAS_BIAS=bias is not None,
+        SPLIT=split, STEPS=0 if pivots is None else pivots.shape[0].bit_length(),
+        EMULATE_BF16=emulate_bf16, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k, GROUP=8, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _one_launch(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    pivots: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    plan: Plan,
+    emulate_bf16: bool,
+) -> None:
+    """Run rank_split or on_chip."""
+    (tile,), (m, k), r, n = plan.tiles, x.shape, down.shape[0], up.shape[0]
+    optional = (y if bias is None else bias, y if pivots is None else pivots)
+    sizes = (
+        m, n, k, r, x.stride(0), down.stride(0), down.stride(1), up.stride(0), up.stride(1),
+        y.stride(0),
+    )  # fmt: skip
+    constants = {
+        "PIVOTED": pivots is not None, "HAS_BIAS": bias is not None, "STEPS": r.bit_length(),
+        "EMULATE_BF16": emulate_bf16, "BLOCK_M": tile.block_m, "BLOCK_R": plan.rank_block,
+        "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    if plan.kind == "on_chip":
+        grid = (triton.cdiv(m, tile.block_m),)
+        kernels.on_chip[grid](x, down, up, y, *optional, *sizes, **constants)
+        return
+    slices = triton.cdiv(r, plan.rank_block)
+    scratch, counters = _shared(slices, m, n, triton.cdiv(n, tile.block_n), y)
+    kernels.rank_split[(slices,)](
+        x, down, up, y, *optional, scratch, counters, *sizes, **constants
+    )
+
+
+def _shared(parts: int, m: int, n: int, tickets: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocate partial sums, and find tickets at zero."""
+    scratch = torch.empty(parts * m * n, dtype=torch.float32, device=like.device)
+    if not like.is_cuda:
+        return scratch, torch.zeros(tickets, dtype=torch.int32)
+    if torch.cuda.is_current_stream_capturing():  # the graph owns what is allocated meanwhile
+        return scratch, torch.zeros(tickets, dtype=torch.int32, device=like.device)
+    stream = torch.cuda.current_stream(like.device).cuda_stream
+    size = 1 << (max(tickets, 1024) - 1).bit_length()
+    return scratch, _tickets(like.device, stream, size)
+
+
+@cache
+def _tickets(device: torch.device, stream: int, size: int) -> Tensor:
+    """Keep tickets of one stream: every launch leaves them at zero, so no launch clears them."""
+    return torch.zeros(size, dtype=torch.int32, device=device)

@@ -1,0 +1,59 @@
+"""The chooser: plain Python, the same on every machine."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calr_kernels import tiles
+from calr_kernels.tiles import ARCHS, Tiles
+
+SIZES = st.integers(8, 16384)
+
+
+@given(
+    m=st.integers(1, 20000), rows=SIZES, k=SIZES, share=st.floats(0.01, 1.0),
+    itemsize=st.sampled_from([2, 4]), arch=st.sampled_from(sorted(ARCHS)), pivoted=st.booleans(),
+)  # fmt: skip
+def test_every_plan_fits_the_machine_and_obeys_the_roofline(
+    m, rows, k, share, itemsize, arch, pivoted
+):
+    model, r = ARCHS[arch], max(1, round(share * min(rows, k)))
+    plan = tiles.plan(tiles.bucket(m), rows, k, r, itemsize, model, pivoted)
+    if m <= tiles.bucket(m):  # larger batches are planned for as the largest bucket
+        assert plan.seconds >= tiles.roofline_seconds(m, rows, k, r, itemsize, model, pivoted)
+    if plan.kind == "products":
+        for tile in plan.tiles:
+            sides = tile.block_m + tile.block_n
+            assert tile.stages * sides * tile.block_k * itemsize <= model.shared
+    if m <= 64:
+        assert plan.kind in ("products", "rank_split")
+    if plan.kind == "rank_split":
+        assert m <= tiles.MOST_ROWS_SPLIT
+
+
+@given(m=st.integers(1, 16384))
+def test_buckets_hold_their_rows(m):
+    assert m <= tiles.bucket(m)
+    assert tiles.bucket(tiles.bucket(m)) == tiles.bucket(m)
+
+
+def test_a_measured_table_overrides_the_model(tmp_path, monkeypatch):
+    table = tmp_path / "tuned.json"
+    measured = {"block_m": 16, "block_n": 32, "block_k": 64, "split": 2, "warps": 2, "stages": 5}
+    table.write_text(json.dumps({"sm_90 16 576 1536 2": measured}))
+    monkeypatch.setenv(tiles.TUNED, str(table))
+    tiles.tuned.cache_clear()
+    tiles.product_tiles.cache_clear()
+    try:
+        assert tiles.product_tiles(16, 576, 1536, 2, ARCHS["sm_90"])[0] == Tiles(**measured)
+        assert tiles.product_tiles(16, 576, 1536, 2, ARCHS["sm_80"])[0] != Tiles(**measured)
+        table.write_text("[1]")
+        tiles.tuned.cache_clear()
+        with pytest.raises(ValueError, match=r"tuned\.json: not a table"):
+            tiles.tuned()
+    finally:
+        monkeypatch.undo()
+        tiles.tuned.cache_clear()
+        tiles.product_tiles.cache_clear()
