@@ -141,17 +141,18 @@ def _product(
     split = triton.cdiv(k, chunk)
     programs = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     scratch, counters = _shared(split, m, n, programs, y) if split > 1 else (y, y)
+    unit = _unit(k, x.stride(0), w.stride(0))
     place = kernels.KEEP if pivots is None else kernels.OTHERS
     kernels.product[(programs, split)](
         x, w, y, y if placed is None else placed, y if bias is None else bias,
         y if pivots is None else pivots, scratch, counters,
-        m, n, k, 0 if pivots is None else pivots.shape[0], chunk,
-        x.stride(0), w.stride(0), w.stride(1), y.stride(0),
+        m, n, k // unit, 0 if pivots is None else pivots.shape[0], chunk,
+        x.stride(0) // unit, w.stride(0) // unit, w.stride(1), y.stride(0),
         y.stride(0) if placed is None else placed.stride(0),
         PLACE=place.value if placed is None else kernels.PIVOTS.value, HAS_BIAS=bias is not None,
         SPLIT=split, STEPS=0 if pivots is None else pivots.shape[0].bit_length(),
         EMULATE_BF16=emulate_bf16, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k, GROUP=8, num_warps=tile.warps, num_stages=tile.stages,
+        BLOCK_K=tile.block_k, GROUP=8, UNIT=unit, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -167,15 +168,16 @@ def _one_launch(
 ) -> None:
     """Run rank_split or on_chip."""
     (tile,), (m, k), r, n = plan.tiles, x.shape, down.shape[0], up.shape[0]
+    unit = _unit(k, x.stride(0), down.stride(0), up.stride(0))
     optional = (y if bias is None else bias, y if pivots is None else pivots)
     sizes = (
-        m, n, k, r, x.stride(0), down.stride(0), down.stride(1), up.stride(0), up.stride(1),
-        y.stride(0),
+        m, n, k // unit, r, x.stride(0) // unit, down.stride(0) // unit, down.stride(1),
+        up.stride(0) // unit, up.stride(1), y.stride(0),
     )  # fmt: skip
     constants = {
         "PIVOTED": pivots is not None, "HAS_BIAS": bias is not None, "STEPS": r.bit_length(),
         "EMULATE_BF16": emulate_bf16, "BLOCK_M": tile.block_m, "BLOCK_R": plan.rank_block,
-        "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+        "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "UNIT": unit,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     if plan.kind == "on_chip":
@@ -187,6 +189,10 @@ def _one_launch(
     kernels.rank_split[(slices,)](
         x, down, up, y, *optional, scratch, counters, *sizes, **constants
     )
+
+
+def _unit(*sizes: int) -> int:
+    return 8 if all(size % 8 == 0 for size in sizes) else 1
 
 
 def _shared(parts: int, m: int, n: int, tickets: int, like: Tensor) -> tuple[Tensor, Tensor]:

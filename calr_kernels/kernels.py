@@ -1,6 +1,8 @@
 """Triton kernels. What runs when, and with which tiles, is decided in `calr_kernels.tiles`.
 
-All accumulate in float32 and reduce in a fixed order: the same input gives the same bits. float32
+K and the row strides of matrices come in units of UNIT elements, 8 where all are multiples of 8:
+the compiler sees 16-byte alignment only in factors written out or in multiples of 16. All
+accumulate in float32 and reduce in a fixed order: the same input gives the same bits. float32
 products are "ieee", never tf32. Where several programs share an output tile they leave partial sums
 in global memory, and the last to arrive (a ticket) adds them in index order and resets the ticket:
 no floating-point atomics, no second launch, no grid barrier.
@@ -62,6 +64,44 @@ def _ordered_sum(partial, count, stride, offsets, mask, acc):
 
 
 @triton.jit
+def _store(
+    value, y, y_row, bias, targets, rows, columns, M, N,
+    HAS_BIAS: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """Store value (+ bias), rounded, at y[rows, targets], for rows < M and columns < N."""
+    if HAS_BIAS:
+        value += tl.load(bias + targets, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    at = y + rows.to(tl.int64)[:, None] * y_row + targets[None, :]
+    mask = (rows < M)[:, None] & (columns < N)[None, :]
+    tl.store(at, _rounded(value, y.dtype.element_ty, EMULATE_BF16), mask=mask)
+
+
+@triton.jit
+def _store_others(
+    value, y, y_row, bias, pivots, rows, columns, M, N, rank,
+    PIVOTED: tl.constexpr, HAS_BIAS: tl.constexpr, STEPS: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """Store value (+ bias) in the columns of y that are not pivots; all of them without PIVOTED."""
+    if PIVOTED:
+        targets = _other_columns(pivots, columns, rank, STEPS)
+    else:
+        targets = columns
+    _store(value, y, y_row, bias, targets, rows, columns, M, N, HAS_BIAS, EMULATE_BF16)
+
+
+@triton.jit
+def _store_pivots(
+    t, y, y_row, bias, pivots, rows, ranks, M, rank,
+    HAS_BIAS: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """Store t (+ bias) in the columns of y that are pivots."""
+    targets = tl.load(pivots + ranks, mask=ranks < rank, other=0)
+    value = t.to(tl.float32)
+    _store(value, y, y_row, bias, targets, rows, ranks, M, rank, HAS_BIAS, EMULATE_BF16)
+
+
+@triton.jit
 def _product_tile(
     x, w, rows, columns, M, N, begin, end, x_row, w_row, w_column,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -92,6 +132,7 @@ def product(
     PLACE: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, STEPS: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """y = x wᵀ (+ bias): x [M, K] rows, w [N, K] with any strides, one phase of a low-rank layer.
 
@@ -99,6 +140,7 @@ def product(
     the product goes to the j-th column of y that is not one of the ascending pivots [rank].
     Axis 1 of the grid splits K into SPLIT chunks; GROUP row tiles share their w tiles in the cache.
     """
+    K, x_row, w_row = K * UNIT, x_row * UNIT, w_row * UNIT
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile, split = tl.program_id(0), tl.program_id(1)
     first = tile // (GROUP * tiles_n) * GROUP
@@ -107,7 +149,6 @@ def product(
     tile_n = tile % (GROUP * tiles_n) // height
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (rows < M)[:, None] & (columns < N)[None, :]
     begin = split * chunk
     acc = _product_tile(
         x, w, rows, columns, M, N, begin, min(begin + chunk, K), x_row, w_row, w_column,
@@ -116,30 +157,24 @@ def product(
     finish = True
     if SPLIT > 1:
         offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
-        area = M.to(tl.int64) * N
+        area = M * N
+        mask = (rows < M)[:, None] & (columns < N)[None, :]
         tl.store(partial + split * area + offsets, acc, mask=mask)
         finish = _last_to_arrive(tickets + tile, SPLIT)
         if finish:
             acc = _ordered_sum(partial, SPLIT, area, offsets, mask, tl.zeros_like(acc))
     if finish:
-        element = y.dtype.element_ty
-        if PLACE == OTHERS:
-            targets = _other_columns(pivots, columns, rank, STEPS)
-        else:
-            targets = columns
-        wide = acc
-        if HAS_BIAS and PLACE != PIVOTS:
-            wide += tl.load(bias + targets, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-        rounded = _rounded(wide, element, EMULATE_BF16)
-        tl.store(y + rows.to(tl.int64)[:, None] * y_row + targets[None, :], rounded, mask=mask)
         if PLACE == PIVOTS:
-            targets = tl.load(pivots + columns, mask=columns < N, other=0)
-            if HAS_BIAS:
-                wide = rounded.to(tl.float32)
-                wide += tl.load(bias + targets, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-                rounded = _rounded(wide, element, EMULATE_BF16)
-            at = placed + rows.to(tl.int64)[:, None] * placed_row + targets[None, :]
-            tl.store(at, rounded, mask=mask)
+            t = _rounded(acc, y.dtype.element_ty, EMULATE_BF16)
+            _store(acc, y, y_row, bias, columns, rows, columns, M, N, False, EMULATE_BF16)
+            _store_pivots(
+                t, placed, placed_row, bias, pivots, rows, columns, M, N, HAS_BIAS, EMULATE_BF16
+            )
+        else:
+            _store_others(
+                acc, y, y_row, bias, pivots, rows, columns, M, N, rank,
+                PLACE == OTHERS, HAS_BIAS, STEPS, EMULATE_BF16,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -149,6 +184,7 @@ def rank_split(
     PIVOTED: tl.constexpr, HAS_BIAS: tl.constexpr, STEPS: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """y = up (down x) (+ bias) for few rows in one launch: a program owns BLOCK_R of the rank.
 
@@ -156,25 +192,19 @@ def rank_split(
     tile by tile and leaves partial sums [slices, M, N]; the last to finish a tile adds them. Every
     factor byte is read once. A corrective path is more rank, so more slices.
     """
+    K, x_row, down_row, up_row = K * UNIT, x_row * UNIT, down_row * UNIT, up_row * UNIT
     slice_, slices = tl.program_id(0), tl.num_programs(0)
     rows = tl.arange(0, BLOCK_M)
     ranks = slice_ * BLOCK_R + tl.arange(0, BLOCK_R)
-    element = y.dtype.element_ty
     t = _product_tile(
         x, down, rows, ranks, M, rank, 0, K, x_row, down_row, down_column,
         BLOCK_M, BLOCK_R, BLOCK_K,
     )  # fmt: skip
-    t = _rounded(tl.where((ranks < rank)[None, :], t, 0.0), element, EMULATE_BF16)
+    t = _rounded(tl.where((ranks < rank)[None, :], t, 0.0), y.dtype.element_ty, EMULATE_BF16)
     if PIVOTED:
-        targets = tl.load(pivots + ranks, mask=ranks < rank, other=0)
-        direct = t.to(tl.float32)
-        if HAS_BIAS:
-            direct += tl.load(bias + targets, mask=ranks < rank, other=0.0).to(tl.float32)[None, :]
-        at = y + rows.to(tl.int64)[:, None] * y_row + targets[None, :]
-        inside = (rows < M)[:, None] & (ranks < rank)[None, :]
-        tl.store(at, _rounded(direct, element, EMULATE_BF16), mask=inside)
+        _store_pivots(t, y, y_row, bias, pivots, rows, ranks, M, rank, HAS_BIAS, EMULATE_BF16)
     tiles = tl.cdiv(N, BLOCK_N)
-    area = M.to(tl.int64) * N
+    area = M * N
     for turn in range(tiles):
         tile = (turn + slice_) % tiles  # programs start at different tiles: few meet at a ticket
         columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -186,15 +216,10 @@ def rank_split(
         tl.store(partial + slice_ * area + offsets, acc, mask=mask)
         if _last_to_arrive(tickets + tile, slices):
             acc = _ordered_sum(partial, slices, area, offsets, mask, tl.zeros_like(acc))
-            if PIVOTED:
-                targets = _other_columns(pivots, columns, rank, STEPS)
-            else:
-                targets = columns
-            if HAS_BIAS:
-                wide = tl.load(bias + targets, mask=columns < N, other=0.0).to(tl.float32)
-                acc += wide[None, :]
-            at = y + rows.to(tl.int64)[:, None] * y_row + targets[None, :]
-            tl.store(at, _rounded(acc, element, EMULATE_BF16), mask=mask)
+            _store_others(
+                acc, y, y_row, bias, pivots, rows, columns, M, N, rank,
+                PIVOTED, HAS_BIAS, STEPS, EMULATE_BF16,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -204,38 +229,28 @@ def on_chip(
     PIVOTED: tl.constexpr, HAS_BIAS: tl.constexpr, STEPS: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """y = up (down x) (+ bias) for many rows and a rank of at most BLOCK_R: t never leaves the chip."""
+    K, x_row, down_row, up_row = K * UNIT, x_row * UNIT, down_row * UNIT, up_row * UNIT
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)
-    element = y.dtype.element_ty
     t = _product_tile(
         x, down, rows, ranks, M, rank, 0, K, x_row, down_row, down_column,
         BLOCK_M, BLOCK_R, BLOCK_K,
     )  # fmt: skip
-    t = _rounded(tl.where((ranks < rank)[None, :], t, 0.0), element, EMULATE_BF16)
-    y_rows = y + rows.to(tl.int64)[:, None] * y_row
+    t = _rounded(tl.where((ranks < rank)[None, :], t, 0.0), y.dtype.element_ty, EMULATE_BF16)
     if PIVOTED:
-        targets = tl.load(pivots + ranks, mask=ranks < rank, other=0)
-        direct = t.to(tl.float32)
-        if HAS_BIAS:
-            direct += tl.load(bias + targets, mask=ranks < rank, other=0.0).to(tl.float32)[None, :]
-        inside = (rows < M)[:, None] & (ranks < rank)[None, :]
-        rounded = _rounded(direct, element, EMULATE_BF16)
-        tl.store(y_rows + targets[None, :], rounded, mask=inside)
+        _store_pivots(t, y, y_row, bias, pivots, rows, ranks, M, rank, HAS_BIAS, EMULATE_BF16)
     for begin in range(0, N, BLOCK_N):
         columns = begin + tl.arange(0, BLOCK_N)
         at = up + columns.to(tl.int64)[None, :] * up_row + ranks.to(tl.int64)[:, None] * up_column
         inside = (ranks < rank)[:, None] & (columns < N)[None, :]
         acc = tl.dot(t, tl.load(at, mask=inside, other=0.0), input_precision="ieee")
-        if PIVOTED:
-            targets = _other_columns(pivots, columns, rank, STEPS)
-        else:
-            targets = columns
-        if HAS_BIAS:
-            acc += tl.load(bias + targets, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-        mask = (rows < M)[:, None] & (columns < N)[None, :]
-        tl.store(y_rows + targets[None, :], _rounded(acc, element, EMULATE_BF16), mask=mask)
+        _store_others(
+            acc, y, y_row, bias, pivots, rows, columns, M, N, rank,
+            PIVOTED, HAS_BIAS, STEPS, EMULATE_BF16,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -256,8 +271,8 @@ def gram(
             a = tl.load(left, mask=inside[None, :], other=0.0)
             b = tl.load(right, mask=inside[:, None], other=0.0)
             acc = tl.dot(a, b, acc, input_precision="ieee")
-            left += BLOCK_M * x_row.to(tl.int64)
-            right += BLOCK_M * x_row.to(tl.int64)
+            left += BLOCK_M * x_row
+            right += BLOCK_M * x_row
         mask = (lower < K)[:, None] & (upper < K)[None, :]
         here = out + lower.to(tl.int64)[:, None] * K + upper[None, :]
         if ADD:
