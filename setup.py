@@ -11,7 +11,7 @@ setup(
             sources=[f"{SOURCES}/linear.cpp"],
             depends=[f"{SOURCES}/dots.inl", f"{SOURCES}/pool.h"],
             language="c++",
-            extra_compile_args=["-std=c++17", "-O3"],
+            extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"],
             optional=True,
         )
     ]

@@ -7,9 +7,12 @@ another. Without the library everything works in plain PyTorch, slower for small
 
 import ctypes
 import importlib.util
+import operator
 import os
 import warnings
+from collections.abc import Sequence
 from functools import cache
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +39,14 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded = ctypes.CDLL(spec.origin)
     pointer, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    loaded.calr_lowrank_linear.argtypes = [pointer] * 6 + [size] * 4 + [code] * 3
+    loaded.calr_lowrank_linear.argtypes = [pointer] * 8 + [size] * 5 + [code] * 3
     loaded.calr_lowrank_linear.restype = code
+    loaded.calr_linears.argtypes = [pointer, pointer, size, pointer, size, size] + [code] * 3
+    loaded.calr_linears.restype = None
+    loaded.calr_gated.argtypes = [pointer] * 3 + [size] * 2 + [code] * 4
+    loaded.calr_gated.restype = None
+    loaded.calr_complement.argtypes = [pointer, pointer, size, size]
+    loaded.calr_complement.restype = code
     loaded.calr_interleave.argtypes = [pointer] * 4 + [size] * 3 + [code] * 2
     loaded.calr_interleave.restype = code
     wanted = os.environ.get("CALR_CPU_ISA")
@@ -77,7 +86,13 @@ def usable(x: Tensor, down: Tensor, up: Tensor) -> bool:
 
 
 def lowrank_linear(
-    x: Tensor, down: Tensor, up: Tensor, pivots: Tensor | None, bias: Tensor | None
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    pivots: Tensor | None,
+    bias: Tensor | None,
+    corrective_down: Tensor | None = None,
+    corrective_up: Tensor | None = None,
 ) -> Tensor:
     """Compute what `calr_kernels.lowrank_linear` and `pivoted_linear` do, for `usable` tensors.
 
@@ -94,13 +109,16 @@ def lowrank_linear(
         x.data_ptr(),
         down.data_ptr(),
         up.data_ptr(),
-        None if pivots is None else pivots.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        _pointer(pivots),
+        _pointer(bias),
+        _pointer(corrective_down),
+        _pointer(corrective_up),
         y.data_ptr(),
         x.numel() // k,
         k,
         n,
         r,
+        0 if corrective_down is None else corrective_down.shape[0],
         TYPES[x.dtype],
         TYPES[down.dtype],
         torch.get_num_threads(),
@@ -108,6 +126,152 @@ def lowrank_linear(
     if status:
         raise ValueError(f"pivots: must be {r} distinct rows below {n}")
     return y
+
+
+class Factors(NamedTuple):
+    """The tensors of one layer: a dense weight as `up` [N, K] alone, or down [r, K] and up."""
+
+    up: Tensor
+    down: Tensor | None = None
+    pivots: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def bindable(x: Tensor, factors: Factors) -> bool:
+    """Tell whether `Bound` computes this: few rows, plain contiguous CPU tensors of x's type."""
+    return (
+        x.is_cpu
+        and x.dtype in TYPES
+        and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
+        and factors.up.is_contiguous()
+        and (factors.down is None or factors.down.is_contiguous())
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+class Bound:
+    """Layers of one input, bound to the kernel: what a call needs is looked up once.
+
+    Every call names the factors and binds anew when one was replaced, moved or, for pivots, written
+    to; other weights may change in place. All weights are of one type in TYPES, contiguous, on the
+    CPU; x has few rows of that type, or of float32. A copy, or what is unpickled, starts unbound.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor | None] = []
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Copy and pickle as unbound: pointers are of this process and these tensors."""
+        return Bound, ()
+
+    def _bind(self, factors: Sequence[Factors]) -> None:
+        """Look up what calls need. Raises ValueError for pivots that are not distinct rows."""
+        loaded = library()
+        assert loaded is not None
+        self._linears, self._gated = loaded.calr_linears, loaded.calr_gated
+        self._others: list[Tensor] = []
+        self.outputs = [
+            layer.up.shape[0] + (0 if layer.pivots is None else layer.pivots.shape[0])
+            for layer in factors
+        ]
+        self._layers = (_Layer * len(factors))(*map(self._layer, factors, self.outputs))
+        self._weight_type = TYPES[factors[0].up.dtype]
+        self._ys = (ctypes.c_void_p * len(factors))()
+        self._tensors = [tensor for layer in factors for tensor in layer]
+        self._state = [_state(tensor) for tensor in self._tensors]
+
+    def _rebind(self, factors: Sequence[Factors]) -> None:
+        """Bind unless these are the bound tensors, at the same addresses."""
+        tensors = [tensor for layer in factors for tensor in layer]
+        if not (
+            len(tensors) == len(self._tensors)
+            and all(map(operator.is_, tensors, self._tensors))
+            and [_state(tensor) for tensor in tensors] == self._state
+        ):
+            self._bind(factors)
+
+    def linears(self, x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
+        """Apply every layer: x [..., K] -> one [..., N] each."""
+        self._rebind(factors)
+        x = x.contiguous()
+        k, shape = x.shape[-1], x.shape[:-1]
+        ys = [x.new_empty(*shape, n) for n in self.outputs]
+        for i, y in enumerate(ys):
+            self._ys[i] = y.data_ptr()
+        self._linears(
+            x.data_ptr(),
+            self._layers,
+            len(ys),
+            self._ys,
+            x.numel() // k,
+            k,
+            TYPES[x.dtype],
+            self._weight_type,
+            torch.get_num_threads(),
+        )
+        return ys
+
+    def gated(self, x: Tensor, factors: Sequence[Factors], activation: int) -> Tensor:
+        """Apply a gated feed-forward block of factors gate, up, down: down(act(gate x) * up x)."""
+        self._rebind(factors)
+        x = x.contiguous()
+        k = x.shape[-1]
+        y = x.new_empty(*x.shape[:-1], self.outputs[2])
+        self._gated(
+            x.data_ptr(),
+            self._layers,
+            y.data_ptr(),
+            x.numel() // k,
+            k,
+            activation,
+            TYPES[x.dtype],
+            self._weight_type,
+            torch.get_num_threads(),
+        )
+        return y
+
+    def _layer(self, layer: Factors, n: int) -> "_Layer":
+        """Describe one layer to the kernel."""
+        rank, others = 0 if layer.down is None else layer.down.shape[0], None
+        if layer.pivots is not None:
+            others = torch.empty(n - rank, dtype=torch.int32)
+            loaded = library()
+            assert loaded is not None
+            if loaded.calr_complement(layer.pivots.data_ptr(), others.data_ptr(), n, rank):
+                raise ValueError(f"pivots: must be {rank} distinct rows below {n}")
+            self._others.append(others)
+        return _Layer(
+            down=_pointer(layer.down),
+            up=layer.up.data_ptr(),
+            bias=_pointer(layer.bias),
+            pivots=_pointer(layer.pivots),
+            others=_pointer(others),
+            n=n,
+            r=rank,
+        )
+
+
+class _Layer(ctypes.Structure):
+    """struct calr_layer of csrc/linear.cpp."""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_void_p) for name in ("down", "up", "corrective_down", "corrective_up")),
+        *((name, ctypes.c_void_p) for name in ("bias", "pivots", "others")),
+        *((name, ctypes.c_int64) for name in ("n", "r", "c")),
+    ]
+
+
+def _state(tensor: Tensor | None) -> tuple[int, int]:
+    """Return where a tensor is and, for pivots, how often it was written to."""
+    if tensor is None:
+        return 0, 0
+    counted = tensor.dtype is torch.int32 and not tensor.is_inference()
+    return tensor.data_ptr(), tensor._version if counted else 0
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def interleave(t: Tensor, rest: Tensor, pivots: Tensor) -> Tensor:

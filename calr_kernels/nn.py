@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from calr_kernels import ops
+from calr_kernels.cpu import Bound, Factors, bindable
 from calr_kernels.reference import pivot_source
 
 Layout = Literal["two_factor", "pivoted"]
@@ -55,12 +56,17 @@ class LowRankLinear(nn.Linear):
         else:
             self.register_parameter("bias", None)
         nn.init.normal_(self.weight, std=rank**-0.5)
+        self._bound = Bound()
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer: [..., in_features] -> [..., out_features]."""
+        if self.may_fuse(input):
+            factors = self.factors()
+            if not torch.is_grad_enabled() and bindable(input, factors):
+                return self._bound.linears(input, (factors,))[0]
+            up, down, pivots, bias = factors
+            return ops.apply(input, cast(Tensor, down), up, pivots, bias)
         pivots = cast(Tensor, self.pivots) if self.layout == "pivoted" else None
-        if self._may_fuse(input):
-            return ops.apply(input, self.down.weight, self.weight, pivots, self.bias)
         t = self.down(input)  # [..., r]
         if pivots is None:
             return linear(t, self.weight, self.bias)
@@ -68,22 +74,26 @@ class LowRankLinear(nn.Linear):
         y = y.index_select(-1, pivot_source(pivots, self.out_features))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _may_fuse(self, input: Tensor) -> bool:
+    def factors(self) -> Factors:
+        """Return up, down, pivots (None in the two-factor layout) and bias (None without)."""
+        parameters, buffers = self._parameters, self._buffers
+        down = self._modules["down"]._parameters["weight"]  # type: ignore[union-attr]
+        up = cast(Tensor, parameters["weight"])
+        return Factors(up, down, buffers.get("pivots"), parameters["bias"])
+
+    def may_fuse(self, input: Tensor) -> bool:
         """Tell whether reading `down.weight` bypasses nobody: offloading, tensor parallelism, hooks
         and wrapped weights all act when `down` itself is called."""
-        down, weight = self._modules["down"], self._parameters["weight"]
-        if type(down) is not nn.Linear or weight is None:
+        down = self._modules["down"]
+        if type(down) is not nn.Linear or "forward" in down.__dict__:
             return False
-        down_weight = down._parameters["weight"]
-        return (
-            "forward" not in down.__dict__
-            and not (down._forward_hooks or down._forward_pre_hooks)
-            and not (down._backward_hooks or down._backward_pre_hooks)
-            and type(down_weight) is type(weight) is nn.Parameter
-            and down_weight.device == weight.device == input.device
-            and down_weight.dtype is weight.dtype is input.dtype
-            and not torch.is_autocast_enabled(input.device.type)
-        )
+        hooked = down._forward_hooks or down._forward_pre_hooks
+        if hooked or down._backward_hooks or down._backward_pre_hooks:
+            return False
+        parameters = self._parameters
+        return may_bypass(
+            input, down._parameters["weight"], parameters["bias"]
+        ) and may_bypass(input, parameters["weight"], None)
 
     def dense_weight(self) -> Tensor:
         """Return the equivalent weight matrix [out_features, in_features] in the factors' dtype."""
@@ -96,6 +106,17 @@ class LowRankLinear(nn.Linear):
     def extra_repr(self) -> str:
         """Describe the layer in `print(model)`."""
         return f"{super().extra_repr()}, rank={self.rank}, layout={self.layout}"
+
+
+def may_bypass(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Tell whether a weight may be read without its module: plain, of input's type, where it is."""
+    return (
+        type(weight) is nn.Parameter
+        and weight.device == input.device
+        and weight.dtype is input.dtype
+        and (bias is None or bias.dtype is input.dtype)
+        and not torch.is_autocast_enabled(input.device.type)
+    )
 
 
 def parameters(layout: Layout, out_features: int, in_features: int, rank: int) -> int:

@@ -70,6 +70,9 @@ inline void tile(const W* weight, const float* x, float* out, int64_t k, int64_t
     Vector inputs[COLUMNS];
     for (int j = 0; j < COLUMNS; ++j) inputs[j] = load(x + j * k + at);
     for (int i = 0; i < ROWS; ++i) {
+#if CALR_LANES > 4
+      _mm_prefetch(reinterpret_cast<const char*>(weight + (i + ROWS) * k + at), _MM_HINT_T0);
+#endif
       const Vector w = load(weight + i * k + at);
       for (int j = 0; j < COLUMNS; ++j) total[i][j] = multiply_add(w, inputs[j], total[i][j]);
     }
@@ -105,6 +108,37 @@ void dots(const W* weight, const float* x, float* out, int64_t m, int64_t k, int
   }
   for (; at < m; ++at) {
     rows<1>(weight, x + at * k, out + at * out_stride, k, out_stride, begin, end);
+  }
+}
+
+// exp for |x| < 87 to two units in the last place: 2^n times a polynomial on [-ln2/2, ln2/2].
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 87.0f ? 87.0f : x;
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const float n = (x * 1.44269504f + shift) - shift;
+  const float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * f * f + f + 1.0f;
+  const uint32_t exponent = (static_cast<uint32_t>(static_cast<int32_t>(n)) + 127u) << 23;
+  float power;
+  std::memcpy(&power, &exponent, 4);
+  return p * power;
+}
+
+inline void activate(int32_t activation, float* values, int64_t count) {
+  if (activation == 0) {
+    for (int64_t i = 0; i < count; ++i) values[i] /= 1.0f + exponential(-values[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      const float x = values[i], z = 1.5957691216f * (x + 0.044715f * x * x * x);
+      values[i] = x / (1.0f + exponential(-z));
+    }
   }
 }
 
