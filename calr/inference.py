@@ -112,5 +112,5 @@ def _is_gated(module: nn.Module) -> bool:
     if weight.device.type != "cpu" or not isinstance(gate, nn.Linear):
         return False
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(cpu.MAX_ROWS + 1, gate.in_features, generator=generator).to(weight.dtype)
+    x = torch.randn(max(cpu.MAX_ROWS.values()) + 1, gate.in_features, generator=generator).to(weight.dtype)
     return torch.equal(module(x), down(act(gate(x)) * up(x)))

@@ -20,7 +20,8 @@ from torch import Tensor
 ISAS = ("scalar", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PLAIN = (Tensor, torch.nn.Parameter)
-MAX_ROWS = 16  # rows of x above which torch's matrix products are faster
+# rows of x above which torch's matrix products are faster (bench/kernels.py; bfloat16 has AMX there)
+MAX_ROWS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16}
 
 
 @cache
@@ -76,7 +77,7 @@ def usable(x: Tensor, down: Tensor, up: Tensor) -> bool:
         and x.is_cpu
         and down.is_cpu
         and up.is_cpu
-        and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
+        and 0 < x.numel() <= MAX_ROWS[down.dtype] * x.shape[-1]
         and type(down) in PLAIN
         and type(up) in PLAIN
         and down.is_contiguous()
@@ -142,7 +143,7 @@ def bindable(x: Tensor, factors: Factors) -> bool:
     return (
         x.is_cpu
         and x.dtype in TYPES
-        and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
+        and 0 < x.numel() <= MAX_ROWS[x.dtype] * x.shape[-1]
         and factors.up.is_contiguous()
         and (factors.down is None or factors.down.is_contiguous())
         and not torch.compiler.is_compiling()

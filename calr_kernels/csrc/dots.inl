@@ -125,29 +125,29 @@ inline void tile(const W* weight, const float* x, float* out, int64_t k, int64_t
   for (int j = 0; j < COLUMNS; ++j) sums<ROWS>(total[j], out + j * out_stride);
 }
 
-template <int COLUMNS, typename W>
-inline void rows(const W* weight, const float* x, float* out, int64_t k, int64_t out_stride,
-                 int64_t begin, int64_t end) {
-  int64_t row = begin;
-  for (; row + 8 <= end && COLUMNS == 1; row += 8) {
-    tile<8, COLUMNS>(weight + row * k, x, out + row, k, out_stride);
+// A few weight rows with all inputs: after the first group of inputs the rows are in the cache.
+template <int ROWS, typename W>
+inline void rows(const W* weight, const float* x, float* out, int64_t m, int64_t k,
+                 int64_t out_stride) {
+  int64_t at = 0;
+  for (; at + 4 <= m && ROWS < 8; at += 4) {
+    tile<ROWS, 4>(weight, x + at * k, out + at * out_stride, k, out_stride);
   }
-  for (; row + 4 <= end; row += 4) {
-    tile<4, COLUMNS>(weight + row * k, x, out + row, k, out_stride);
+  for (; at + 2 <= m && ROWS < 8; at += 2) {
+    tile<ROWS, 2>(weight, x + at * k, out + at * out_stride, k, out_stride);
   }
-  for (; row < end; ++row) tile<1, COLUMNS>(weight + row * k, x, out + row, k, out_stride);
+  for (; at < m; ++at) tile<ROWS, 1>(weight, x + at * k, out + at * out_stride, k, out_stride);
 }
 
 template <typename W>
 void dots(const W* weight, const float* x, float* out, int64_t m, int64_t k, int64_t out_stride,
           int64_t begin, int64_t end) {
-  int64_t at = 0;
-  for (; at + 4 <= m; at += 4) {
-    rows<4>(weight, x + at * k, out + at * out_stride, k, out_stride, begin, end);
+  int64_t row = begin;
+  for (; m == 1 && row + 8 <= end; row += 8) {
+    rows<8>(weight + row * k, x, out + row, m, k, out_stride);
   }
-  for (; at < m; ++at) {
-    rows<1>(weight, x + at * k, out + at * out_stride, k, out_stride, begin, end);
-  }
+  for (; row + 4 <= end; row += 4) rows<4>(weight + row * k, x, out + row, m, k, out_stride);
+  for (; row < end; ++row) rows<1>(weight + row * k, x, out + row, m, k, out_stride);
 }
 
 // exp for |x| < 87 to two units in the last place: 2^n times a polynomial on [-ln2/2, ln2/2].
