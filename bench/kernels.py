@@ -32,11 +32,10 @@ LAYERS = {  # out_features, in_features
     "Llama-3.2-1B q": (2048, 2048),
     "Llama-3.2-1B up": (8192, 2048),
     "Llama-3-8B q": (4096, 4096),
-    "Llama-3-8B down": (4096, 14336),
 }
-ROWS = (1, 4, 16, 64, 512)
+ROWS = (1, 4, 16, 64, 256)
 KEEP, CORRECTIVE = 0.5, 16
-BURST = 8  # calls a turn, as a decode step makes them: the code is warm, the weights are not
+BURST = 8  # calls a turn, as decoding makes them: the code is warm, the weights are not
 Run = Callable[[int], torch.Tensor]
 
 
@@ -89,23 +88,25 @@ def contenders(
 
 
 @torch.no_grad()
-def measure(runs: dict[str, tuple[Run, int]], seconds: float, device: str) -> dict[str, list]:
-    """Time every contender by turns until the time is up, at least five turns each."""
+def measure(
+    runs: dict[str, tuple[Run, int]], seconds: float, device: str, burst: int
+) -> dict[str, list]:
+    """Time every contender by turns of `burst` calls until the time is up, five turns or more."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run, _ in runs.values():
         run(0), run(1)
     started, call = time.perf_counter(), 0
     while call < 5 or (time.perf_counter() - started < seconds and call < 400):
         for turn, (run, _) in enumerate(runs.values()):
-            first = BURST * (len(runs) * call + turn)  # nobody reads what another has just read
+            first = burst * (len(runs) * call + turn)  # nobody reads what another has just read
             if device == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            for i in range(first, first + BURST):
+            for i in range(first, first + burst):
                 run(i)
             if device == "cuda":
                 torch.cuda.synchronize()
-            list(times.values())[turn].append((time.perf_counter() - start) / BURST)
+            list(times.values())[turn].append((time.perf_counter() - start) / burst)
         call += 1
     return times
 
@@ -114,7 +115,7 @@ def streaming(threads: int, device: str) -> float:
     """Measure the bytes per second of reading memory: a float32 matrix-vector product of 256 MiB."""
     torch.set_num_threads(threads)
     a, x = torch.randn(16384, 4096, device=device), torch.randn(4096, device=device)
-    best = min(measure({"read": (lambda i: a @ x, 0)}, 1.0, device)["read"])
+    best = min(measure({"read": (lambda i: a @ x, 0)}, 1.0, device, 1)["read"])
     return a.numel() * 4 / best
 
 
@@ -123,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="two layers, one and 16 rows")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each cell")
+    parser.add_argument("--seconds", type=float, default=0.4, help="for each cell")
     parser.add_argument("--cycle", type=int, default=400 << 20, help="bytes of weights to go round")
     parser.add_argument("--output", type=Path, default=None)
     arguments = parser.parse_args()
@@ -134,14 +135,13 @@ def main() -> None:
     dtypes = [torch.bfloat16] if device == "cuda" else [torch.float32, torch.bfloat16]
     bandwidth = {count: streaming(count, device) for count in threads}
     print({f"{count} threads": f"{rate / 1e9:.1f} GB/s" for count, rate in bandwidth.items()})
-    rows = []
+    rows, compiled = [], torch.compile(two, dynamic=True)
     for count, dtype, m in itertools.product(threads, dtypes, (1, 16) if arguments.quick else ROWS):
         torch.set_num_threads(count)
         for name in names:
             n, k = LAYERS[name]
-            torch.compiler.reset()
-            runs = contenders(n, k, m, dtype, device, arguments.cycle, torch.compile(two))
-            times = measure(runs, arguments.seconds, device)
+            runs = contenders(n, k, m, dtype, device, arguments.cycle, compiled)
+            times = measure(runs, arguments.seconds, device, BURST if m <= 16 else 1)
             medians = {key: statistics.median(taken) for key, taken in times.items()}
             row = {
                 "layer": name,

@@ -15,6 +15,7 @@ from calr import allocation, layouts, methods
 from calr.allocation import Ranks
 from calr.blocks import BlockRunner, set_submodule
 from calr.calibration import Statistics, check_finite, collect, fingerprint
+from calr.correction import Correction, correct, windows_needed
 from calr.errors import CalrError
 from calr.integrations.transformers import CalrConfig, attach
 from calr.methods import Decomposition, Method
@@ -23,6 +24,7 @@ from calr.store import Store
 from calr.structure import Layer, Structure, analyse
 from calr.text import Source, calibration_windows
 from calr_kernels import LowRankLinear
+from calr_kernels.nn import Layout
 
 CACHE_BYTES = 4 << 30  # decompositions kept between allocation and factorisation
 MEASURE_WINDOWS = 4  # calibration windows on which last_k measures the final hidden state
@@ -56,39 +58,42 @@ def compress(
     structure = analyse(model, recipe.skip)
     keep_of_rest(structure, recipe)
     check_finite(model)
-    training = model.training
+    training, corrected = model.training, {}
     model.eval()
     try:
-        replacements, tokens = _compute(
-            model, structure, recipe, calibration, tokenizer, statistics, work
-        )
+        ids = _windows(model, recipe, calibration, tokenizer, work)
+        run = _Run(model, structure, recipe, _spread(ids, recipe.samples), statistics, work)
+        replacements = run.factorise(run.allocate())
+        if recipe.correction_tokens and replacements:
+            done = _correct(model, replacements, ids, recipe, work)
+            corrected["correction"] = dataclasses.asdict(done)
+            replacements = run.pack(replacements)
     finally:
         model.train(training)
     for name, layer in replacements.items():
         set_submodule(model, name, layer.train(training))
     layers = {n: {"layout": layer.layout, "rank": layer.rank} for n, layer in replacements.items()}
-    described = recipe.to_dict() | {"calibration": describe(calibration), "tokens": tokens}
+    described = recipe.to_dict() | {"calibration": describe(calibration), **corrected}
+    described["tokens"] = min(len(ids), recipe.samples) * ids.shape[1]
     attach(model, CalrConfig(layers=layers, recipe=described))
     return model
 
 
-def _compute(
+def _windows(
     model: PreTrainedModel,
-    structure: Structure,
     recipe: Recipe,
     calibration: Source | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    statistics: str | Path | None,
     work: Path | None,
-) -> tuple[dict[str, LowRankLinear], int]:
-    """Do all that takes time, without changing the model: the new layers, and the token count."""
+) -> Tensor:
+    """Draw all windows of text [S, T] that the run needs, once."""
     kept = Store(work)
     if "calibration" not in kept:
         windows = calibration_windows(
             calibration,
             tokenizer,
             model,
-            samples=recipe.samples,
+            samples=max(recipe.samples, windows_needed(recipe)),
             window=recipe.window,
             seed=recipe.seed,
         )
@@ -100,8 +105,29 @@ def _compute(
             f"calibration ids: {int(ids.max())} is outside the model's vocabulary of "
             f"{embeddings.num_embeddings}; is it another model's tokenizer?"
         )
-    run = _Run(model, structure, recipe, ids, statistics, work)
-    return run.factorise(run.allocate()), ids.numel()
+    return ids
+
+
+def _spread(ids: Tensor, count: int) -> Tensor:
+    """Choose at most count windows, evenly."""
+    count = min(count, len(ids))
+    return ids[torch.linspace(0, len(ids) - 1, count).round().long()]
+
+
+def _correct(
+    model: PreTrainedModel,
+    replacements: dict[str, LowRankLinear],
+    ids: Tensor,
+    recipe: Recipe,
+    work: Path | None,
+) -> Correction:
+    """Train the new layers in their places; then put the dense ones back."""
+    dense = {name: set_submodule(model, name, layer) for name, layer in replacements.items()}
+    try:
+        return correct(model, dense, ids, recipe, Store(work))
+    finally:
+        for name, layer in dense.items():
+            set_submodule(model, name, layer)
 
 
 def describe(calibration: Source | None) -> str:
@@ -208,13 +234,12 @@ class _Run:
             gradient_windows = min(recipe.gradient_samples, len(self.ids))
             key = fingerprint(self.model, self.ids, gradient_windows, recipe.seed)
             store = open_statistics(directory, key)
-            spread = torch.linspace(0, len(self.ids) - 1, gradient_windows).round().long()
             self._statistics = collect(
                 self.model,
                 self.structure,
                 self.ids,
                 store,
-                gradient_ids=self.ids[spread] if self.gradients else None,
+                gradient_ids=_spread(self.ids, gradient_windows) if self.gradients else None,
                 outputs=self.outputs,
                 seed=recipe.seed,
             )
@@ -334,7 +359,7 @@ class _Run:
             assert rank is not None
             up, down = self.decomposition(layer).factors(rank)
             self._kept.pop(layer.name, None)
-            if self.recipe.layout == "pivoted":
+            if self._first_layout == "pivoted":
                 up, down, pivots = layouts.pivot(up, down)
                 tensors[f"{layer.name}.pivots"] = pivots
             else:
@@ -344,12 +369,30 @@ class _Run:
 
     def _build(self, layer: Layer, tensors: dict[str, Tensor]) -> LowRankLinear:
         up, down = tensors[f"{layer.name}.up"], tensors[f"{layer.name}.down"]
-        module = self._module(layer, self.recipe.layout, up, down)
-        if self.recipe.layout == "pivoted":
-            module.get_buffer("pivots").copy_(tensors[f"{layer.name}.pivots"])
-        return module
+        return self._module(
+            layer, self._first_layout, up, down, tensors.get(f"{layer.name}.pivots")
+        )
 
-    def _module(self, layer: Layer, layout: Any, up: Tensor, down: Tensor) -> LowRankLinear:
+    @property
+    def _first_layout(self) -> Layout:
+        """The layout that factors are built in: training wants two balanced factors."""
+        return "two_factor" if self.recipe.correction_tokens else self.recipe.layout
+
+    def pack(self, trained: dict[str, LowRankLinear]) -> dict[str, LowRankLinear]:
+        """Rewrite trained two-factor layers in the recipe's layout; the product stays the same."""
+        if self.recipe.layout == "two_factor":
+            return trained
+        packed = {}
+        for layer in logging.tqdm(self.layers, desc="packing", unit="layer"):
+            if layer.name in trained:
+                old = trained[layer.name]
+                up, down, pivots = layouts.pivot(old.weight.detach(), old.down.weight.detach())
+                packed[layer.name] = self._module(layer, "pivoted", up, down, pivots)
+        return packed
+
+    def _module(
+        self, layer: Layer, layout: Layout, up: Tensor, down: Tensor, pivots: Tensor | None = None
+    ) -> LowRankLinear:
         """Make a low-rank layer of given factors, with the dense layer's bias, dtype and device."""
         dense = self.model.get_submodule(layer.name)
         assert isinstance(dense, nn.Linear)
@@ -365,6 +408,8 @@ class _Run:
         with torch.no_grad():
             module.weight.copy_(up)
             module.down.weight.copy_(down)
+            if pivots is not None:
+                module.get_buffer("pivots").copy_(pivots)
             if dense.bias is not None:
                 module.bias.copy_(dense.bias)
         return module

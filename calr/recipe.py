@@ -30,7 +30,10 @@ class Recipe:
         samples: Calibration windows for the second moments of the inputs.
         gradient_samples: How many of them also serve the gradient statistics.
         window: Tokens in a calibration window.
-        seed: Seed of sampling.
+        correction_tokens: Tokens of text on which the compressed layers are trained to give the
+            dense model's outputs again; 0: no training.
+        learning_rate: Peak learning rate of that training.
+        seed: Seed of sampling and of the order of training.
     """
 
     keep: float = 0.8
@@ -45,6 +48,8 @@ class Recipe:
     samples: int = 64
     gradient_samples: int = 24
     window: int = 512
+    correction_tokens: int = 49_152
+    learning_rate: float = 5e-4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,9 +64,12 @@ class Recipe:
             ("samples", 1),
             ("gradient_samples", 1),
             ("window", 4),
+            ("correction_tokens", 0),
         ):
             if getattr(self, name) < least:
                 raise CalrError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if not self.learning_rate > 0:
+            raise CalrError(f"learning_rate={self.learning_rate}: must be above 0")
         for name, choices in (
             ("layout", ("pivoted", "two_factor")),
             ("allocation", ("global", "uniform", "last_k")),
