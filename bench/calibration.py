@@ -50,7 +50,7 @@ def main() -> None:
         if source is not None:
             model = calr.compress(
                 copy.deepcopy(dense),
-                calr.Recipe(keep=arguments.keep),
+                calr.Recipe(keep=arguments.keep, correction_tokens=0),
                 calibration=source,
                 tokenizer=tokenizer,
             )

@@ -36,7 +36,9 @@ def full_svd(weight: Tensor, moments: Moments, rank: int) -> None:
     u, s, vh = torch.linalg.svd((weight.double() @ root).float(), full_matrices=False)
     half = s[:rank].sqrt()
     (u[:, :rank] * half).contiguous()
-    torch.linalg.solve_triangular(root, (half[:, None] * vh[:rank]).double(), upper=False, left=False)
+    torch.linalg.solve_triangular(
+        root, (half[:, None] * vh[:rank]).double(), upper=False, left=False
+    )
 
 
 def ours(name: str):
@@ -113,7 +115,8 @@ def main() -> None:
     ]
     for row in rows:
         print(
-            f"{row['name']:10} {row['seconds']:7.2f} s, {row['speedup_over_full_svd']:.2f} x full SVD, "
+            f"{row['name']:10} {row['seconds']:7.2f} s, "
+            f"{row['speedup_over_full_svd']:.2f} x full SVD, "
             f"peak {row['peak_bytes'] / 2**20:.0f} MiB above the weights"
         )
     described = {"layers": len(structure.layers), "threads": torch.get_num_threads(), "rows": rows}

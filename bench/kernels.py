@@ -2,8 +2,8 @@
 
     python bench/kernels.py [--device cuda] [--quick]
 
-Every layer keeps half of its dense parameters (pivoted). Contenders compute the same rank-r function
-for M rows: `calr`, the module as it runs under torch.no_grad; `dense`, F.linear on the dense weight;
+Every layer keeps half of its dense parameters (pivoted). Contenders compute a rank-r function of
+M rows: `calr`, the module as it runs under torch.no_grad; `dense`, F.linear on the dense weight;
 `two`, F.linear twice on two factors of that rank; `four`, two for a primary path, two for a
 corrective path of rank 16, and their sum; `compiled`, torch.compile of `two`. Weights cycle through
 more memory than the caches hold. Writes bench/results/kernels.json and kernels.png, prints a table.
@@ -112,7 +112,7 @@ def measure(
 
 
 def streaming(threads: int, device: str) -> float:
-    """Measure the bytes per second of reading memory: a float32 matrix-vector product of 256 MiB."""
+    """Measure the bytes per second of reading memory: a matrix-vector product of 256 MiB."""
     torch.set_num_threads(threads)
     a, x = torch.randn(16384, 4096, device=device), torch.randn(4096, device=device)
     best = min(measure({"read": (lambda i: a @ x, 0)}, 1.0, device, 1)["read"])

@@ -63,7 +63,7 @@ def main() -> None:
             options = {"allocation": "uniform"} | METHODS[name]
             model = calr.compress(
                 copy.deepcopy(dense),
-                calr.Recipe(keep=keep, **options),
+                calr.Recipe(keep=keep, correction_tokens=0, **options),
                 calibration=arguments.data / "wikitext2/wiki.train.tokens",
                 tokenizer=tokenizer,
                 statistics=arguments.statistics,

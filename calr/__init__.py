@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from calr.compression import compress
     from calr.errors import CalrError
     from calr.evaluation import perplexity
+    from calr.inference import optimize_for_inference
     from calr.models import load
     from calr.planning import plan
     from calr.recipe import Recipe
@@ -24,11 +25,21 @@ _HOMES = {
     "Recipe": "calr.recipe",
     "compress": "calr.compression",
     "load": "calr.models",
+    "optimize_for_inference": "calr.inference",
     "perplexity": "calr.evaluation",
     "plan": "calr.planning",
 }
 __version__ = "0.1.0"
-__all__ = ["CalrError", "LowRankLinear", "Recipe", "compress", "load", "perplexity", "plan"]
+__all__ = [
+    "CalrError",
+    "LowRankLinear",
+    "Recipe",
+    "compress",
+    "load",
+    "optimize_for_inference",
+    "perplexity",
+    "plan",
+]
 
 
 def __getattr__(name: str) -> Any:

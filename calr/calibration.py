@@ -15,6 +15,7 @@ from calr.errors import CalrError
 from calr.methods import Moments
 from calr.store import Store
 from calr.structure import Layer, Structure
+from calr_kernels import gram
 
 logger = logging.get_logger(__name__)
 
@@ -182,11 +183,8 @@ def _accumulate(
     sums: dict[str, Tensor], group: str
 ) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].reshape(-1, args[0].shape[-1]).float()  # [tokens, K]
-        if group in sums:
-            sums[group].addmm_(x.mT, x)
-        else:
-            sums[group] = x.mT @ x
+        x = args[0].reshape(-1, args[0].shape[-1])  # [tokens, K]
+        sums[group] = gram(x, sums.get(group))
 
     return hook
 

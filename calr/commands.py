@@ -23,6 +23,7 @@ from calr.compression import compress as compress_model
 from calr.compression import parameter_report
 from calr.errors import CalrError
 from calr.evaluation import perplexity
+from calr.inference import optimize_for_inference
 from calr.integrations.lm_eval import evaluate, retention
 from calr.integrations.transformers import CalrConfig
 from calr.models import is_compressed
@@ -102,6 +103,8 @@ def compress(arguments: Namespace) -> None:
         results["coverage"] = structure.coverage
         results["factored_layers"] = len(layers)
         results["dense_layers"] = len(structure.layers) - len(layers)
+        for name, value in model.config.quantization_config.recipe.get("correction", {}).items():
+            results[f"correction_{name}"] = round(value, 4)
         results |= before
         results |= _measure("compressed", model, tokenizer, arguments.eval_windows, recipe.window)
         results["seconds"] = round(time.monotonic() - started, 1)
@@ -159,8 +162,11 @@ def bench(arguments: Namespace) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     sources = [arguments.model] + ([arguments.against] if arguments.against else [])
+    timed = {source: _load(arguments, source)[0] for source in sources}
+    if not arguments.plain:
+        optimize_for_inference(timed[arguments.model])
     rows = benchmark.bench(
-        {source: _load(arguments, source)[0] for source in sources},
+        timed,
         prompt=arguments.prompt_tokens,
         new_tokens=arguments.new_tokens,
         rounds=arguments.rounds,
@@ -192,6 +198,7 @@ def bench(arguments: Namespace) -> None:
 def generate(arguments: Namespace) -> None:
     """Print a continuation of a prompt."""
     model, tokenizer = _load(arguments, arguments.model)
+    optimize_for_inference(model)
     if arguments.chat:
         inputs: Any = tokenizer.apply_chat_template(
             [{"role": "user", "content": arguments.prompt}],

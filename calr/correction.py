@@ -1,9 +1,9 @@
 """Correction: train a compressed model to give the dense model's own outputs again.
 
-CALR (arXiv 2508.16680) adds a trained low-rank path to every compressed layer. A path that is linear
-and fitted layer by layer cannot beat truncation at the summed rank, so ours is trained on what
-truncation cannot see: the model's output distribution, by KL divergence from the dense model
-(Hinton et al., arXiv 1503.02531). What is trained is packed into the layer's own rank afterwards.
+CALR (arXiv 2508.16680) adds a trained low-rank path to every compressed layer. A path that is
+linear and fitted layer by layer cannot beat truncation at the summed rank, so ours is trained on
+what truncation cannot see: the model's output distribution, by KL divergence from the dense model
+(Hinton et al., arXiv 1503.02531). The path lies within the layer's own rank: all its factors move.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ FINAL = 0.1  # learning rate at the end over its peak
 MEASURE_EVERY = 16  # steps between measurements on held-out windows, where the best is kept
 HELD_OUT = 4  # windows that are never trained on
 BATCH_TOKENS = 1024  # tokens of a step
+HELD_TOKENS = 512  # tokens whose logits are held at once
 STATE = "correction"
 
 logger = logging.get_logger(__name__)
@@ -62,10 +63,10 @@ def correct(
     dense: the layers that were replaced, by name; the dense model is run with them for every batch.
     ids [S, T]: the last HELD_OUT windows measure, the others train, each at most once. AdamW with
     warm-up and cosine, on a float32 copy of what is trained; 16-bit products where the machine has
-    matrix units for them. The state that did best on held-out windows is kept, so that the result is
-    never worse there than the start. Deterministic for a seed on one device; store: where an
-    interrupted run continues from. Raises CalrError when there is too little text, or when the loss
-    is not finite.
+    matrix units for them. The state that did best on held-out windows is kept, so that the result
+    is never worse there than the start. Deterministic for a seed on one device; store: where an
+    interrupted run continues from. Raises CalrError when there is too little text, or when the
+    loss is not finite.
     """
     if len(ids) < 2:
         raise CalrError(
@@ -190,11 +191,11 @@ class _Run:
         return Correction(self.ids.numel(), losses[0], min(losses))
 
     def _step(self, windows: Tensor, optimizer: torch.optim.Optimizer) -> float:
-        """Make one step; windows pass one at a time, so that one window's logits are held."""
+        """Make one step, a few windows at a time."""
         total = 0.0
         with torch.enable_grad():
-            for window in windows.split(1):
-                loss = self._loss(window) / len(windows)
+            for part in self._parts(windows):
+                loss = self._loss(part) * len(part) / len(windows)
                 loss.backward()
                 total += float(loss.detach())
         if not math.isfinite(total):
@@ -210,21 +211,25 @@ class _Run:
     @torch.no_grad()
     def measure(self) -> float:
         """Return the mean KL to the dense model on the held-out windows, nats per token."""
-        losses = [float(self._loss(window)) for window in self.held_out.split(1)]
-        return sum(losses) / len(losses)
+        parts = self._parts(self.held_out)
+        return sum(float(self._loss(part)) * len(part) for part in parts) / len(self.held_out)
 
-    def _loss(self, window: Tensor) -> Tensor:
-        """Return KL(dense || compressed) per token."""
-        window = window.to(self.model.device)
+    def _parts(self, windows: Tensor) -> tuple[Tensor, ...]:
+        parts: tuple[Tensor, ...] = windows.split(max(1, HELD_TOKENS // windows.shape[1]))
+        return parts
+
+    def _loss(self, windows: Tensor) -> Tensor:
+        """Return KL(dense || compressed) per token of windows [B, T]."""
+        windows = windows.to(self.model.device)
         with self.swap.teacher(), torch.no_grad(), _mixed(self.model):
-            target = log_softmax(self._logits(window), dim=-1)  # [tokens, vocabulary]
+            target = log_softmax(self._logits(windows), dim=-1)  # [tokens, vocabulary]
         with _mixed(self.model):
-            found = log_softmax(self._logits(window), dim=-1)
-        return kl_div(found, target, log_target=True, reduction="sum") / window.numel()
+            found = log_softmax(self._logits(windows), dim=-1)
+        return kl_div(found, target, log_target=True, reduction="sum") / windows.numel()
 
-    def _logits(self, window: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=window, use_cache=False).logits
-        return logits[0].float()
+    def _logits(self, windows: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=windows, use_cache=False).logits
+        return logits.float()
 
     def _save(
         self, optimizer: torch.optim.Optimizer, step: int, losses: list[float], best: list[Tensor]

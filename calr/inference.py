@@ -34,10 +34,10 @@ def optimize_for_inference(model: PreTrainedModel) -> PreTrainedModel:
         if "forward" in vars(module) or id(module) in inner:  # accelerate's, or not called
             continue
         if _is_gated(module):
-            module.forward = _GatedForward(module)
+            vars(module)["forward"] = _GatedForward(module)
             blocks += 1
         elif type(module) is nn.Linear:
-            module.forward = _DenseForward(module)
+            vars(module)["forward"] = _DenseForward(module)
             linears += 1
     logger.info(f"native kernel: {blocks} gated blocks, {linears} dense linear layers")
     return model
@@ -80,7 +80,7 @@ def _factors(layer: nn.Module | None, x: Tensor) -> Factors | None:
     """Return a layer's tensors if the kernel may read them for x, and can."""
     if type(layer) is nn.Linear:
         weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-        if not may_bypass(x, weight, bias):
+        if weight is None or not may_bypass(x, weight, bias):
             return None
         factors = Factors(weight, bias=bias)
     elif type(layer) is LowRankLinear and layer.may_fuse(x):
@@ -112,5 +112,7 @@ def _is_gated(module: nn.Module) -> bool:
     if weight.device.type != "cpu" or not isinstance(gate, nn.Linear):
         return False
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(max(cpu.MAX_ROWS.values()) + 1, gate.in_features, generator=generator).to(weight.dtype)
+    x = torch.randn(max(cpu.MAX_ROWS.values()) + 1, gate.in_features, generator=generator).to(
+        weight.dtype
+    )
     return torch.equal(module(x), down(act(gate(x)) * up(x)))

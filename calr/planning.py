@@ -18,6 +18,7 @@ from calr.compression import (
     parameter_report,
     shape_for,
 )
+from calr.correction import HELD_TOKENS
 from calr.errors import CalrError
 from calr.models import load_skeleton, resolve_dtype
 from calr.recipe import Recipe
@@ -164,7 +165,11 @@ def _peak_memory(structure: Structure, recipe: Recipe, element: int, vocabulary:
     decompositions = min(CACHE_BYTES, kept if recipe.allocation != "uniform" else 0)
     factors = 4 * structure.linear_parameters
     weights = element * structure.model_parameters
-    largest = max(moments + boundary, backward, decompositions + factors)
+    training = 0.0
+    if recipe.correction_tokens:  # float32: values, gradients, two moments, start and best
+        training = 6 * 4 * recipe.keep * structure.linear_parameters
+        training += 4 * 4 * vocabulary * HELD_TOKENS
+    largest = max(moments + boundary, backward, decompositions + factors, training)
     return int(LIBRARY_BYTES + weights + largest)
 
 
@@ -177,13 +182,15 @@ def _seconds(structure: Structure, recipe: Recipe) -> float:
         a @ a
     flops_per_second = 5 * 2 * 1024**3 / (time.perf_counter() - start)
     tokens = recipe.samples * recipe.window
-    forward = 2 * structure.block_parameters * tokens
+    forward: float = 2 * structure.block_parameters * tokens
     forward += (
         2 * tokens * sum(x**2 for x in {y.group: y.in_features for y in structure.layers}.values())
     )
     if recipe.method == "calr" or recipe.sensitivity == "gradient":
         gradient_tokens = min(recipe.gradient_samples, recipe.samples) * recipe.window
         forward += 6 * structure.model_parameters * gradient_tokens
+    student = structure.model_parameters - (1 - recipe.keep) * structure.linear_parameters
+    forward += recipe.correction_tokens * (2 * structure.model_parameters + 6 * student)
     eigen = sum(
         2 * EIGEN_FLOPS * min(x.in_features, x.out_features) ** 3 + 12 * x.shape.dense * 1000
         for x in structure.layers

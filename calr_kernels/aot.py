@@ -124,15 +124,16 @@ class _Recorder:
 def recording() -> Iterator[list[Launch]]:
     """Collect the launches that `calr_kernels.gpu` would make."""
     launches: list[Launch] = []
-    real, gpu.kernels = gpu.kernels, _Recorder(launches)
+    real: Any = vars(gpu)["kernels"]
+    vars(gpu)["kernels"] = _Recorder(launches)
     try:
         yield launches
     finally:
-        gpu.kernels = real
+        vars(gpu)["kernels"] = real
 
 
 def launches_of(case: Case) -> tuple[str, float, list[Launch]]:
-    """Return how a case runs, the model's seconds, and its launches (none: the vendor's library)."""
+    """Return how a case runs, the modelled seconds, and its launches (none: library products)."""
     arch, dtype = ARCHS[case.arch], getattr(torch, case.dtype)
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -213,10 +214,10 @@ def cases(small: bool, archs: list[str]) -> list[Case]:
                 for pivoted in (True, False):
                     layout: Layout = "pivoted" if pivoted else "two_factor"
                     r = int(rank_at(layout, n, k, keep)) // 8 * 8
-                    found.append(
-                        Case("layer", model, m, n, k, r, pivoted, "bfloat16", arch)
-                    )
-        found.append(Case("layer", "corrective", 16384, 4096, 4096, CORRECTIVE, False, "bfloat16", arch))
+                    found.append(Case("layer", model, m, n, k, r, pivoted, "bfloat16", arch))
+        found.append(
+            Case("layer", "corrective", 16384, 4096, 4096, CORRECTIVE, False, "bfloat16", arch)
+        )
         found.append(Case("layer", "float32", 64, 4096, 4096, 1024, True, "float32", arch))
         found += [
             Case("gram", "second moments", 8192, k, k, 0, False, "bfloat16", arch)
@@ -287,7 +288,8 @@ def describe(row: dict[str, Any]) -> str:
     if "modelled_seconds" in row:
         head += (
             f", {row['bytes'] / row['least_bytes']:.2f} of the least bytes, modelled "
-            f"{1e6 * row['modelled_seconds']:.1f} us, roofline {1e6 * row['roofline_seconds']:.1f} us"
+            f"{1e6 * row['modelled_seconds']:.1f} us, "
+            f"roofline {1e6 * row['roofline_seconds']:.1f} us"
         )
     lines = [head]
     for launch in row["launches"]:

@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 ISAS = ("scalar", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PLAIN = (Tensor, torch.nn.Parameter)
-# rows of x above which torch's matrix products are faster (bench/kernels.py; bfloat16 has AMX there)
+# rows of x above which torch's products are faster (bench/kernels.py; its bfloat16 uses AMX)
 MAX_ROWS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16}
 
 
@@ -39,7 +39,9 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     loaded = ctypes.CDLL(spec.origin)
-    pointer, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    pointer: Any = ctypes.c_void_p
+    size: Any = ctypes.c_int64
+    code: Any = ctypes.c_int32
     loaded.calr_lowrank_linear.argtypes = [pointer] * 8 + [size] * 5 + [code] * 3
     loaded.calr_lowrank_linear.restype = code
     loaded.calr_linears.argtypes = [pointer, pointer, size, pointer, size, size] + [code] * 3
@@ -256,7 +258,7 @@ class Bound:
 class _Layer(ctypes.Structure):
     """struct calr_layer of csrc/linear.cpp."""
 
-    _fields_: ClassVar = [
+    _fields_: ClassVar[list[Any]] = [
         *((name, ctypes.c_void_p) for name in ("down", "up", "corrective_down", "corrective_up")),
         *((name, ctypes.c_void_p) for name in ("bias", "pivots", "others")),
         *((name, ctypes.c_int64) for name in ("n", "r", "c")),

@@ -7,7 +7,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from calr_kernels import reference, tiles
 from calr_kernels.tiles import Arch, Plan, Tiles
@@ -20,6 +19,7 @@ except ImportError:  # triton has no build for this platform
     triton = None
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def usable(x: Tensor, down: Tensor, up: Tensor) -> bool:
     """Tell whether the kernels compute this: plain tensors of one type on a GPU, not empty."""
@@ -53,7 +53,13 @@ def lowrank_linear(
     m, k, r = rows.shape[0], rows.shape[1], down.shape[0]
     if plan is None:
         plan = tiles.plan(
-            tiles.bucket(m), up.shape[0], k, r, x.itemsize, device_arch(x.device), pivots is not None
+            tiles.bucket(m),
+            up.shape[0],
+            k,
+            r,
+            x.itemsize,
+            device_arch(x.device),
+            pivots is not None,
         )
     if plan.kind == "library":
         if pivots is None:
@@ -119,14 +125,14 @@ def _products(
     first, second = plan.tiles
     t = x.new_empty(x.shape[0], down.shape[0])
     if pivots is None:
-        _product(x, down, t, None, None, None, first, emulate_bf16)
+        product(x, down, t, None, None, None, first, emulate_bf16)
     else:
-        _product(x, down, t, y, bias, pivots, first, emulate_bf16)
+        product(x, down, t, y, bias, pivots, first, emulate_bf16)
     if up.shape[0]:
-        _product(t, up, y, None, bias, pivots, second, emulate_bf16)
+        product(t, up, y, None, bias, pivots, second, emulate_bf16)
 
 
-def _product(
+def product(
     x: Tensor,
     w: Tensor,
     y: Tensor,
@@ -134,8 +140,9 @@ def _product(
     bias: Tensor | None,
     pivots: Tensor | None,
     tile: Tiles,
-    emulate_bf16: bool,
+    emulate_bf16: bool = False,
 ) -> None:
+    """Run one product, y = x wᵀ [M, N]; see `kernels.product` for placed, bias and pivots."""
     m, k, n = x.shape[0], x.shape[1], w.shape[0]
     chunk = triton.cdiv(triton.cdiv(k, tile.split), tile.block_k) * tile.block_k
     split = triton.cdiv(k, chunk)
@@ -186,9 +193,7 @@ def _one_launch(
         return
     slices = triton.cdiv(r, plan.rank_block)
     scratch, counters = _shared(slices, m, n, triton.cdiv(n, tile.block_n), y)
-    kernels.rank_split[(slices,)](
-        x, down, up, y, *optional, scratch, counters, *sizes, **constants
-    )
+    kernels.rank_split[(slices,)](x, down, up, y, *optional, scratch, counters, *sizes, **constants)
 
 
 def _unit(*sizes: int) -> int:

@@ -46,7 +46,7 @@ def _other_columns(pivots, index, rank, STEPS: tl.constexpr):
 
 @triton.jit
 def _last_to_arrive(ticket, arrivals):
-    """Tell whether this program is the last of `arrivals`; what the others stored is then visible."""
+    """Tell whether this program is the last of `arrivals`: what the others stored is visible."""
     tl.debug_barrier()
     last = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == arrivals - 1
     if last:
@@ -59,7 +59,9 @@ def _last_to_arrive(ticket, arrivals):
 def _ordered_sum(partial, count, stride, offsets, mask, acc):
     """Add `count` partial tiles, in index order."""
     for part in range(count):
-        acc += tl.load(partial + part * stride + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+        acc += tl.load(
+            partial + part * stride + offsets, mask=mask, other=0.0, cache_modifier=".cg"
+        )
     return acc
 
 
@@ -83,10 +85,9 @@ def _store_others(
     EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """Store value (+ bias) in the columns of y that are not pivots; all of them without PIVOTED."""
+    targets = columns
     if PIVOTED:
         targets = _other_columns(pivots, columns, rank, STEPS)
-    else:
-        targets = columns
     _store(value, y, y_row, bias, targets, rows, columns, M, N, HAS_BIAS, EMULATE_BF16)
 
 
@@ -231,7 +232,7 @@ def on_chip(
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
-    """y = up (down x) (+ bias) for many rows and a rank of at most BLOCK_R: t never leaves the chip."""
+    """y = up (down x) (+ bias), many rows, a rank of at most BLOCK_R: t never leaves the chip."""
     K, x_row, down_row, up_row = K * UNIT, x_row * UNIT, down_row * UNIT, up_row * UNIT
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)

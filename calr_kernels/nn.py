@@ -91,9 +91,9 @@ class LowRankLinear(nn.Linear):
         if hooked or down._backward_hooks or down._backward_pre_hooks:
             return False
         parameters = self._parameters
-        return may_bypass(
-            input, down._parameters["weight"], parameters["bias"]
-        ) and may_bypass(input, parameters["weight"], None)
+        return may_bypass(input, down._parameters["weight"], parameters["bias"]) and may_bypass(
+            input, parameters["weight"], None
+        )
 
     def dense_weight(self) -> Tensor:
         """Return the equivalent weight matrix [out_features, in_features] in the factors' dtype."""

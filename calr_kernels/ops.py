@@ -4,6 +4,8 @@
 autograd. Outside of both the backend is called directly: dispatch costs as much as a small layer.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -37,13 +39,55 @@ def lowrank_linear(
     [3.0, 3.0, 3.0, 3.0]
     """
     check(x, down, up, None, bias)
-    y = apply(x, down, up, None, bias)
     if corrective_down is None and corrective_up is None:
-        return y
+        return apply(x, down, up, None, bias)
     if corrective_down is None or corrective_up is None:
         raise ValueError("corrective_down and corrective_up: give both or neither")
     check(x, corrective_down, corrective_up, None, bias)
-    return y + apply(x, corrective_down, corrective_up, None, None)
+    tensors = (x, down, up, bias, corrective_down, corrective_up)
+    one_type = corrective_down.dtype is down.dtype and (bias is None or bias.is_contiguous())
+    direct = not torch.compiler.is_compiling() and not _needs_gradients(*tensors) and one_type
+    if direct and cpu.usable(x, down, up) and cpu.usable(x, corrective_down, corrective_up):
+        return cpu.lowrank_linear(x, down, up, None, bias, corrective_down, corrective_up)
+    return apply(x, down, up, None, bias) + apply(x, corrective_down, corrective_up, None, None)
+
+
+def grouped_linear(
+    x: Tensor,
+    down: Tensor,
+    ups: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    pivots: Sequence[Tensor | None] | None = None,
+) -> tuple[Tensor, ...]:
+    """Apply several low-rank layers to one input; few rows on a CPU are one native call.
+
+    x [..., K], down [sum of r_i, K], ups[i] [N_i, r_i] ([N_i - r_i, r_i] with pivots[i] [r_i]),
+    biases[i] [N_i] -> one y [..., N_i] each. Types, accuracy and errors as in `lowrank_linear` and
+    `pivoted_linear`.
+
+    >>> x, down, ups = torch.ones(1, 3), torch.ones(3, 3), [torch.ones(2, 1), torch.ones(4, 2)]
+    >>> [y.tolist() for y in grouped_linear(x, down, ups)]
+    [[[3.0, 3.0]], [[6.0, 6.0, 6.0, 6.0]]]
+    """
+    biases = biases or [None] * len(ups)
+    pivots = pivots or [None] * len(ups)
+    if not len(ups) == len(biases) == len(pivots):
+        raise ValueError(
+            f"{len(ups)} ups, {len(biases)} biases, {len(pivots)} pivots: give as many"
+        )
+    ranks = [up.shape[-1] for up in ups]
+    if down.dim() != 2 or sum(ranks) != down.shape[0]:
+        raise ValueError(f"down {list(down.shape)}: must have {sum(ranks)} rows, the ups' ranks")
+    downs = down.split(ranks)
+    layers = list(zip(downs, ups, pivots, biases, strict=True))
+    for layer in layers:
+        check(x, *layer)
+    tensors = [tensor for layer in layers for tensor in layer]
+    direct = not torch.compiler.is_compiling() and not _needs_gradients(x, *tensors)
+    if direct and x.dtype is down.dtype and all(cpu.usable(x, d, u) for d, u, _, _ in layers):
+        factors = [cpu.Factors(u, d, p, b) for d, u, p, b in layers]
+        return tuple(cpu.Bound().linears(x, factors))
+    return tuple(apply(x, *layer) for layer in layers)
 
 
 def pivoted_linear(
@@ -61,6 +105,34 @@ def pivoted_linear(
     """
     check(x, down, up, pivots, bias)
     return apply(x, down, up, pivots, bias)
+
+
+def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Compute the second moment's sum xᵀ x (+ out, in place) in float32.
+
+    x [M, K] bfloat16, float16 or float32 -> [K, K] float32, symmetric. Raises ValueError for other
+    shapes, dtypes or devices.
+
+    >>> gram(torch.tensor([[1.0, 2.0]])).tolist()
+    [[1.0, 2.0], [2.0, 4.0]]
+    """
+    if x.dim() != 2 or x.dtype not in cpu.TYPES:
+        raise ValueError(f"x {list(x.shape)} {x.dtype}: must be [M, K] of at most 32 bits")
+    side = x.shape[1]
+    if out is not None and (
+        out.shape != (side, side)
+        or out.dtype != torch.float32
+        or out.device != x.device
+        or not out.is_contiguous()
+    ):
+        raise ValueError(
+            f"out {list(out.shape)} {out.dtype} on {out.device}: must be contiguous "
+            f"[{side}, {side}] float32 on {x.device}"
+        )
+    if gpu.usable(x, x, x):
+        return gpu.gram(x, out)
+    wide = x.float()
+    return wide.mT @ wide if out is None else out.addmm_(wide.mT, wide)
 
 
 def apply(

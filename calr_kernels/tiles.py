@@ -25,7 +25,7 @@ SLICE = 16  # rank per program in rank_split: the least that tl.dot takes, 32 by
 
 @dataclass(frozen=True)
 class Arch:
-    """A GPU: peak rates in bytes/s and FLOP/s (dense, float32 accumulation), shared memory in bytes."""
+    """A GPU: peak rates in bytes/s and FLOP/s (dense, float32 sums), shared memory in bytes."""
 
     name: str
     backend: Literal["cuda", "hip"]
@@ -97,7 +97,7 @@ def plan(m: int, rows: int, k: int, r: int, itemsize: int, arch: Arch, pivoted: 
 
 @cache
 def product_tiles(m: int, n: int, k: int, itemsize: int, arch: Arch) -> tuple[Tiles, float]:
-    """Choose tiles for x [m, k] times w [n, k]: measured ones if there are any, else by the model."""
+    """Choose tiles for x [m, k] times w [n, k]: measured ones if there are, else by the model."""
     measured = tuned().get(f"{arch.name} {m} {n} {k} {itemsize}")
     if measured is not None:
         return measured, product_seconds(measured, m, n, k, itemsize, arch)

@@ -10,7 +10,7 @@ from transformers.utils import logging
 if not torch.cuda.is_available():  # before any kernel is defined
     os.environ["TRITON_INTERPRET"] = "1"
 
-from calr.testing import byte_tokenizer, tiny_llama  # noqa: E402
+from calr.testing import byte_tokenizer, tiny_llama
 
 logging.disable_progress_bar()
 

@@ -27,7 +27,7 @@ def saved(request, tmp_path_factory, ids):
     """A compressed model, and the directory it was saved in."""
     model = calr.compress(
         tiny_llama(attention_bias=True),
-        calr.Recipe(keep=0.6, layout=request.param),
+        calr.Recipe(keep=0.6, layout=request.param, correction_tokens=0),
         calibration=ids,
     )
     directory = tmp_path_factory.mktemp("compressed")
@@ -42,7 +42,8 @@ def command(*arguments):
 def compress_arguments(source, target, *more):
     return [
         "compress", source, target, "--keep", 0.6, "--samples", 6, "--gradient_samples", 2,
-        "--window", 32, "--calibration", "builtin", "--eval_windows", 0, *more,
+        "--window", 32, "--correction_tokens", 2048, "--calibration", "builtin",
+        "--eval_windows", 0, *more,
     ]  # fmt: skip
 
 

@@ -16,7 +16,10 @@ from calr.evaluation import perplexity
 from calr.testing import byte_tokenizer, tiny_llama
 from calr.text import evaluation_windows
 
-SMALL = ["--samples", "4", "--window", "32", "--gradient_samples", "2"]
+SMALL = [
+    *("--samples", "4", "--window", "32", "--gradient_samples", "2"),
+    *("--correction_tokens", "2048"),
+]
 BUILTIN = ["--calibration", "builtin", "--eval_windows", "2"]
 
 

@@ -14,7 +14,7 @@ METHODS = ["svd", "svd_llm", "erc_svd", "calr"]
 
 
 def compressed(ids, device="cpu", statistics=None, **recipe):
-    recipe = calr.Recipe(**({"keep": 0.6, "rank_step": 2} | recipe))
+    recipe = calr.Recipe(**({"keep": 0.6, "rank_step": 2, "correction_tokens": 0} | recipe))
     return calr.compress(tiny_llama().to(device), recipe, calibration=ids, statistics=statistics)
 
 
@@ -141,7 +141,7 @@ def test_exact_solver(ids):
 
 
 def test_text_and_tokenizer(ids):
-    recipe = calr.Recipe(keep=0.7, samples=4, window=32, gradient_samples=2)
+    recipe = calr.Recipe(keep=0.7, samples=4, window=32, gradient_samples=2, correction_tokens=0)
     model = calr.compress(
         tiny_llama(), recipe, calibration=["some text " * 200], tokenizer=byte_tokenizer()
     )

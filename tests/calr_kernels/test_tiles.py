@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calr_kernels import tiles
+from calr_kernels import tiles, tune
 from calr_kernels.tiles import ARCHS, Tiles
 
 SIZES = st.integers(8, 16384)
@@ -57,3 +58,30 @@ def test_a_measured_table_overrides_the_model(tmp_path, monkeypatch):
         monkeypatch.undo()
         tiles.tuned.cache_clear()
         tiles.product_tiles.cache_clear()
+
+
+def test_tuning_writes_a_table_that_the_chooser_reads(tmp_path, monkeypatch, device):
+    """The clock prefers the last that it is shown, which is not the model's choice."""
+    calls = []
+
+    def seconds(run):
+        run()
+        calls.append(run)
+        return 1.0 / len(calls)
+
+    table = tune.tune([(4, 40, 96)], device, torch.float32, seconds)
+    assert len(calls) == tune.TRIED
+    arch = tiles.ARCHS[next(iter(table)).split()[0]]
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps(table))
+    monkeypatch.setenv(tiles.TUNED, str(path))
+    tiles.tuned.cache_clear()
+    tiles.product_tiles.cache_clear()
+    try:
+        chosen = tiles.product_tiles(4, 40, 96, 4, arch)[0]
+        assert chosen == Tiles(**next(iter(table.values())))
+    finally:
+        monkeypatch.undo()
+        tiles.tuned.cache_clear()
+        tiles.product_tiles.cache_clear()
+    assert tiles.product_tiles(4, 40, 96, 4, arch)[0] != chosen

@@ -1,0 +1,158 @@
+"""Correction: it helps, never harms, continues after an interruption, and changes nothing else."""
+
+import copy
+
+import pytest
+import torch
+
+import calr
+from calr import correction
+from calr.correction import correct
+from calr.errors import CalrError
+from calr.store import Store
+from calr.testing import tiny_llama
+
+RECIPE = {"keep": 0.4, "rank_step": 2, "window": 32, "learning_rate": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def text():
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(2, 258, (200, 32), generator=generator)
+
+
+def students(ids, **recipe):
+    """A model with uncorrected two-factor layers in place, its dense layers, and the recipe."""
+    uncorrected = calr.Recipe(**(RECIPE | {"layout": "two_factor", "correction_tokens": 0}))
+    model = calr.compress(tiny_llama(), uncorrected, calibration=ids[:16])
+    names = model.config.quantization_config.layers
+    source = tiny_llama()
+    dense = {name: source.get_submodule(name) for name in names}
+    return model.eval(), dense, calr.Recipe(**(RECIPE | recipe))
+
+
+def kl(model, ids):
+    """KL from the dense model, nats per token, computed independently."""
+    with torch.no_grad():
+        target = tiny_llama()(ids).logits.double().log_softmax(-1)
+        found = model(ids).logits.double().log_softmax(-1)
+    return float((target.exp() * (target - found)).sum(-1).mean())
+
+
+def test_training_lowers_the_loss_on_unseen_text(text):
+    model, dense, recipe = students(text, correction_tokens=32 * 160)
+    unseen = torch.randint(2, 258, (8, 32), generator=torch.Generator().manual_seed(9))
+    before = kl(model, unseen)
+    done = correct(model, dense, text, recipe, Store())
+    assert done.tokens == 32 * 160
+    assert done.loss_after < done.loss_before
+    assert kl(model, unseen) < 0.95 * before
+
+
+def test_the_reported_loss_is_the_divergence(text, monkeypatch):
+    monkeypatch.setattr(correction, "_mixed", lambda model: torch.autocast("cpu", enabled=False))
+    model, dense, recipe = students(text, correction_tokens=32 * 32)
+    expected = kl(model, text[-correction.HELD_OUT :])
+    done = correct(model, dense, text, recipe, Store())
+    assert done.loss_before == pytest.approx(expected, rel=1e-4)
+    assert done.loss_after == pytest.approx(kl(model, text[-correction.HELD_OUT :]), rel=1e-4)
+
+
+def test_a_ruinous_learning_rate_returns_the_start(text):
+    model, dense, recipe = students(text, correction_tokens=32 * 64, learning_rate=3.0)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    done = correct(model, dense, text, recipe, Store())
+    assert done.loss_after == done.loss_before
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_only_factors_and_norms_move(text):
+    model, dense, recipe = students(text, correction_tokens=32 * 64)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    original = copy.deepcopy({name: layer.weight for name, layer in dense.items()})
+    correct(model, dense, text, recipe, Store())
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    allowed = tuple(dense) + tuple(name for name in before if "norm" in name)
+    assert moved
+    assert all(name.startswith(allowed) for name in moved)
+    assert all(torch.equal(layer.weight, original[name]) for name, layer in dense.items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_the_same_seed_gives_the_same_bits(text):
+    results = []
+    for seed in (0, 0, 1):
+        model, dense, recipe = students(text, correction_tokens=32 * 64, seed=seed)
+        correct(model, dense, text, recipe, Store())
+        results.append([p.clone() for p in model.parameters()])
+    assert all(map(torch.equal, results[0], results[1]))
+    assert not all(map(torch.equal, results[0], results[2]))
+
+
+def test_an_interrupted_run_continues_to_the_same_bits(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(correction, "MEASURE_EVERY", 1)
+    model, dense, recipe = students(text, correction_tokens=32 * 160)
+    correct(model, dense, text, recipe, Store())
+    expected = [p.clone() for p in model.parameters()]
+
+    model, dense, recipe = students(text, correction_tokens=32 * 160)
+    start = [p.clone() for p in model.parameters()]
+    save = Store.save
+
+    def killed(self, name, tensors):
+        save(self, name, tensors)
+        if int(tensors["step"]) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            correct(model, dense, text, recipe, Store(tmp_path))
+    assert all(map(torch.equal, model.parameters(), start))
+    correct(model, dense, text, recipe, Store(tmp_path))
+    assert all(map(torch.equal, model.parameters(), expected))
+
+
+@pytest.mark.parametrize("layout", ["pivoted", "two_factor"])
+def test_compress_corrects_and_packs(layout, text):
+    """The packed layers compute what the trained ones did, and the budget still holds."""
+    options = RECIPE | {"correction_tokens": 32 * 96, "layout": layout}
+    plain = calr.compress(
+        tiny_llama(), calr.Recipe(**(options | {"correction_tokens": 0})), calibration=text
+    )
+    model = calr.compress(tiny_llama(), calr.Recipe(**options), calibration=text)
+    layers = model.config.quantization_config.layers
+    assert layers == plain.config.quantization_config.layers
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in plain.parameters())
+    done = model.config.quantization_config.recipe["correction"]
+    assert done["loss_after"] < done["loss_before"]
+    found = kl(model.eval(), text[-correction.HELD_OUT :])
+    assert found == pytest.approx(done["loss_after"], rel=0.05)  # trained in 16-bit products
+    assert found < kl(plain.eval(), text[-correction.HELD_OUT :])
+
+
+def test_16_bit_models_are_trained_in_float32_and_rounded_once(text):
+    model = tiny_llama().bfloat16()
+    recipe = calr.Recipe(**(RECIPE | {"correction_tokens": 32 * 96}))
+    calr.compress(model, recipe, calibration=text)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    done = model.config.quantization_config.recipe["correction"]
+    assert done["loss_after"] < done["loss_before"]
+
+
+def test_too_little_text_is_refused_and_leaves_the_model_dense(text):
+    model = tiny_llama()
+    with pytest.raises(CalrError, match="one window of text is not enough"):
+        calr.compress(model, calr.Recipe(**RECIPE), calibration=text[:1])
+    assert torch.equal(model(text[:2]).logits, tiny_llama()(text[:2]).logits)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(text):
+    model, dense, recipe = students(text, correction_tokens=32 * 32)
+    name = next(iter(dense))
+    broken = copy.deepcopy(dense[name])
+    with torch.no_grad():
+        broken.weight.fill_(torch.inf)
+    with pytest.raises(CalrError, match="the loss is not finite"):
+        correct(model, dense | {name: broken}, text, recipe, Store())
+    assert torch.isfinite(model(text[:1]).logits).all()

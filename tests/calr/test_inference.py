@@ -1,0 +1,102 @@
+"""Prepared for inference a model gives the same outputs, and stays a model like any other."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import calr
+from calr.inference import _DenseForward, _GatedForward, optimize_for_inference
+from calr.testing import tiny_llama
+
+
+def prepared(ids, compressed=True, dtype=torch.float32, **config):
+    """A model as it is, and prepared."""
+    model = tiny_llama(**config)
+    if compressed:
+        recipe = calr.Recipe(keep=0.6, rank_step=2, correction_tokens=0)
+        model = calr.compress(model, recipe, calibration=ids)
+    model = model.to(dtype).eval()
+    return model, optimize_for_inference(copy.deepcopy(model))
+
+
+@pytest.mark.parametrize("compressed", [True, False], ids=["compressed", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_outputs_are_equal(compressed, dtype, ids):
+    plain, fast = prepared(ids, compressed, dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for rows in (1, 3, 32):
+        expected = plain(ids[:1, :rows]).logits
+        found = fast(ids[:1, :rows]).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    if dtype == torch.float32:
+        options = {"max_new_tokens": 12, "do_sample": False}
+        assert torch.equal(
+            fast.generate(ids[:1, :4], **options), plain.generate(ids[:1, :4], **options)
+        )
+
+
+def test_what_is_replaced(ids):
+    _, fast = prepared(ids)
+    for block in fast.model.layers:
+        assert isinstance(vars(block.mlp)["forward"], _GatedForward)
+        for linear in block.self_attn.children():
+            assert "forward" not in vars(getattr(linear, "down", nn.Identity()))
+    assert isinstance(vars(fast.lm_head)["forward"], _DenseForward)
+
+
+def test_a_block_of_another_form_is_left_alone(ids):
+    model = tiny_llama()
+    kind = type(model.model.layers[0].mlp)
+
+    class Doubled(kind):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.model.layers[0].mlp.__class__ = Doubled
+    optimize_for_inference(model)
+    assert "forward" not in vars(model.model.layers[0].mlp)
+    assert "forward" in vars(model.model.layers[1].mlp)
+
+
+@torch.no_grad()
+def test_hooks_and_adapters_are_not_bypassed(ids):
+    plain, fast = prepared(ids)
+    for model in (plain, fast):
+        layer = model.model.layers[0].mlp.up_proj
+        layer.register_forward_hook(lambda module, arguments, output: output + 1)
+        model.model.layers[1].mlp.gate_proj.down.register_forward_hook(
+            lambda module, arguments, output: 2 * output
+        )
+    expected = plain(ids[:1, :2]).logits
+    torch.testing.assert_close(fast(ids[:1, :2]).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_training_saving_and_copying_still_work(ids, tmp_path):
+    plain, fast = prepared(ids)
+    assert list(plain.state_dict()) == list(fast.state_dict())
+    fast(ids[:1, :2], labels=ids[:1, :2]).loss.backward()
+    assert fast.model.layers[0].mlp.up_proj.weight.grad is not None
+    other = copy.deepcopy(fast)
+    with torch.no_grad():
+        fast.lm_head.weight.zero_()
+        expected = plain(ids[:1, :2]).logits
+        torch.testing.assert_close(other(ids[:1, :2]).logits, expected, rtol=0, atol=1e-5)
+        assert not fast(ids[:1, :2]).logits.any()
+    other.save_pretrained(tmp_path)
+    again = type(plain).from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, plain(ids).logits)
+
+
+@torch.no_grad()
+def test_weights_loaded_later_are_used(ids):
+    plain, fast = prepared(ids)
+    fast(ids[:1, :2])
+    for model in (plain, fast):
+        torch.manual_seed(5)
+        for parameter in model.parameters():
+            parameter.data = torch.randn_like(parameter) * 0.1
+    expected = plain(ids[:1, :2]).logits
+    torch.testing.assert_close(fast(ids[:1, :2]).logits, expected, rtol=1e-4, atol=1e-4)
