@@ -49,7 +49,7 @@ class Recipe:
     gradient_samples: int = 24
     window: int = 512
     correction_tokens: int = 49_152
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-4
     seed: int = 0
 
     def __post_init__(self) -> None:

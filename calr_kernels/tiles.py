@@ -132,7 +132,8 @@ def candidates(m: int, k: int, itemsize: int, arch: Arch) -> list[Tiles]:
     ):
         warps = 8 if height * width > 64 * 128 else 4
         fits = stage * (height + width) * depth * itemsize <= arch.shared
-        if fits and (height, width) != (128, 256) and split * depth <= max(k, depth):
+        narrow = itemsize == 4 and height >= 64 > 2 * width  # spills on sm_100
+        if fits and (height, width) != (128, 256) and not narrow and split * depth <= max(k, depth):
             found.append(Tiles(height, width, depth, split, warps, stage))
     return found
 
