@@ -1,0 +1,130 @@
+// Runs the native kernel over awkward shapes in exactly sized heap buffers, for sanitizers to watch,
+// and compares float32 results with sums in double. Prints what differs; exit status 1 then.
+
+#include "../../calr_kernels/csrc/linear.cpp"
+
+#include <cmath>
+#include <cstdio>
+#include <random>
+
+namespace {
+
+std::mt19937 generator(0);
+int failures = 0;
+
+// `count` values of a type, in a buffer of exactly their size.
+struct Array {
+  int32_t type;
+  std::vector<char> bytes;
+  Array(int32_t type, int64_t count) : type(type), bytes(count * (type == kFloat32 ? 4 : 2)) {
+    std::uniform_real_distribution<float> uniform(-1, 1);
+    for (int64_t i = 0; i < count; ++i) store(type, uniform(generator), bytes.data(), i);
+  }
+  const void* data() const { return bytes.data(); }
+  void* data() { return bytes.data(); }
+  double operator[](int64_t i) const { return load(type, bytes.data(), i); }
+};
+
+double dot(const Array& w, int64_t row, const std::vector<double>& x) {
+  double total = 0;
+  for (size_t i = 0; i < x.size(); ++i) total += w[row * x.size() + i] * x[i];
+  return total;
+}
+
+void expect(double found, double wanted, double tolerance, const char* what) {
+  if (!(std::fabs(found - wanted) <= tolerance * (1 + std::fabs(wanted)))) {
+    if (++failures < 10) std::printf("%s: %g instead of %g\n", what, found, wanted);
+  }
+}
+
+void layer(int32_t x_type, int32_t type, int64_t m, int64_t k, int64_t n, int64_t r, int64_t c,
+           bool pivoted) {
+  const double tolerance = x_type == kFloat32 ? 1e-5 : x_type == kFloat16 ? 4e-3 : 4e-2;
+  const int64_t rows = pivoted ? n - r : n;
+  Array x(x_type, m * k), down(type, r * k), up(type, rows * r), bias(x_type, n), y(x_type, m * n);
+  Array corrective_down(type, c * k), corrective_up(type, n * c);
+  std::vector<int32_t> pivots, others;
+  for (int32_t i = 0; i < n; ++i) {
+    (pivoted && static_cast<int64_t>(pivots.size()) < r && i % 2 == 0 ? pivots : others).push_back(i);
+  }
+  while (pivoted && static_cast<int64_t>(pivots.size()) < r) {
+    pivots.push_back(others.back());
+    others.pop_back();
+  }
+  const int32_t status = calr_lowrank_linear(
+      x.data(), down.data(), up.data(), pivoted ? pivots.data() : nullptr, bias.data(),
+      c ? corrective_down.data() : nullptr, c ? corrective_up.data() : nullptr, y.data(), m, k, n, r,
+      c, x_type, type, 3);
+  expect(status, 0, 0, "status");
+  for (int64_t row = 0; row < m; ++row) {
+    std::vector<double> in(k), t(r), extra(c);
+    for (int64_t i = 0; i < k; ++i) in[i] = x[row * k + i];
+    for (int64_t i = 0; i < r; ++i) t[i] = dot(down, i, in);
+    for (int64_t i = 0; i < c; ++i) extra[i] = dot(corrective_down, i, in);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t column = pivoted ? others[i] : i;
+      double wanted = dot(up, i, t) + bias[column];
+      if (c) wanted += dot(corrective_up, i, extra);
+      expect(y[row * n + column], wanted, tolerance * (r + 1), "row");
+    }
+    for (size_t i = 0; i < pivots.size(); ++i) {
+      expect(y[row * n + pivots[i]], t[i] + bias[pivots[i]], tolerance * (r + 1), "pivot");
+    }
+  }
+}
+
+void gated(int32_t type, int64_t m, int64_t k, int64_t hidden, int32_t activation) {
+  Array x(type, m * k), gate(type, hidden * k), up(type, hidden * k), down(type, k * hidden);
+  Array y(type, m * k);
+  calr_layer layers[3] = {};
+  layers[0].up = gate.data();
+  layers[1].up = up.data();
+  layers[2].up = down.data();
+  layers[0].n = layers[1].n = hidden;
+  layers[2].n = k;
+  calr_gated(x.data(), layers, y.data(), m, k, activation, type, type, 2);
+  for (int64_t row = 0; row < m; ++row) {
+    std::vector<double> in(k), h(hidden);
+    for (int64_t i = 0; i < k; ++i) in[i] = x[row * k + i];
+    for (int64_t i = 0; i < hidden; ++i) {
+      const double g = dot(gate, i, in);
+      const double z = activation ? 1.5957691216 * (g + 0.044715 * g * g * g) : g;
+      h[i] = g / (1 + std::exp(-z)) * dot(up, i, in);
+    }
+    for (int64_t i = 0; i < k; ++i) {
+      const double tolerance = type == kFloat32 ? 1e-5 : 4e-2;
+      expect(y[row * k + i], dot(down, i, h), tolerance * hidden, "gated");
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  const int64_t shapes[][4] = {{1, 1, 1, 1},   {1, 576, 37, 9},  {2, 31, 19, 7},
+                               {3, 33, 17, 5}, {5, 16, 64, 40}, {16, 7, 24, 8}};
+  for (int32_t isa = 0; calr_select_isa(isa) == 0; ++isa) {
+    for (const auto& s : shapes) {
+      for (int32_t type = 0; type < 3; ++type) {
+        for (int pivoted = 0; pivoted < 2; ++pivoted) {
+          layer(type, type, s[0], s[1], s[2], s[3], 0, pivoted);
+          layer(kFloat32, type, s[0], s[1], s[2], s[3], 0, pivoted);
+        }
+        layer(type, type, s[0], s[1], s[2], s[3], 3, false);
+        gated(type, s[0], s[1], s[2], type % 2);
+      }
+    }
+  }
+  const int32_t twice[] = {1, 1}, outside[] = {0, 4}, negative[] = {-1, 2};
+  std::vector<int32_t> others(2);
+  for (const int32_t* bad : {twice, outside, negative}) {
+    expect(calr_complement(bad, others.data(), 4, 2), -1, 0, "bad pivots");
+  }
+  Array t(kFloat32, 6), rest(kFloat32, 9), y(kFloat32, 15);
+  const int32_t pivots[] = {1, 3};
+  expect(calr_interleave(t.data(), rest.data(), pivots, y.data(), 3, 5, 2, 4, 2), 0, 0, "status");
+  expect(y[5 + 3], t[2 + 1], 0, "interleave");
+  expect(y[10 + 4], rest[6 + 2], 0, "interleave");
+  if (failures) std::printf("%d failures\n", failures);
+  return failures ? 1 : 0;
+}
