@@ -6,7 +6,7 @@ NATIVE := $(wildcard calr_kernels/csrc/*)
 OUTPUT := demo/SmolLM2-135M-Instruct-keep-0.8
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu clean
 
 demo: .venv/installed .venv/model  ## compress a real model, measure it, let it speak
 	$(BIN)/calr compress "$(MODEL)" $(OUTPUT) --keep 0.8 --overwrite
@@ -21,6 +21,11 @@ lint: .venv/developed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu: .venv/developed .venv/model  ## on a machine with a GPU: test, tune and measure there
+	$(BIN)/python -m pytest --device cuda
+	$(BIN)/python -m calr_kernels.tune bench/results/tuned.json
+	CALR_TUNED=bench/results/tuned.json $(BIN)/python bench/kernels.py --device cuda
 
 clean:
 	rm -rf .venv demo build *.egg-info

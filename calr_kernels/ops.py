@@ -97,7 +97,8 @@ def pivoted_linear(
 
     x [..., K], down [r, K], up [N - r, r], pivots [r] int32, bias [N] -> y [..., N]. y[..., pivots]
     are `down x`, the other outputs, in ascending order, `up (down x)`. Types, accuracy and errors
-    as in `lowrank_linear`; pivots must be distinct rows.
+    as in `lowrank_linear`; pivots must be distinct rows and, on a GPU, ascending: nothing is read
+    back from there to check it.
 
     >>> x, down, up = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0]])
     >>> pivoted_linear(x, down, up, pivots=torch.tensor([1], dtype=torch.int32)).tolist()

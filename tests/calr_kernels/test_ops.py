@@ -52,6 +52,8 @@ def problem(m, k, n, r, layout, dtype, device="cpu", factor_dtype=None):
     pivots = None
     if layout == "pivoted":
         pivots = torch.randperm(n, generator=generator)[:r].int().to(device)
+        if torch.device(device).type != "cpu":
+            pivots = pivots.sort()[0]
     factor_dtype = factor_dtype or dtype
     return x.to(dtype), down.to(factor_dtype), up.to(factor_dtype), pivots, bias.to(dtype)
 
