@@ -15,7 +15,10 @@ def test_the_example_runs(source, tmp_path, monkeypatch):
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in code
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(source)), names)
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(source))
+    assert "keep=0.8" in code
+    small = "keep=0.8, samples=4, gradient_samples=2, window=32, correction_tokens=256"
+    exec(code.replace("keep=0.8", small), names)
     layers = [m for m in names["model"].modules() if isinstance(m, LowRankLinear)]
     assert layers
     assert (tmp_path / "smaller" / "model.safetensors").exists()
