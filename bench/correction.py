@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[0, 65_536])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[0, 32_768])
     parser.add_argument("--statistics", default="bench/results/statistics-mixture")
     parser.add_argument("--output", type=Path, default=Path("bench/results/correction.json"))
     arguments = parser.parse_args()

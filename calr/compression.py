@@ -15,7 +15,7 @@ from calr import allocation, layouts, methods
 from calr.allocation import Ranks
 from calr.blocks import BlockRunner, set_submodule
 from calr.calibration import Statistics, check_finite, collect, fingerprint
-from calr.correction import Correction, correct, windows_needed
+from calr.correction import Correction, correct, norms, windows_needed
 from calr.errors import CalrError
 from calr.integrations.transformers import CalrConfig, attach
 from calr.methods import Decomposition, Method
@@ -65,9 +65,8 @@ def compress(
         run = _Run(model, structure, recipe, _spread(ids, recipe.samples), statistics, work)
         replacements = run.factorise(run.allocate())
         if recipe.correction_tokens and replacements:
-            done = _correct(model, replacements, ids, recipe, work)
+            done, replacements = _correct(run, replacements, ids)
             corrected["correction"] = dataclasses.asdict(done)
-            replacements = run.pack(replacements)
     finally:
         model.train(training)
     for name, layer in replacements.items():
@@ -115,19 +114,26 @@ def _spread(ids: Tensor, count: int) -> Tensor:
 
 
 def _correct(
-    model: PreTrainedModel,
-    replacements: dict[str, LowRankLinear],
-    ids: Tensor,
-    recipe: Recipe,
-    work: Path | None,
-) -> Correction:
-    """Train the new layers in their places; then put the dense ones back."""
+    run: "_Run", replacements: dict[str, LowRankLinear], ids: Tensor
+) -> tuple[Correction, dict[str, LowRankLinear]]:
+    """Train the new layers in their places, put the dense ones back and return them packed.
+
+    The norms, trained too, stay trained; on any failure they are as before.
+    """
+    model = run.model
+    before = [(p, p.data) for p in norms(model)]
     dense = {name: set_submodule(model, name, layer) for name, layer in replacements.items()}
     try:
-        return correct(model, dense, ids, recipe, Store(work))
-    finally:
-        for name, layer in dense.items():
-            set_submodule(model, name, layer)
+        try:
+            done = correct(model, dense, ids, run.recipe, Store(run.work))
+        finally:
+            for name, layer in dense.items():
+                set_submodule(model, name, layer)
+        return done, run.pack(replacements)
+    except BaseException:
+        for p, value in before:
+            p.data = value
+        raise
 
 
 def describe(calibration: Source | None) -> str:
@@ -369,9 +375,9 @@ class _Run:
 
     def _build(self, layer: Layer, tensors: dict[str, Tensor]) -> LowRankLinear:
         up, down = tensors[f"{layer.name}.up"], tensors[f"{layer.name}.down"]
-        return self._module(
-            layer, self._first_layout, up, down, tensors.get(f"{layer.name}.pivots")
-        )
+        pivots = tensors.get(f"{layer.name}.pivots")
+        module = self._module(layer, self._first_layout, up, down, pivots)
+        return module.float() if self.recipe.correction_tokens else module
 
     @property
     def _first_layout(self) -> Layout:
@@ -379,15 +385,17 @@ class _Run:
         return "two_factor" if self.recipe.correction_tokens else self.recipe.layout
 
     def pack(self, trained: dict[str, LowRankLinear]) -> dict[str, LowRankLinear]:
-        """Rewrite trained two-factor layers in the recipe's layout; the product stays the same."""
-        if self.recipe.layout == "two_factor":
-            return trained
+        """Rewrite trained layers in the recipe's layout and the model's dtype: the same product."""
         packed = {}
-        for layer in logging.tqdm(self.layers, desc="packing", unit="layer"):
-            if layer.name in trained:
-                old = trained[layer.name]
-                up, down, pivots = layouts.pivot(old.weight.detach(), old.down.weight.detach())
-                packed[layer.name] = self._module(layer, "pivoted", up, down, pivots)
+        layers = [layer for layer in self.layers if layer.name in trained]
+        for layer in logging.tqdm(layers, desc="packing", unit="layer"):
+            old, pivots = trained[layer.name], None
+            up, down = old.weight.detach(), old.down.weight.detach()
+            if self.recipe.layout == "pivoted":
+                up, down, pivots = layouts.pivot(up, down)
+            packed[layer.name] = self._module(layer, self.recipe.layout, up, down, pivots)
+            if old.bias is not None:
+                packed[layer.name].bias.data.copy_(old.bias)
         return packed
 
     def _module(

@@ -81,19 +81,16 @@ def correct(
             f"{recipe.correction_tokens}: there is no more text"
         )
     students = {name: model.get_submodule(name) for name in dense}
-    trained = _trained(model, list(students.values()))
+    trained = [p for student in students.values() for p in student.parameters()] + norms(model)
     swap = _Swap(model, dense, students, trained)
     with swap.training():
         return _Run(model, swap, ids[:windows], ids[-held_out:], recipe, store).run()
 
 
-def _trained(model: PreTrainedModel, students: list[nn.Module]) -> list[nn.Parameter]:
-    """List what is trained: every parameter of the compressed layers, and the norms' weights."""
-    found = {id(p): p for student in students for p in student.parameters()}
-    for module in model.modules():
-        if "norm" in type(module).__name__.lower():
-            found |= {id(p): p for p in module.parameters(recurse=False)}
-    return list(found.values())
+def norms(model: nn.Module) -> list[nn.Parameter]:
+    """List the parameters of a model's norms."""
+    modules = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
+    return [p for module in modules for p in module.parameters(recurse=False)]
 
 
 class _Swap:

@@ -48,7 +48,7 @@ class Recipe:
     samples: int = 64
     gradient_samples: int = 24
     window: int = 512
-    correction_tokens: int = 98_304
+    correction_tokens: int = 65_536
     learning_rate: float = 1e-4
     seed: int = 0
 

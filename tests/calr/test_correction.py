@@ -140,6 +140,23 @@ def test_16_bit_models_are_trained_in_float32_and_rounded_once(text):
     assert done["loss_after"] < done["loss_before"]
 
 
+@pytest.mark.parametrize("culprit", ["pivot", "correct"])
+def test_a_failure_leaves_the_model_as_it_was(culprit, text, monkeypatch):
+    """In training, or after it while packing: norms and layers are the dense model's."""
+    from calr import compression
+
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    home = compression.layouts if culprit == "pivot" else correction._Run
+    monkeypatch.setattr(home, "pivot" if culprit == "pivot" else "measure", fail)
+    model = tiny_llama()
+    with pytest.raises(KeyboardInterrupt):
+        calr.compress(model, calr.Recipe(**(RECIPE | {"correction_tokens": 640})), calibration=text)
+    assert torch.equal(model(text[:2]).logits, tiny_llama()(text[:2]).logits)
+    assert not hasattr(model.config, "quantization_config")
+
+
 def test_too_little_text_is_refused_and_leaves_the_model_dense(text):
     model = tiny_llama()
     with pytest.raises(CalrError, match="one window of text is not enough"):
