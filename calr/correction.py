@@ -31,6 +31,7 @@ HELD_OUT = 4  # windows that are never trained on
 BATCH_TOKENS = 1024  # tokens of a step
 HELD_TOKENS = 512  # tokens whose logits are held at once
 STATE = "correction"
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 
 logger = logging.get_logger(__name__)
 
@@ -64,9 +65,9 @@ def correct(
     ids [S, T]: the last HELD_OUT windows measure, the others train, each at most once. AdamW with
     warm-up and cosine, on a float32 copy of what is trained; 16-bit products where the machine has
     matrix units for them. The state that did best on held-out windows is kept, so that the result
-    is never worse there than the start. Deterministic for a seed on one device; store: where an
-    interrupted run continues from. Raises CalrError when there is too little text, or when the
-    loss is not finite.
+    is never worse there than the start (packing rounds it afterwards). Deterministic for a seed on
+    one device; store: where an interrupted run continues from. Raises CalrError when there is too
+    little text, or when the loss is not finite.
     """
     if len(ids) < 2:
         raise CalrError(
@@ -237,7 +238,7 @@ class _Run:
         for i, p in enumerate(self.swap.trained):
             state = optimizer.state[p]
             tensors |= {f"{i}.value": p.data, f"{i}.best": best[i]}
-            tensors |= {f"{i}.{name}": state[name] for name in ("exp_avg", "exp_avg_sq", "step")}
+            tensors |= {f"{i}.{name}": value for name, value in state.items()}
         self.store.save(STATE, tensors)
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> tuple[int, list[float], list[Tensor]]:
@@ -249,8 +250,9 @@ class _Run:
         for i, p in enumerate(self.swap.trained):
             p.data.copy_(tensors[f"{i}.value"])
             optimizer.state[p] = {
-                name: tensors[f"{i}.{name}"].to(p.device if name != "step" else "cpu")
-                for name in ("exp_avg", "exp_avg_sq", "step")
+                name: tensors[f"{i}.{name}"].to(p.device)
+                for name in MOMENTS
+                if f"{i}.{name}" in tensors  # a parameter without a gradient has none
             }
             best.append(tensors[f"{i}.best"].to(p.device))
         return int(tensors["step"]), tensors["losses"].tolist(), best

@@ -62,16 +62,18 @@ class _GatedForward:
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self._bound = module, Bound()
-        self._activation = ACTIVATIONS[type(module.act_fn).__name__]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the block: [..., hidden_size] -> [..., hidden_size]."""
         parts = self._module._modules
         layers: Any = [parts["gate_proj"], parts["up_proj"], parts["down_proj"]]
-        if not torch.is_grad_enabled() and not any(map(_has_hooks, layers)):
+        act: Any = parts["act_fn"]
+        activation = ACTIVATIONS.get(type(act).__name__)
+        plain = activation is not None and not any(map(_has_hooks, [*layers, act]))
+        if plain and not torch.is_grad_enabled():
             factors = [_factors(layer, x) for layer in layers]
             if None not in factors:
-                return self._bound.gated(x, factors, self._activation)  # type: ignore[arg-type]
+                return self._bound.gated(x, factors, activation)  # type: ignore[arg-type]
         result: Tensor = type(self._module).forward(self._module, x)
         return result
 
@@ -79,7 +81,7 @@ class _GatedForward:
 def _factors(layer: nn.Module | None, x: Tensor) -> Factors | None:
     """Return a layer's tensors if the kernel may read them for x, and can."""
     if type(layer) is nn.Linear:
-        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
         if weight is None or not may_bypass(x, weight, bias):
             return None
         factors = Factors(weight, bias=bias)

@@ -79,6 +79,7 @@ def usable(x: Tensor, down: Tensor, up: Tensor) -> bool:
         and x.is_cpu
         and down.is_cpu
         and up.is_cpu
+        and down.shape[0] > 0
         and 0 < x.numel() <= MAX_ROWS[down.dtype] * x.shape[-1]
         and type(down) in PLAIN
         and type(up) in PLAIN
@@ -148,6 +149,8 @@ def bindable(x: Tensor, factors: Factors) -> bool:
         and 0 < x.numel() <= MAX_ROWS[x.dtype] * x.shape[-1]
         and factors.up.is_contiguous()
         and (factors.down is None or factors.down.is_contiguous())
+        and (factors.bias is None or factors.bias.is_contiguous())
+        and (factors.pivots is None or factors.pivots.is_contiguous())
         and not torch.compiler.is_compiling()
         and library() is not None
     )
@@ -162,77 +165,79 @@ class Bound:
     """
 
     def __init__(self) -> None:
-        self._tensors: list[Tensor | None] = []
+        self._binding: _Binding | None = None  # replaced whole: threads may share a layer
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Copy and pickle as unbound: pointers are of this process and these tensors."""
         return Bound, ()
 
-    def _bind(self, factors: Sequence[Factors]) -> None:
-        """Look up what calls need. Raises ValueError for pivots that are not distinct rows."""
-        loaded = library()
-        assert loaded is not None
-        self._linears, self._gated = loaded.calr_linears, loaded.calr_gated
-        self._others: list[Tensor] = []
-        self.outputs = [
-            layer.up.shape[0] + (0 if layer.pivots is None else layer.pivots.shape[0])
-            for layer in factors
-        ]
-        self._layers = (_Layer * len(factors))(*map(self._layer, factors, self.outputs))
-        self._weight_type = TYPES[factors[0].up.dtype]
-        self._ys = (ctypes.c_void_p * len(factors))()
-        self._tensors = [tensor for layer in factors for tensor in layer]
-        self._state = [_state(tensor) for tensor in self._tensors]
-
-    def _rebind(self, factors: Sequence[Factors]) -> None:
-        """Bind unless these are the bound tensors, at the same addresses."""
-        tensors = [tensor for layer in factors for tensor in layer]
-        if not (
-            len(tensors) == len(self._tensors)
-            and all(map(operator.is_, tensors, self._tensors))
-            and [_state(tensor) for tensor in tensors] == self._state
-        ):
-            self._bind(factors)
-
     def linears(self, x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
         """Apply every layer: x [..., K] -> one [..., N] each."""
-        self._rebind(factors)
+        binding = self._current(factors)
         x = x.contiguous()
         k, shape = x.shape[-1], x.shape[:-1]
-        ys = [x.new_empty(*shape, n) for n in self.outputs]
-        for i, y in enumerate(ys):
-            self._ys[i] = y.data_ptr()
-        self._linears(
+        ys = [x.new_empty(*shape, n) for n in binding.outputs]
+        binding.linears(
             x.data_ptr(),
-            self._layers,
+            binding.layers,
             len(ys),
-            self._ys,
+            (ctypes.c_void_p * len(ys))(*[y.data_ptr() for y in ys]),
             x.numel() // k,
             k,
             TYPES[x.dtype],
-            self._weight_type,
+            binding.weight_type,
             torch.get_num_threads(),
         )
         return ys
 
     def gated(self, x: Tensor, factors: Sequence[Factors], activation: int) -> Tensor:
         """Apply a gated feed-forward block of factors gate, up, down: down(act(gate x) * up x)."""
-        self._rebind(factors)
+        binding = self._current(factors)
         x = x.contiguous()
         k = x.shape[-1]
-        y = x.new_empty(*x.shape[:-1], self.outputs[2])
-        self._gated(
+        y = x.new_empty(*x.shape[:-1], binding.outputs[2])
+        binding.gated(
             x.data_ptr(),
-            self._layers,
+            binding.layers,
             y.data_ptr(),
             x.numel() // k,
             k,
             activation,
             TYPES[x.dtype],
-            self._weight_type,
+            binding.weight_type,
             torch.get_num_threads(),
         )
         return y
+
+    def _current(self, factors: Sequence[Factors]) -> "_Binding":
+        """Bind unless these are the bound tensors, unchanged in place, type and shape."""
+        tensors = [tensor for layer in factors for tensor in layer]
+        binding = self._binding
+        if (
+            binding is None
+            or len(tensors) != len(binding.tensors)
+            or not all(map(operator.is_, tensors, binding.tensors))
+            or [_state(tensor) for tensor in tensors] != binding.state
+        ):
+            binding = self._binding = _Binding(factors, tensors)
+        return binding
+
+
+class _Binding:
+    """What calls with these factors need. Raises ValueError for pivots that are not distinct."""
+
+    def __init__(self, factors: Sequence[Factors], tensors: list[Tensor | None]) -> None:
+        loaded = library()
+        assert loaded is not None
+        self.linears, self.gated = loaded.calr_linears, loaded.calr_gated
+        self.tensors, self.state = tensors, [_state(tensor) for tensor in tensors]
+        self.outputs = [
+            layer.up.shape[0] + (0 if layer.pivots is None else layer.pivots.shape[0])
+            for layer in factors
+        ]
+        self._others: list[Tensor] = []
+        self.layers = (_Layer * len(factors))(*map(self._layer, factors, self.outputs))
+        self.weight_type = TYPES[factors[0].up.dtype]
 
     def _layer(self, layer: Factors, n: int) -> "_Layer":
         """Describe one layer to the kernel."""
@@ -265,12 +270,13 @@ class _Layer(ctypes.Structure):
     ]
 
 
-def _state(tensor: Tensor | None) -> tuple[int, int]:
-    """Return where a tensor is and, for pivots, how often it was written to."""
+def _state(tensor: Tensor | None) -> tuple[Any, ...]:
+    """Return where and what a tensor is and, for pivots, how often it was written to."""
     if tensor is None:
-        return 0, 0
+        return ()
     counted = tensor.dtype is torch.int32 and not tensor.is_inference()
-    return tensor.data_ptr(), tensor._version if counted else 0
+    version = tensor._version if counted else 0
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, version
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -3,6 +3,8 @@
 The counterpart of `calr_kernels.cpu`. Shapes are trusted: `calr_kernels.ops` checks them.
 """
 
+import contextlib
+import dataclasses
 from functools import cache
 
 import torch
@@ -18,6 +20,7 @@ try:
 except ImportError:  # triton has no build for this platform
     triton = None
 
+PLAIN = (Tensor, torch.nn.Parameter)
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,6 +33,10 @@ def usable(x: Tensor, down: Tensor, up: Tensor) -> bool:
         and down.dtype is x.dtype
         and up.dtype is x.dtype
         and x.numel() > 0
+        and down.shape[0] > 0
+        and type(x) in PLAIN
+        and type(down) in PLAIN
+        and type(up) in PLAIN
     )
 
 
@@ -67,11 +74,9 @@ def lowrank_linear(
         return reference.pivoted_linear(x, down, up, pivots, bias)
     n = up.shape[0] + (0 if pivots is None else r)
     y = x.new_empty(*x.shape[:-1], n)
-    flat = y.view(-1, n)
-    if plan.kind == "products":
-        _products(rows, down, up, pivots, bias, flat, plan, emulate_bf16)
-    else:
-        _one_launch(rows, down, up, pivots, bias, flat, plan, emulate_bf16)
+    run = _products if plan.kind == "products" else _one_launch
+    with _on(x.device):
+        run(rows, down, up, pivots, bias, y.view(-1, n), plan, emulate_bf16)
     return y
 
 
@@ -83,10 +88,11 @@ def gram(x: Tensor, out: Tensor | None = None, *, arch: Arch | None = None) -> T
     result = torch.empty(k, k, dtype=torch.float32, device=x.device) if out is None else out
     block, depth, stages = gram_tiles(k, x.itemsize, arch)
     side = triton.cdiv(k, block)
-    kernels.gram[(side, side)](
-        x, result, m, k, x.stride(0), ADD=out is not None, BLOCK=block, BLOCK_M=depth,
-        num_warps=8 if block == 128 else 4, num_stages=stages,
-    )  # fmt: skip
+    with _on(x.device):
+        kernels.gram[(side, side)](
+            x, result, m, k, x.stride(0), ADD=out is not None, BLOCK=block, BLOCK_M=depth,
+            num_warps=8 if block == 128 else 4, num_stages=stages,
+        )  # fmt: skip
     return result
 
 
@@ -98,7 +104,8 @@ def gram_tiles(k: int, itemsize: int, arch: Arch) -> tuple[int, int, int]:
 
 @cache
 def device_arch(device: torch.device) -> Arch:
-    """Return the model of a device: the newest known architecture that is not newer than it."""
+    """Return the model of a device: the newest known architecture not newer than it, or the oldest,
+    with the processors and the shared memory that it has."""
     if device.type != "cuda":  # the interpreter
         return tiles.ARCHS["sm_90"]
     if torch.version.hip:
@@ -108,7 +115,25 @@ def device_arch(device: torch.device) -> Arch:
         (a for a in tiles.ARCHS.values() if a.backend == "cuda"), key=lambda a: int(a.version)
     )
     older = [a for a in known if int(a.version) <= 10 * major + minor]
-    return older[-1] if older else known[0]
+    found, properties = (
+        (older or known)[-1 if older else 0],
+        torch.cuda.get_device_properties(device),
+    )
+    return (
+        dataclasses.replace(  # consumer GPUs have less shared memory than their generation's best
+            found,
+            name=f"{found.name}/{properties.name.replace(' ', '_')}",
+            processors=properties.multi_processor_count,
+            shared=min(
+                found.shared, getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+            ),
+        )
+    )
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, so make it the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _products(
@@ -201,18 +226,6 @@ def _unit(*sizes: int) -> int:
 
 
 def _shared(parts: int, m: int, n: int, tickets: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Allocate partial sums, and find tickets at zero."""
+    """Allocate partial sums, and tickets at zero: kept ones would outlive a CUDA graph's pool."""
     scratch = torch.empty(parts * m * n, dtype=torch.float32, device=like.device)
-    if not like.is_cuda:
-        return scratch, torch.zeros(tickets, dtype=torch.int32)
-    if torch.cuda.is_current_stream_capturing():  # the graph owns what is allocated meanwhile
-        return scratch, torch.zeros(tickets, dtype=torch.int32, device=like.device)
-    stream = torch.cuda.current_stream(like.device).cuda_stream
-    size = 1 << (max(tickets, 1024) - 1).bit_length()
-    return scratch, _tickets(like.device, stream, size)
-
-
-@cache
-def _tickets(device: torch.device, stream: int, size: int) -> Tensor:
-    """Keep tickets of one stream: every launch leaves them at zero, so no launch clears them."""
-    return torch.zeros(size, dtype=torch.int32, device=device)
+    return scratch, torch.zeros(tickets, dtype=torch.int32, device=like.device)

@@ -4,7 +4,7 @@ K and the row strides of matrices come in units of UNIT elements, 8 where all ar
 the compiler sees 16-byte alignment only in factors written out or in multiples of 16. All
 accumulate in float32 and reduce in a fixed order: the same input gives the same bits. float32
 products are "ieee", never tf32. Where several programs share an output tile they leave partial sums
-in global memory, and the last to arrive (a ticket) adds them in index order and resets the ticket:
+in global memory, and the last to arrive (it draws a ticket) adds them in index order:
 no floating-point atomics, no second launch, no grid barrier.
 """
 
@@ -49,8 +49,6 @@ def _last_to_arrive(ticket, arrivals):
     """Tell whether this program is the last of `arrivals`: what the others stored is visible."""
     tl.debug_barrier()
     last = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == arrivals - 1
-    if last:
-        tl.store(ticket, 0)
     tl.debug_barrier()
     return last
 

@@ -91,9 +91,9 @@ class LowRankLinear(nn.Linear):
         if hooked or down._backward_hooks or down._backward_pre_hooks:
             return False
         parameters = self._parameters
-        return may_bypass(input, down._parameters["weight"], parameters["bias"]) and may_bypass(
-            input, parameters["weight"], None
-        )
+        down_weight, weight = down._parameters.get("weight"), parameters.get("weight")
+        bias = parameters.get("bias")
+        return may_bypass(input, down_weight, bias) and may_bypass(input, weight, None)
 
     def dense_weight(self) -> Tensor:
         """Return the equivalent weight matrix [out_features, in_features] in the factors' dtype."""

@@ -43,7 +43,7 @@ def lowrank_linear(
         return apply(x, down, up, None, bias)
     if corrective_down is None or corrective_up is None:
         raise ValueError("corrective_down and corrective_up: give both or neither")
-    check(x, corrective_down, corrective_up, None, bias)
+    check(x, corrective_down, corrective_up, None, bias, "corrective_")
     tensors = (x, down, up, bias, corrective_down, corrective_up)
     one_type = corrective_down.dtype is down.dtype and (bias is None or bias.is_contiguous())
     direct = not torch.compiler.is_compiling() and not _needs_gradients(*tensors) and one_type
@@ -85,7 +85,7 @@ def grouped_linear(
     tensors = [tensor for layer in layers for tensor in layer]
     direct = not torch.compiler.is_compiling() and not _needs_gradients(x, *tensors)
     if direct and x.dtype is down.dtype and all(cpu.usable(x, d, u) for d, u, _, _ in layers):
-        factors = [cpu.Factors(u, d, p, b) for d, u, p, b in layers]
+        factors = [cpu.Factors(u, d, _dense(p), _dense(b)) for d, u, p, b in layers]
         return tuple(cpu.Bound().linears(x, factors))
     return tuple(apply(x, *layer) for layer in layers)
 
@@ -108,11 +108,12 @@ def pivoted_linear(
     return apply(x, down, up, pivots, bias)
 
 
+@torch.no_grad()
 def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
     """Compute the second moment's sum xᵀ x (+ out, in place) in float32.
 
-    x [M, K] bfloat16, float16 or float32 -> [K, K] float32, symmetric. Raises ValueError for other
-    shapes, dtypes or devices.
+    x [M, K] bfloat16, float16 or float32, out symmetric -> [K, K] float32; no gradients. Raises
+    ValueError for other shapes, dtypes or devices.
 
     >>> gram(torch.tensor([[1.0, 2.0]])).tolist()
     [[1.0, 2.0], [2.0, 4.0]]
@@ -146,24 +147,31 @@ def apply(
     return result
 
 
-def check(x: Tensor, down: Tensor, up: Tensor, pivots: Tensor | None, bias: Tensor | None) -> None:
+def check(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    pivots: Tensor | None,
+    bias: Tensor | None,
+    prefix: str = "",
+) -> None:
     """Raise ValueError naming the first argument that does not fit the others."""
     if down.dim() != 2 or up.dim() != 2 or x.dim() < 1:
         raise ValueError(
-            f"x {list(x.shape)}, down {list(down.shape)}, up {list(up.shape)}: must be [..., K], "
-            "[r, K] and [rows, r]"
+            f"x {list(x.shape)}, {prefix}down {list(down.shape)}, {prefix}up {list(up.shape)}: "
+            "must be [..., K], [r, K] and [rows, r]"
         )
     rank, k = down.shape
     n = up.shape[0] + (0 if pivots is None else rank)
     for name, found, wanted in (
         ("x", x.shape[-1], k),
-        ("up", up.shape[1], rank),
+        (f"{prefix}up", up.shape[1], rank),
         ("bias", None if bias is None else tuple(bias.shape), (n,)),
         ("pivots", None if pivots is None else tuple(pivots.shape), (rank,)),
     ):
         if found is not None and found != wanted:
             raise ValueError(
-                f"{name}: has size {found} where down {list(down.shape)} and up "
+                f"{name}: has size {found} where {prefix}down {list(down.shape)} and {prefix}up "
                 f"{list(up.shape)} need {wanted}"
             )
     if pivots is not None and pivots.dtype != torch.int32:
@@ -173,14 +181,18 @@ def check(x: Tensor, down: Tensor, up: Tensor, pivots: Tensor | None, bias: Tens
         if tensor is None:
             continue
         if tensor.device != x.device:
-            raise ValueError(f"{name}: is on {tensor.device}, but x on {x.device}")
+            raise ValueError(f"{prefix}{name}: is on {tensor.device}, but x on {x.device}")
         wanted_dtype = down.dtype if name == "up" else x.dtype
         if name != "pivots" and tensor.dtype != wanted_dtype:
             small = tensor.dtype in (torch.bfloat16, torch.float16)
             if not (mixed and small and name == "down"):
-                raise ValueError(f"{name}: is {tensor.dtype}, but must be {wanted_dtype}")
+                raise ValueError(f"{prefix}{name}: is {tensor.dtype}, but must be {wanted_dtype}")
     if not x.is_floating_point():
         raise ValueError(f"x: is {x.dtype}, must be a floating dtype")
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _needs_gradients(*tensors: Tensor | None) -> bool:
@@ -190,15 +202,16 @@ def _needs_gradients(*tensors: Tensor | None) -> bool:
 def _forward(
     x: Tensor, down: Tensor, up: Tensor, pivots: Tensor | None, bias: Tensor | None
 ) -> Tensor:
+    pivots, bias = _dense(pivots), _dense(bias)
     if gpu.usable(x, down, up):
         return gpu.lowrank_linear(x, down, up, pivots, bias)
-    if cpu.usable(x, down, up) and (pivots is None or pivots.is_contiguous()):
-        return cpu.lowrank_linear(x, down, up, pivots, None if bias is None else bias.contiguous())
+    if cpu.usable(x, down, up):
+        return cpu.lowrank_linear(x, down, up, pivots, bias)
     if down.dtype != x.dtype:
         down, up = down.to(x.dtype), up.to(x.dtype)
     if pivots is None:
         return reference.lowrank_linear(x, down, up, bias)
-    if x.is_cpu and x.dtype in cpu.TYPES and pivots.is_contiguous() and cpu.library() is not None:
+    if x.is_cpu and x.dtype in cpu.TYPES and len(pivots) and cpu.library() is not None:
         t = linear(x, down).contiguous()
         y = cpu.interleave(t, linear(t, up).contiguous(), pivots)
         return y if bias is None else y.add_(bias)
@@ -226,7 +239,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     need_x, need_down, need_up, _, need_bias = ctx.needs_input_grad
     wide_down, wide_up = down.to(x.dtype), up.to(x.dtype)
     if pivots is None and not (need_down or need_up):
-        dx = _forward(grad, wide_up.mT, wide_down.mT, None, None) if need_x else None
+        dx = apply(grad, wide_up.mT, wide_down.mT, None, None) if need_x else None
         return dx, None, None, None, _bias_gradient(grad) if need_bias else None
     direct, rest = None, grad  # gradients of t as an output, and of up t
     if pivots is not None:

@@ -81,7 +81,8 @@ def truncated_eigh(
     """Compute the largest eigenvalues of symmetric positive semi-definite C [..., n, n].
 
     -> L [..., rank], largest first, and V [..., n, rank]. Arguments, conventions and errors as in
-    `randomized_svd`; one product with C is worth two power half-steps of a factor of C.
+    `randomized_svd`, compute_dtype float32 or float64; one product with C is worth two power
+    half-steps of a factor of C.
 
     >>> L, V = truncated_eigh(torch.diag(torch.tensor([1.0, 4.0, 2.0])), 2)
     >>> L.tolist()
@@ -96,7 +97,7 @@ def truncated_eigh(
     sketch, iterations = _sketch_size(n, rank, oversample), _power_iters(n, rank, power_iters)
     work = _work_dtype(C, compute_dtype)
     generator = generator or torch.Generator().manual_seed(SEED)
-    omega = _gaussian(n, sketch, C, generator)
+    omega = _gaussian(n, sketch, C, generator).to(work)
 
     def one(c: Tensor) -> tuple[Tensor, Tensor]:
         c = c.to(work)

@@ -155,7 +155,7 @@ def product_seconds(tiles: Tiles, m: int, n: int, k: int, itemsize: int, arch: A
     loads = waves * (height + width) * chunk * itemsize / (3 * arch.bandwidth / arch.processors)
     peak = arch.flops16 if itemsize == 2 else arch.flops32
     compute = waves * 2 * height * width * chunk / (PEAK * peak / arch.processors)
-    shared = 8 * tiles.split * m * n / arch.bandwidth if tiles.split > 1 else 0.0
+    shared = LAUNCH + 8 * tiles.split * m * n / arch.bandwidth if tiles.split > 1 else 0.0
     return max(memory, loads, compute) + shared + LATENCY * (2 if tiles.split > 1 else 1)
 
 
@@ -230,7 +230,7 @@ def _rank_split(m: int, rows: int, k: int, r: int, itemsize: int, arch: Arch) ->
     busy = slices / (waves * arch.processors)
     stages = 2 if arch.backend == "hip" else 3
     tiles = Tiles(16, 128, 128 if itemsize == 2 else 64, slices, 4, stages)
-    seconds = (factors / busy + partial) / arch.bandwidth + 3 * LATENCY
+    seconds = (factors / busy + partial) / arch.bandwidth + 3 * LATENCY + LAUNCH
     return Plan("rank_split", (tiles,), seconds, SLICE)
 
 

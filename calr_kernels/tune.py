@@ -9,6 +9,7 @@ best are timed; the fastest goes into the table.
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import sys
@@ -20,19 +21,22 @@ import torch
 import triton
 
 from calr_kernels import gpu, tiles
-from calr_kernels.aot import KEEPS, MODELS, ROWS
-from calr_kernels.nn import rank_at
+from calr_kernels.aot import KEEPS, MODELS
+from calr_kernels.nn import Layout, rank_at
 
 TRIED = 12  # of the model's best tiles for each product
+LAYOUTS: tuple[Layout, ...] = ("pivoted", "two_factor")
+BUCKETS = sorted({tiles.bucket(m) for m in range(1, 16385)})
 
 
 def problems() -> list[tuple[int, int, int]]:
     """List the products (rows of x, rows of w, columns) of all layers, once each."""
     found: dict[tuple[int, int, int], None] = {}
     for shapes in MODELS.values():
-        for (n, k), keep, m in ((s, keep, m) for s in shapes for keep in KEEPS for m in ROWS):
-            r = int(rank_at("pivoted", n, k, keep)) // 8 * 8
-            found |= dict.fromkeys([(tiles.bucket(m), r, k), (tiles.bucket(m), n - r, r)])
+        for (n, k), keep, m in itertools.product(shapes, KEEPS, BUCKETS):
+            pivoted, plain = (int(rank_at(x, n, k, keep)) // 8 * 8 for x in LAYOUTS)
+            wanted = [(m, pivoted, k), (m, n - pivoted, pivoted), (m, plain, k), (m, n, plain)]
+            found |= dict.fromkeys(wanted)
     return list(found)
 
 

@@ -100,3 +100,12 @@ def test_weights_loaded_later_are_used(ids):
             parameter.data = torch.randn_like(parameter) * 0.1
     expected = plain(ids[:1, :2]).logits
     torch.testing.assert_close(fast(ids[:1, :2]).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_another_activation_is_used(ids):
+    plain, fast = prepared(ids)
+    for model in (plain, fast):
+        model.model.layers[0].mlp.act_fn = nn.ReLU()
+    expected = plain(ids[:1, :2]).logits
+    torch.testing.assert_close(fast(ids[:1, :2]).logits, expected, rtol=0, atol=1e-5)

@@ -179,3 +179,33 @@ def test_gram(dtype, device):
         gram(x, torch.ones(3, 3, device=device))
     with pytest.raises(ValueError, match=r"x \[30\]"):
         gram(x[:, 0])
+
+
+@torch.no_grad()
+def test_threads_share_a_layer():
+    from concurrent.futures import ThreadPoolExecutor
+
+    layer = layers(41, torch.float32)[1]
+    xs = [torch.randn(1, 41, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    expected = [layer(x) for x in xs]
+
+    def work(i):
+        with torch.no_grad():
+            return all(torch.equal(layer(xs[i]), expected[i]) for _ in range(300))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+@torch.no_grad()
+def test_another_dtype_at_the_same_address_is_noticed():
+    layer = LowRankLinear(8, 4, 2, "two_factor", bias=False)
+    storage = layer.weight.detach().clone()
+    layer.weight.data = storage
+    layer(torch.ones(1, 8))
+    down = layer.down.weight.detach().clone()
+    layer.down.weight.data = down.view(torch.bfloat16).view(4, 8)[:2]
+    layer.weight.data = storage.view(torch.bfloat16).view(8, 2)[:4]
+    layer.weight.fill_(1)
+    layer.down.weight.fill_(1)
+    assert layer(torch.ones(1, 8, dtype=torch.bfloat16)).tolist() == [[16.0] * 4]

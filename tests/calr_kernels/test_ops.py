@@ -289,3 +289,28 @@ def test_without_the_native_kernel_there_is_one_warning_and_the_same_result(monk
     torch.testing.assert_close(found[0], expected)
     monkeypatch.undo()
     cpu.library.cache_clear()
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_rank_zero_gives_the_bias(m, device):
+    x, down, up = (torch.zeros(s, device=device) for s in ((m, 8), (0, 8), (4, 0)))
+    bias = torch.arange(4.0, device=device)
+    assert torch.equal(lowrank_linear(x, down, up, bias), bias.expand(m, 4))
+    corrective = torch.ones(2, 8, device=device), torch.ones(4, 2, device=device)
+    found = lowrank_linear(x + 1, down, up, bias, *corrective)
+    assert torch.equal(found, (bias + 16).expand(m, 4))
+    pivots = torch.zeros(0, dtype=torch.int32, device=device)
+    assert torch.equal(pivoted_linear(x, down, up, pivots, bias), bias.expand(m, 4))
+
+
+def test_strided_bias_and_pivots(device):
+    x, down, up, pivots, bias = problem(3, 40, 24, 8, "pivoted", torch.float32, device)
+    wanted = run(x, down, up, pivots, bias)
+    table = torch.stack([bias, -bias], 1)
+    doubled = torch.stack([pivots, pivots], 1)
+    assert torch.equal(run(x, down, up, doubled[:, 0], table[:, 0]), wanted)
+
+
+def test_the_corrective_path_is_named_in_errors():
+    with pytest.raises(ValueError, match="corrective_up: has size 3 where corrective_down"):
+        lowrank_linear(*(torch.ones(s) for s in ((1, 4), (2, 4), (5, 2), (5,), (2, 4), (5, 3))))

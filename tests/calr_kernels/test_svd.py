@@ -203,3 +203,11 @@ def test_bad_tolerance_shape_and_values():
         truncated_eigh(torch.ones(3, 4), 1)
     with pytest.raises(torch.linalg.LinAlgError, match="NaN or infinity"):
         randomized_svd(torch.full((3, 3), float("nan")), 1)
+
+
+def test_truncated_eigh_in_float64_of_float32():
+    a = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    values, _ = truncated_eigh(a @ a.T, 4, compute_dtype=torch.float64)
+    torch.testing.assert_close(
+        values, torch.linalg.eigvalsh(a @ a.T).flip(0)[:4], rtol=0.05, atol=0
+    )
