@@ -80,7 +80,7 @@ class Plan:
 def plan(m: int, rows: int, k: int, r: int, itemsize: int, arch: Arch, pivoted: bool) -> Plan:
     """Choose the fastest way, by the model, to apply up [rows, r] after down [r, k] to m rows.
 
-    >>> plan(1, 4096, 4096, 2048, 2, ARCHS["sm_90"], False).kind
+    >>> plan(1, 2904, 4096, 1192, 2, ARCHS["sm_100"], True).kind
     'rank_split'
     >>> plan(16, 1160, 576, 376, 2, ARCHS["sm_90"], True).kind
     'products'
