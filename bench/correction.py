@@ -89,7 +89,9 @@ def main() -> None:
             flush=True,
         )
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(rows, indent=1))
+        temporary = arguments.output.with_suffix(".tmp")
+        temporary.write_text(json.dumps(rows, indent=1))
+        temporary.rename(arguments.output)
 
 
 if __name__ == "__main__":

@@ -159,11 +159,6 @@ def _bench(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=PositiveInt | None, default=None, help="CPU threads to use."
     )
-    parser.add_argument(
-        "--plain",
-        action="store_true",
-        help="Time the first model as transformers runs it, without calr.optimize_for_inference.",
-    )
     _loading(parser)
 
 

@@ -163,8 +163,7 @@ def bench(arguments: Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     sources = [arguments.model] + ([arguments.against] if arguments.against else [])
     timed = {source: _load(arguments, source)[0] for source in sources}
-    if not arguments.plain:
-        optimize_for_inference(timed[arguments.model])
+    optimize_for_inference(timed[arguments.model])
     rows = benchmark.bench(
         timed,
         prompt=arguments.prompt_tokens,

@@ -42,8 +42,7 @@ KEEPS = (0.8, 0.5)
 ROWS = (1, 4, 16, 64, 512, 4096)
 CORRECTIVE = 64  # a separate corrective path is on_chip's case
 GRAMS = (576, 4096, 14336)  # in_features, for xᵀx over 8192 rows
-NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-POINTERS = NAMES | {torch.int32: "*i32"}
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 MATRIX = {  # instruction of the matrix unit: pattern in the disassembly
     "wgmma": r"\bHGMMA",
     "tcgen05": r"\bUTC\w*MMA",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from calr_kernels import reference, tiles
+from calr_kernels.cpu import PLAIN, TYPES
 from calr_kernels.tiles import Arch, Plan, Tiles
 
 try:
@@ -19,9 +20,6 @@ try:
     from calr_kernels import kernels
 except ImportError:  # triton has no build for this platform
     triton = None
-
-PLAIN = (Tensor, torch.nn.Parameter)
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def usable(x: Tensor, down: Tensor, up: Tensor) -> bool:
@@ -115,19 +113,15 @@ def device_arch(device: torch.device) -> Arch:
         (a for a in tiles.ARCHS.values() if a.backend == "cuda"), key=lambda a: int(a.version)
     )
     older = [a for a in known if int(a.version) <= 10 * major + minor]
-    found, properties = (
-        (older or known)[-1 if older else 0],
-        torch.cuda.get_device_properties(device),
-    )
-    return (
-        dataclasses.replace(  # consumer GPUs have less shared memory than their generation's best
-            found,
-            name=f"{found.name}/{properties.name.replace(' ', '_')}",
-            processors=properties.multi_processor_count,
-            shared=min(
-                found.shared, getattr(properties, "shared_memory_per_block_optin", 99 << 10)
-            ),
-        )
+    found = older[-1] if older else known[0]
+    properties = torch.cuda.get_device_properties(device)
+    # consumer GPUs have less shared memory than the best of their generation; torch may not say
+    shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+    return dataclasses.replace(
+        found,
+        name=f"{found.name}/{properties.name.replace(' ', '_')}",
+        processors=properties.multi_processor_count,
+        shared=min(found.shared, shared),
     )
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 TUNED = "CALR_TUNED"  # environment variable: file of measured tiles
-LAUNCH = 2.5e-6  # s between dependent launches in a CUDA graph
-LATENCY = 0.8e-6  # s from a load to its data in global memory
+LAUNCH = 2.5e-6  # s between dependent launches in a CUDA graph, assumed
+LATENCY = 0.8e-6  # s from a load to its data in global memory, assumed
 PEAK = 0.6  # assumed share of the matrix units' peak that our products reach
 LIBRARY_PEAK = 0.75  # assumed for the vendor's library
 MOST_ROWS_SPLIT = 4  # rows up to which partial sums over the rank stay small

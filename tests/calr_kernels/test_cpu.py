@@ -7,23 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from calr_kernels import LowRankLinear, cpu, gram, grouped_linear, lowrank_linear, reference
+from calr_kernels import LowRankLinear, gram, grouped_linear, lowrank_linear, reference
 from calr_kernels.cpu import Bound, Factors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-@pytest.fixture(params=cpu.ISAS, autouse=True)
-def isa(request):
-    """Run with one instruction set of the native kernel."""
-    library = cpu.library()
-    assert library is not None, "the native kernel was not built"
-    best = library.calr_isa()
-    if library.calr_select_isa(cpu.ISAS.index(request.param)) != 0:
-        pytest.skip(f"this machine has no {request.param}")
-    yield
-    assert library.calr_select_isa(best) == 0
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 def layers(k, dtype, seed=0):

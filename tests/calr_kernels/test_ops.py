@@ -22,23 +22,6 @@ SHAPES = [  # M, K, N, r: odd sizes, tiles and tails, more rows than the native 
 LAYOUTS = ["two_factor", "pivoted"]
 
 
-@pytest.fixture(params=cpu.ISAS)
-def isa(request, device):
-    """Run with one instruction set of the native kernel."""
-    if device.type != "cpu":
-        if request.param == cpu.ISAS[0]:
-            yield
-            return
-        pytest.skip("one run is enough on a GPU")
-    library = cpu.library()
-    assert library is not None, "the native kernel was not built"
-    best = library.calr_isa()
-    if library.calr_select_isa(cpu.ISAS.index(request.param)) != 0:
-        pytest.skip(f"this machine has no {request.param}")
-    yield
-    assert library.calr_select_isa(best) == 0
-
-
 def problem(m, k, n, r, layout, dtype, device="cpu", factor_dtype=None):
     """Arguments of the operation: x, down, up, pivots or None, bias."""
     generator = torch.Generator().manual_seed(m * 1000 + n)
