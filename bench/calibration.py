@@ -11,6 +11,8 @@ import copy
 import json
 from pathlib import Path
 
+from texts import unseen_windows
+
 import calr
 from calr.evaluation import perplexity
 from calr.text import evaluation_windows
@@ -25,17 +27,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("bench/results/calibration.json"))
     arguments = parser.parse_args()
     dense, tokenizer = calr.load(arguments.model)
-    pages = (arguments.data / "web/openwebtext_1000.jsonl").read_text().splitlines()[900:]
-    texts = {
-        "WikiText-2 raw test": arguments.data / "wikitext2/wiki.test.raw",
-        "web pages": [json.loads(page)["text"] for page in pages],
-        "Sherlock Holmes": arguments.data / "books/The-Adventures-of-Sherlock-Holmes_1661.txt",
-        "builtin, held out": "builtin",
-    }
-    windows = {
-        name: evaluation_windows(text, tokenizer, windows=20, window=512)
-        for name, text in texts.items()
-    }
+    windows = unseen_windows(arguments.data, tokenizer)
+    windows["builtin, held out"] = evaluation_windows("builtin", tokenizer, windows=20, window=512)
     wikitext = str(arguments.data / "wikitext2/wiki.train.tokens")
     sources = {
         "none (dense)": None,

@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 
 import torch
+from texts import unseen_windows
 
 import calr
 from calr.correction import HELD_OUT
 from calr.evaluation import perplexity
-from calr.text import calibration_windows, evaluation_windows
+from calr.text import calibration_windows
 
 WINDOW = 512
 
@@ -52,16 +53,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     dense, tokenizer = calr.load(arguments.model)
-    pages = (arguments.data / "web/openwebtext_1000.jsonl").read_text().splitlines()[900:]
-    texts = {
-        "WikiText-2 raw test": arguments.data / "wikitext2/wiki.test.raw",
-        "web pages": [json.loads(page)["text"] for page in pages],
-        "Sherlock Holmes": arguments.data / "books/The-Adventures-of-Sherlock-Holmes_1661.txt",
-    }
-    measured = {
-        name: evaluation_windows(text, tokenizer, windows=20, window=WINDOW)
-        for name, text in texts.items()
-    }
+    measured = unseen_windows(arguments.data, tokenizer)
     ids = mixture(dense, tokenizer, arguments.data, max(arguments.tokens) // WINDOW + HELD_OUT)
     cells = [(1.0, 0), *((keep, tokens) for keep in arguments.keep for tokens in arguments.tokens)]
     for keep, tokens in cells:

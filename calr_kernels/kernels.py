@@ -125,6 +125,31 @@ def _product_tile(
 
 
 @triton.jit
+def _intermediate(
+    x, down, y, bias, pivots, rows, ranks, M, K, rank, x_row, down_row, down_column, y_row,
+    PIVOTED: tl.constexpr, HAS_BIAS: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return t = down[ranks] x [BLOCK_M, BLOCK_R] in y's dtype; PIVOTED: also outputs."""
+    t = _product_tile(
+        x, down, rows, ranks, M, rank, 0, K, x_row, down_row, down_column,
+        BLOCK_M, BLOCK_R, BLOCK_K,
+    )  # fmt: skip
+    t = _rounded(tl.where((ranks < rank)[None, :], t, 0.0), y.dtype.element_ty, EMULATE_BF16)
+    if PIVOTED:
+        _store_pivots(t, y, y_row, bias, pivots, rows, ranks, M, rank, HAS_BIAS, EMULATE_BF16)
+    return t
+
+
+@triton.jit
+def _second_product(t, up, ranks, columns, rank, N, up_row, up_column):
+    """Return t up[columns, ranks]ᵀ in float32."""
+    at = up + columns.to(tl.int64)[None, :] * up_row + ranks.to(tl.int64)[:, None] * up_column
+    inside = (ranks < rank)[:, None] & (columns < N)[None, :]
+    return tl.dot(t, tl.load(at, mask=inside, other=0.0), input_precision="ieee")
+
+
+@triton.jit
 def product(
     x, w, y, placed, bias, pivots, partial, tickets,
     M, N, K, rank, chunk, x_row, w_row, w_column, y_row, placed_row,
@@ -195,21 +220,16 @@ def rank_split(
     slice_, slices = tl.program_id(0), tl.num_programs(0)
     rows = tl.arange(0, BLOCK_M)
     ranks = slice_ * BLOCK_R + tl.arange(0, BLOCK_R)
-    t = _product_tile(
-        x, down, rows, ranks, M, rank, 0, K, x_row, down_row, down_column,
-        BLOCK_M, BLOCK_R, BLOCK_K,
+    t = _intermediate(
+        x, down, y, bias, pivots, rows, ranks, M, K, rank, x_row, down_row, down_column, y_row,
+        PIVOTED, HAS_BIAS, EMULATE_BF16, BLOCK_M, BLOCK_R, BLOCK_K,
     )  # fmt: skip
-    t = _rounded(tl.where((ranks < rank)[None, :], t, 0.0), y.dtype.element_ty, EMULATE_BF16)
-    if PIVOTED:
-        _store_pivots(t, y, y_row, bias, pivots, rows, ranks, M, rank, HAS_BIAS, EMULATE_BF16)
     tiles = tl.cdiv(N, BLOCK_N)
     area = M * N
     for turn in range(tiles):
         tile = (turn + slice_) % tiles  # programs start at different tiles: few meet at a ticket
         columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        at = up + columns.to(tl.int64)[None, :] * up_row + ranks.to(tl.int64)[:, None] * up_column
-        inside = (ranks < rank)[:, None] & (columns < N)[None, :]
-        acc = tl.dot(t, tl.load(at, mask=inside, other=0.0), input_precision="ieee")
+        acc = _second_product(t, up, ranks, columns, rank, N, up_row, up_column)
         offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
         mask = (rows < M)[:, None] & (columns < N)[None, :]
         tl.store(partial + slice_ * area + offsets, acc, mask=mask)
@@ -234,18 +254,13 @@ def on_chip(
     K, x_row, down_row, up_row = K * UNIT, x_row * UNIT, down_row * UNIT, up_row * UNIT
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)
-    t = _product_tile(
-        x, down, rows, ranks, M, rank, 0, K, x_row, down_row, down_column,
-        BLOCK_M, BLOCK_R, BLOCK_K,
+    t = _intermediate(
+        x, down, y, bias, pivots, rows, ranks, M, K, rank, x_row, down_row, down_column, y_row,
+        PIVOTED, HAS_BIAS, EMULATE_BF16, BLOCK_M, BLOCK_R, BLOCK_K,
     )  # fmt: skip
-    t = _rounded(tl.where((ranks < rank)[None, :], t, 0.0), y.dtype.element_ty, EMULATE_BF16)
-    if PIVOTED:
-        _store_pivots(t, y, y_row, bias, pivots, rows, ranks, M, rank, HAS_BIAS, EMULATE_BF16)
     for begin in range(0, N, BLOCK_N):
         columns = begin + tl.arange(0, BLOCK_N)
-        at = up + columns.to(tl.int64)[None, :] * up_row + ranks.to(tl.int64)[:, None] * up_column
-        inside = (ranks < rank)[:, None] & (columns < N)[None, :]
-        acc = tl.dot(t, tl.load(at, mask=inside, other=0.0), input_precision="ieee")
+        acc = _second_product(t, up, ranks, columns, rank, N, up_row, up_column)
         _store_others(
             acc, y, y_row, bias, pivots, rows, columns, M, N, rank,
             PIVOTED, HAS_BIAS, STEPS, EMULATE_BF16,
