@@ -1,23 +1,46 @@
-"""The texts that benchmarks measure on and never calibrate on."""
+"""The texts of the benchmarks: a mixture to calibrate on, and others that are only measured on."""
 
 import json
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from calr.text import evaluation_windows
+from calr.text import evaluation_windows, spread_windows
+
+WINDOW = 512
+HELD_OUT_PAGES = 100
 
 
-def unseen_windows(data: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """Return 20 windows of 512 tokens of each text; data is laid out as in bench/README.md."""
-    pages = (data / "web/openwebtext_1000.jsonl").read_text().splitlines()[900:]
+def mixture(data: Path, tokenizer: PreTrainedTokenizerBase, windows: int) -> Tensor:
+    """Return shuffled windows [windows, 512]: three quarters web pages, the rest WikiText-2 train.
+
+    data is laid out as in bench/README.md.
+    """
+    wikitext = str(data / "wikitext2/wiki.train.tokens")
+    shares = ((_pages(data)[:-HELD_OUT_PAGES], windows - windows // 4), (wikitext, windows // 4))
+    ids = torch.cat(
+        [spread_windows(text, tokenizer, count, WINDOW, seed=0) for text, count in shares]
+    )
+    return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+
+
+def unseen_windows(
+    data: Path, tokenizer: PreTrainedTokenizerBase, windows: int = 20
+) -> dict[str, Tensor]:
+    """Return the first windows of 512 tokens of each text."""
     texts = {
         "WikiText-2 raw test": data / "wikitext2/wiki.test.raw",
-        "web pages": [json.loads(page)["text"] for page in pages],
+        "web pages": _pages(data)[-HELD_OUT_PAGES:],
         "Sherlock Holmes": data / "books/The-Adventures-of-Sherlock-Holmes_1661.txt",
     }
     return {
-        name: evaluation_windows(text, tokenizer, windows=20, window=512)
+        name: evaluation_windows(text, tokenizer, windows=windows, window=WINDOW)
         for name, text in texts.items()
     }
+
+
+def _pages(data: Path) -> list[str]:
+    pages = (data / "web/openwebtext_1000.jsonl").read_text().splitlines()
+    return [json.loads(page)["text"] for page in pages]

@@ -15,14 +15,16 @@ from calr import allocation, layouts, methods
 from calr.allocation import Ranks
 from calr.blocks import BlockRunner, set_submodule
 from calr.calibration import Statistics, check_finite, collect, fingerprint
-from calr.correction import Correction, correct, norms, windows_needed
+from calr.correction import correct, norms, windows_needed, windows_used
 from calr.errors import CalrError
 from calr.integrations.transformers import CalrConfig, attach
 from calr.methods import Decomposition, Method
 from calr.recipe import Recipe
 from calr.store import Store
 from calr.structure import Layer, Structure, analyse
+from calr.teacher import collect_targets
 from calr.text import Source, calibration_windows
+from calr.training import Trained
 from calr_kernels import LowRankLinear
 from calr_kernels.nn import Layout
 
@@ -115,17 +117,19 @@ def _spread(ids: Tensor, count: int) -> Tensor:
 
 def _correct(
     run: "_Run", replacements: dict[str, LowRankLinear], ids: Tensor
-) -> tuple[Correction, dict[str, LowRankLinear]]:
+) -> tuple[Trained, dict[str, LowRankLinear]]:
     """Train the new layers in their places, put the dense ones back and return them packed.
 
     The norms, trained too, stay trained; on any failure they are as before.
     """
     model = run.model
+    used = windows_used(ids, run.recipe)
+    targets, held_out = (collect_targets(model, part, run.statistics.store) for part in used)
     before = [(p, p.data) for p in norms(model)]
     dense = {name: set_submodule(model, name, layer) for name, layer in replacements.items()}
     try:
         try:
-            done = correct(model, dense, ids, run.recipe, Store(run.work))
+            done = correct(model, replacements, targets, held_out, run.recipe, Store(run.work))
         finally:
             for name, layer in dense.items():
                 set_submodule(model, name, layer)

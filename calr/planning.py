@@ -18,12 +18,12 @@ from calr.compression import (
     parameter_report,
     shape_for,
 )
-from calr.correction import HELD_TOKENS
 from calr.errors import CalrError
 from calr.models import load_skeleton, resolve_dtype
 from calr.recipe import Recipe
 from calr.store import Store
 from calr.structure import Structure, analyse
+from calr.teacher import PART_TOKENS
 
 LIBRARY_BYTES = 700_000_000  # resident size of Python with torch and transformers loaded
 EIGEN_FLOPS = 25  # eigenvalues and vectors of an n × n matrix cost about 25 n³
@@ -168,7 +168,7 @@ def _peak_memory(structure: Structure, recipe: Recipe, element: int, vocabulary:
     training = 0.0
     if recipe.correction_tokens:  # float32: values, gradients, two moments, start and best
         training = 6 * 4 * recipe.keep * structure.linear_parameters
-        training += 4 * 4 * vocabulary * HELD_TOKENS
+        training += 4 * 4 * vocabulary * PART_TOKENS
     largest = max(moments + boundary, backward, decompositions + factors, training)
     return int(LIBRARY_BYTES + weights + largest)
 

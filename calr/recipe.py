@@ -33,6 +33,9 @@ class Recipe:
         correction_tokens: Tokens of text on which the compressed layers are trained to give the
             dense model's outputs again; 0: no training.
         learning_rate: Peak learning rate of that training.
+        trainable: What it moves beside the norms: factors, all of every layer, or corrective, only
+            the trailing terms of each, with the others frozen.
+        corrective_share: Share of a layer's rank that these trailing terms are, in (0, 1].
         seed: Seed of sampling and of the order of training.
     """
 
@@ -50,6 +53,8 @@ class Recipe:
     window: int = 512
     correction_tokens: int = 65_536
     learning_rate: float = 1e-4
+    trainable: Literal["factors", "corrective"] = "factors"
+    corrective_share: float = 0.25
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,11 +75,14 @@ class Recipe:
                 raise CalrError(f"{name}={getattr(self, name)}: must be at least {least}")
         if not self.learning_rate > 0:
             raise CalrError(f"learning_rate={self.learning_rate}: must be above 0")
+        if not 0 < self.corrective_share <= 1:
+            raise CalrError(f"corrective_share={self.corrective_share}: must be in (0, 1]")
         for name, choices in (
             ("layout", ("pivoted", "two_factor")),
             ("allocation", ("global", "uniform", "last_k")),
             ("solver", ("lagrangian", "exact")),
             ("sensitivity", ("gradient", "none")),
+            ("trainable", ("factors", "corrective")),
         ):
             if getattr(self, name) not in choices:
                 raise CalrError(f"{name}={getattr(self, name)!r}: must be one of {choices}")

@@ -61,7 +61,7 @@ def calibration_windows(
         if part == "sampled":
             windows.append(sample_from(model, tokenizer, count, window, seed + i))
         else:
-            windows.append(_spread(part, tokenizer, count, window, seed + i))
+            windows.append(spread_windows(part, tokenizer, count, window, seed + i))
     return torch.cat(windows)
 
 
@@ -191,7 +191,7 @@ def _parts(source: str | Path | Sequence[str] | None) -> list[str | Path | Seque
     return [source]
 
 
-def _spread(
+def spread_windows(
     source: str | Path | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     samples: int,

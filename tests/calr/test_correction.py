@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import calr
-from calr import correction
-from calr.correction import correct
+from calr import correction, teacher, training
+from calr.correction import correct, windows_used
 from calr.errors import CalrError
 from calr.store import Store
+from calr.teacher import collect_targets
 from calr.testing import tiny_llama
 
 RECIPE = {"keep": 0.4, "rank_step": 2, "window": 32, "learning_rate": 3e-3}
@@ -22,13 +23,19 @@ def text():
 
 
 def students(ids, **recipe):
-    """A model with uncorrected two-factor layers in place, its dense layers, and the recipe."""
+    """A model with uncorrected two-factor layers in place, those layers, and the recipe."""
     uncorrected = calr.Recipe(**(RECIPE | {"layout": "two_factor", "correction_tokens": 0}))
     model = calr.compress(tiny_llama(), uncorrected, calibration=ids[:16])
     names = model.config.quantization_config.layers
-    source = tiny_llama()
-    dense = {name: source.get_submodule(name) for name in names}
-    return model.eval(), dense, calr.Recipe(**(RECIPE | recipe))
+    layers = {name: model.get_submodule(name) for name in names}
+    return model.eval(), layers, calr.Recipe(**(RECIPE | recipe))
+
+
+def corrected(model, layers, text, recipe, store=None):
+    """Train on the text as compress does."""
+    used = windows_used(text, recipe)
+    targets, held_out = (collect_targets(tiny_llama(), part, Store()) for part in used)
+    return correct(model, layers, targets, held_out, recipe, store or Store())
 
 
 def kl(model, ids):
@@ -40,82 +47,82 @@ def kl(model, ids):
 
 
 def test_training_lowers_the_loss_on_unseen_text(text):
-    model, dense, recipe = students(text, correction_tokens=32 * 160)
+    model, layers, recipe = students(text, correction_tokens=32 * 160)
     unseen = torch.randint(2, 258, (8, 32), generator=torch.Generator().manual_seed(9))
     before = kl(model, unseen)
-    done = correct(model, dense, text, recipe, Store())
+    done = corrected(model, layers, text, recipe)
     assert done.tokens == 32 * 160
     assert done.loss_after < done.loss_before
     assert kl(model, unseen) < 0.95 * before
 
 
 def test_the_reported_loss_is_the_divergence(text, monkeypatch):
-    monkeypatch.setattr(correction, "_mixed", lambda model: torch.autocast("cpu", enabled=False))
-    model, dense, recipe = students(text, correction_tokens=32 * 32)
+    monkeypatch.setattr(teacher, "mixed", lambda model: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(teacher, "TOP", 1000)  # all of them but one
+    model, layers, recipe = students(text, correction_tokens=32 * 32)
     expected = kl(model, text[-correction.HELD_OUT :])
-    done = correct(model, dense, text, recipe, Store())
+    done = corrected(model, layers, text, recipe)
     assert done.loss_before == pytest.approx(expected, rel=1e-4)
     assert done.loss_after == pytest.approx(kl(model, text[-correction.HELD_OUT :]), rel=1e-4)
 
 
 def test_a_ruinous_learning_rate_returns_the_start(text):
-    model, dense, recipe = students(text, correction_tokens=32 * 64, learning_rate=3.0)
+    model, layers, recipe = students(text, correction_tokens=32 * 64, learning_rate=3.0)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    done = correct(model, dense, text, recipe, Store())
+    done = corrected(model, layers, text, recipe)
     assert done.loss_after == done.loss_before
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_only_factors_and_norms_move(text):
-    model, dense, recipe = students(text, correction_tokens=32 * 64)
+    model, layers, recipe = students(text, correction_tokens=32 * 64)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    original = copy.deepcopy({name: layer.weight for name, layer in dense.items()})
-    correct(model, dense, text, recipe, Store())
+    corrected(model, layers, text, recipe)
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    allowed = tuple(dense) + tuple(name for name in before if "norm" in name)
+    allowed = tuple(layers) + tuple(name for name in before if "norm" in name)
     assert moved
     assert all(name.startswith(allowed) for name in moved)
-    assert all(torch.equal(layer.weight, original[name]) for name, layer in dense.items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 def test_the_same_seed_gives_the_same_bits(text):
     results = []
     for seed in (0, 0, 1):
-        model, dense, recipe = students(text, correction_tokens=32 * 64, seed=seed)
-        correct(model, dense, text, recipe, Store())
+        model, layers, recipe = students(text, correction_tokens=32 * 64, seed=seed)
+        corrected(model, layers, text, recipe)
         results.append([p.clone() for p in model.parameters()])
     assert all(map(torch.equal, results[0], results[1]))
     assert not all(map(torch.equal, results[0], results[2]))
 
 
 def test_an_interrupted_run_continues_to_the_same_bits(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(correction, "MEASURE_EVERY", 1)
-    model, dense, recipe = students(text, correction_tokens=32 * 160)
-    correct(model, dense, text, recipe, Store())
+    monkeypatch.setattr(training, "MEASURE_EVERY", 1)
+    model, layers, recipe = students(text, correction_tokens=32 * 160)
+    corrected(model, layers, text, recipe)
     expected = [p.clone() for p in model.parameters()]
 
-    model, dense, recipe = students(text, correction_tokens=32 * 160)
+    model, layers, recipe = students(text, correction_tokens=32 * 160)
     start = [p.clone() for p in model.parameters()]
     save = Store.save
 
     def killed(self, name, tensors):
         save(self, name, tensors)
-        if int(tensors["step"]) == 2:
+        if int(tensors.get("step", 0)) == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "save", killed)
         with pytest.raises(KeyboardInterrupt):
-            correct(model, dense, text, recipe, Store(tmp_path))
+            corrected(model, layers, text, recipe, Store(tmp_path))
     assert all(map(torch.equal, model.parameters(), start))
-    correct(model, dense, text, recipe, Store(tmp_path))
+    corrected(model, layers, text, recipe, Store(tmp_path))
     assert all(map(torch.equal, model.parameters(), expected))
 
 
 @pytest.mark.parametrize("layout", ["pivoted", "two_factor"])
-def test_compress_corrects_and_packs(layout, text):
+def test_compress_corrects_and_packs(layout, text, monkeypatch):
     """The packed layers compute what the trained ones did, and the budget still holds."""
+    monkeypatch.setattr(teacher, "TOP", 1000)  # all of them but one
     options = RECIPE | {"correction_tokens": 32 * 96, "layout": layout}
     plain = calr.compress(
         tiny_llama(), calr.Recipe(**(options | {"correction_tokens": 0})), calibration=text
@@ -148,7 +155,7 @@ def test_a_failure_leaves_the_model_as_it_was(culprit, text, monkeypatch):
     def fail(*arguments):
         raise KeyboardInterrupt
 
-    home = compression.layouts if culprit == "pivot" else correction._Run
+    home = compression.layouts if culprit == "pivot" else training._Run
     monkeypatch.setattr(home, "pivot" if culprit == "pivot" else "measure", fail)
     model = tiny_llama()
     with pytest.raises(KeyboardInterrupt):
@@ -165,11 +172,27 @@ def test_too_little_text_is_refused_and_leaves_the_model_dense(text):
 
 
 def test_a_loss_that_is_not_finite_is_an_error(text):
-    model, dense, recipe = students(text, correction_tokens=32 * 32)
-    name = next(iter(dense))
-    broken = copy.deepcopy(dense[name])
+    model, layers, recipe = students(text, correction_tokens=32 * 32)
+    broken = copy.deepcopy(model)
     with torch.no_grad():
-        broken.weight.fill_(torch.inf)
+        broken.get_input_embeddings().weight.fill_(torch.inf)
+    before = [p.clone() for p in broken.parameters()]
+    layers = {name: broken.get_submodule(name) for name in layers}
     with pytest.raises(CalrError, match="the loss is not finite"):
-        correct(model, dense | {name: broken}, text, recipe, Store())
-    assert torch.isfinite(model(text[:1]).logits).all()
+        corrected(broken, layers, text, recipe)
+    assert all(map(torch.equal, broken.parameters(), before))
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_corrective_training_moves_only_the_trailing_terms(share, text):
+    recipe = {"trainable": "corrective", "corrective_share": share, "correction_tokens": 32 * 64}
+    model, layers, recipe = students(text, **recipe)
+    before = {name: (x.weight.clone(), x.down.weight.clone()) for name, x in layers.items()}
+    corrected(model, layers, text, recipe)
+    for name, layer in layers.items():
+        up, down = before[name]
+        frozen = layer.rank - max(1, round(share * layer.rank))
+        assert torch.equal(layer.weight[:, :frozen], up[:, :frozen])
+        assert torch.equal(layer.down.weight[:frozen], down[:frozen])
+        assert not torch.equal(layer.weight[:, frozen:], up[:, frozen:])
+    assert not any(layer.weight._backward_hooks for layer in layers.values())

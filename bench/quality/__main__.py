@@ -1,0 +1,127 @@
+"""Compare methods at several sizes: perplexity on text that no method saw, zero-shot accuracy.
+
+    python bench/quality --model MODEL --data DIR
+
+Every cell is measured once and written to quality.json at once; a killed run continues. Then the
+tables are printed and the plot drawn. See bench/README.md for DIR and for what the grid costs.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from methods import METHODS, Bench, stored_parameters
+from report import draw, tables
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from texts import mixture, unseen_windows
+
+import calr
+from calr.evaluation import perplexity
+from calr.integrations.lm_eval import evaluate
+from calr.structure import analyse
+from calr.teacher import mixed
+
+TASKS = ["arc_easy", "arc_challenge", "piqa", "hellaswag", "lambada_openai", "boolq", "sciq"]
+REMOVED = (0.2693, 0.5177)  # of the whole model: the points of CALR's paper
+COMMON = 81_920  # tokens on which every method is healed
+LONG = 409_600  # and CALR's own, longer, correction
+WINDOWS = 800 + 4
+
+
+def grid(keeps: list[float]) -> list[tuple[str, float, int]]:
+    """List the cells (method, keep, healed tokens): the most telling first."""
+    smallest = min(keeps)
+    cells = [("dense", 1.0, 0)]
+    cells += [(method, keep, 0) for keep in keeps for method in reversed(METHODS)]
+    cells += [(method, keep, COMMON) for keep in (0.8, smallest) for method in reversed(METHODS)]
+    cells += [("CALR", keep, LONG) for keep in (0.8, 0.6)]
+    cells += [("CALR", keep, COMMON) for keep in keeps if keep not in (0.8, smallest)]
+    return cells
+
+
+def main() -> None:
+    """Fill the cells, print the tables, draw the plot."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=100, help="first rows of a task; 0: all")
+    parser.add_argument("--windows", type=int, default=20, help="windows of 512 of a text; 0: all")
+    parser.add_argument("--tasks", nargs="*", default=TASKS)
+    parser.add_argument("--methods", nargs="*", default=["dense", *METHODS])
+    parser.add_argument("--healed", type=int, nargs="*", help="only cells with so many tokens")
+    parser.add_argument("--keep", type=float, nargs="*", help="only cells nearest to these")
+    parser.add_argument("--work", type=Path, default=Path("bench/quality/work"))
+    parser.add_argument("--output", type=Path, default=Path("bench/quality/quality.json"))
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    dense, tokenizer = calr.load(arguments.model)
+    structure = analyse(dense)
+    share = structure.model_parameters / structure.linear_parameters
+    keeps = [0.8, 0.6, *(round(1 - removed * share, 4) for removed in REMOVED)]
+    bench = Bench(dense, mixture(arguments.data, tokenizer, WINDOWS), arguments.work / "statistics")
+    texts = unseen_windows(arguments.data, tokenizer, arguments.windows or 10**6)
+    rows = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
+    for method, keep, tokens in grid(keeps):
+        if method not in arguments.methods or (arguments.healed and tokens not in arguments.healed):
+            continue
+        if arguments.keep and keep not in arguments.keep:
+            continue
+        key = {"model": Path(arguments.model).name, "method": method, "healed_tokens": tokens}
+        key |= {"keep": keep, "rows": arguments.rows, "windows": arguments.windows}
+        row = next((row for row in rows if key.items() <= row.items()), None)
+        if row is not None and set(arguments.tasks) <= set(row["accuracy"]):
+            continue
+        started = time.monotonic()
+        model = dense if method == "dense" else built(bench, method, keep, tokens, arguments.work)
+        if row is None:
+            seconds = round(time.monotonic() - started, 1)
+            row = key | {"params": stored_parameters(model), "seconds": seconds, "accuracy": {}}
+            row["perplexity"] = {t: perplexity(model, w).perplexity for t, w in texts.items()}
+            rows.append(row)
+            write(arguments.output, rows)
+        missing = [task for task in arguments.tasks if task not in row["accuracy"]]
+        if missing:
+            with mixed(model):
+                found = evaluate(
+                    model,
+                    tokenizer,
+                    missing,
+                    data=str(arguments.data / "tasks"),
+                    limit=arguments.rows or None,
+                )
+            row["accuracy"] |= found
+            write(arguments.output, rows)
+        print(method, keep, tokens, row["perplexity"], flush=True)
+        del model
+        gc.collect()
+    print(tables(rows))
+    draw(rows, arguments.output.with_suffix(".png"))
+
+
+def built(bench: Bench, method: str, keep: float, tokens: int, work: Path) -> torch.nn.Module:
+    """Build a model; one that was trained is kept, since that takes minutes."""
+    kept = work / f"{method}-{keep}-{tokens}.pt"
+    if kept.exists():
+        return torch.load(kept, weights_only=False)
+    model = bench.build(method, keep, tokens).eval()
+    if tokens:
+        torch.save(model, kept.with_suffix(".tmp"))
+        kept.with_suffix(".tmp").rename(kept)
+    return model
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """Replace the results file whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(rows, indent=1))
+    temporary.rename(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The methods of the comparison: from the dense model to a smaller one, healed or not.
+
+All get the same calibration windows, the same windows to heal on, the same recorded outputs of the
+dense model, and the same training loop.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+import calr
+from calr.baselines.laco import laco
+from calr.baselines.losparse import LoSparse
+from calr.baselines.shortgpt import shortgpt
+from calr.calibration import fingerprint
+from calr.compression import open_statistics
+from calr.correction import norms, windows_used
+from calr.structure import analyse, find_blocks
+from calr.teacher import collect_targets, logits_of
+from calr.training import train
+
+SAMPLES, GRADIENT_SAMPLES = 96, 32  # calibration windows
+RECIPES = {  # as their papers have them, up to rank rules that those leave open
+    "SVD": {"method": "svd", "layout": "two_factor", "allocation": "uniform"},
+    "SVD-LLM": {"method": "svd_llm", "layout": "two_factor", "allocation": "uniform"},
+    "ERC-SVD": {"method": "erc_svd", "layout": "two_factor", "allocation": "last_k"},
+    "CALR": {},
+}
+BLOCKS = {"ShortGPT": shortgpt, "LaCo": laco}
+METHODS = ["SVD", "SVD-LLM", "ERC-SVD", "ShortGPT", "LaCo", "LoSparse", "CALR"]
+DENSE_LEARNING_RATE = 5e-5  # of matrices that stay whole; factors have the recipe's
+
+
+@dataclass
+class Bench:
+    """A dense model, the text that every method gets, and where what they share is kept."""
+
+    dense: PreTrainedModel
+    ids: Tensor
+    statistics: Path
+
+    def build(self, method: str, keep: float, tokens: int, **options: object) -> PreTrainedModel:
+        """Return a copy of the dense model at keep of its linear parameters, healed on tokens.
+
+        options: of the recipe, for variants of the methods that have one.
+        """
+        model = copy.deepcopy(self.dense)
+        if method in RECIPES:
+            recipe = calr.Recipe(
+                keep=keep,
+                samples=SAMPLES,
+                gradient_samples=GRADIENT_SAMPLES,
+                correction_tokens=tokens,
+                **(RECIPES[method] | options),
+            )
+            return calr.compress(model, recipe, calibration=self.ids, statistics=self.statistics)
+        if method in BLOCKS:
+            blocks = analyse(model).blocks
+            BLOCKS[method](model, self._calibration, round_down((1 - keep) * blocks))
+            if tokens:
+                inside = model.get_submodule(find_blocks(model)[0]).parameters()
+                self._heal(model, list(dict.fromkeys([*inside, *norms(model)])), tokens)
+            return model
+        return self._losparse(model, keep, tokens)
+
+    @property
+    def _calibration(self) -> Tensor:
+        return self.ids[torch.linspace(0, len(self.ids) - 1, SAMPLES).round().long()]
+
+    def _losparse(self, model: PreTrainedModel, keep: float, tokens: int) -> PreTrainedModel:
+        pruner = LoSparse(model, keep)
+        for window in self._calibration[:8].split(1):  # importance without training: one backward
+            with torch.enable_grad():
+                logits = logits_of(model, window)
+                cross_entropy(logits[:-1].float(), window[0, 1:]).backward()
+        if tokens:
+            pruner.observe()
+            model.zero_grad()
+            self._heal(model, pruner.parameters, tokens, pruner.update)
+        else:
+            pruner.update(0, 1)
+            model.zero_grad()
+        return model
+
+    def _heal(self, model, parameters, tokens, on_gradients=None) -> None:
+        recipe = calr.Recipe(correction_tokens=tokens)
+        used = windows_used(self.ids, recipe)
+        key = fingerprint(self.dense, self._calibration, GRADIENT_SAMPLES, recipe.seed)
+        store = open_statistics(self.statistics, key)  # the one that compress shares
+        targets, held_out = (collect_targets(self.dense, part, store) for part in used)
+        train(
+            model,
+            parameters,
+            targets,
+            held_out,
+            learning_rate=DENSE_LEARNING_RATE,
+            on_gradients=on_gradients,
+        )
+
+
+def round_down(count: float) -> int:
+    """Return the nearest whole number that is not above count, but for rounding errors."""
+    return int(count + 1e-6)
+
+
+def stored_parameters(model: nn.Module) -> int:
+    """Count what a model stores; a pruned matrix only its kept columns."""
+    total = sum(p.numel() for p in model.parameters())
+    for module in model.modules():
+        if hasattr(module, "stored"):
+            total += module.stored - sum(p.numel() for p in module.parameters() if p.dim() == 2)
+    return total

@@ -1,0 +1,99 @@
+"""LaCo (arXiv 2402.11187): collapse rear decoder blocks into earlier ones."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedModel
+
+from calr.baselines.shortgpt import remove_blocks
+from calr.blocks import BlockRunner
+from calr.errors import CalrError
+from calr.structure import Structure, analyse
+
+MERGE = 4  # C: blocks in one collapse, the one that stays included
+INTERVAL = 2  # I: blocks between the places of two collapses
+THRESHOLDS = [t / 100 for t in range(98, -101, -2)]  # T, from the strictest
+PROBES = 2  # windows on which the final hidden states are compared
+
+
+def laco(model: PreTrainedModel, ids: Tensor, count: int) -> list[int]:
+    """Collapse blocks until count are gone, in place; return the indices of those.
+
+    From the top down (Algorithm 1): blocks l+1 … l+m, m < 4, are added into l as differences of
+    parameters, θ_l + Σ (θ_{l+i} - θ_l), and this stays when the mean cosine similarity of the
+    final hidden states to the dense model's on windows [S, T] exceeds T. The strictest T that loses
+    count blocks is taken, its last collapse cut to the count. Raises CalrError when none does.
+    """
+    structure = analyse(model)
+    if not 0 <= count < structure.blocks:
+        raise CalrError(f"laco: cannot remove {count} of {structure.blocks} blocks")
+    search = _Search(model, structure, ids[:PROBES])
+    for threshold in THRESHOLDS:
+        gone = search.collapse(threshold, count)
+        if len(gone) == count:
+            remove_blocks(model, structure, gone)
+            return sorted(gone)
+        search.restore()
+    raise CalrError(f"laco: no threshold removes {count} of {structure.blocks} blocks")
+
+
+class _Search:
+    """The blocks of a model, some of them collapsed, and what they do to a few windows."""
+
+    def __init__(self, model: PreTrainedModel, structure: Structure, ids: Tensor) -> None:
+        self.runner = BlockRunner(model, structure, ids)
+        self.original = [_parameters(block) for block in self.runner.blocks]
+        hidden = self.runner.hidden
+        for block in range(structure.blocks):
+            hidden = self.runner.run(block, hidden)
+        self.final = hidden
+
+    def collapse(self, threshold: float, count: int) -> list[int]:
+        """Collapse from the top down at one threshold; return at most count lost blocks."""
+        kept = list(range(len(self.runner.blocks)))
+        gone: list[int] = []
+        at = len(kept) - MERGE
+        while at >= 0 and len(gone) < count:
+            taken = kept[at + 1 : at + 1 + min(MERGE - 1, count - len(gone))]
+            before = _parameters(self.runner.blocks[kept[at]])
+            self._add(kept[at], taken)
+            left = [block for block in kept if block not in taken]
+            if self._similarity(left) > threshold:
+                gone, kept = gone + taken, left
+                at = min(at - INTERVAL, len(kept) - MERGE)
+            else:
+                _assign(self.runner.blocks[kept[at]], before)
+                at -= 1
+        return gone
+
+    def restore(self) -> None:
+        """Undo every collapse."""
+        for block, values in zip(self.runner.blocks, self.original, strict=True):
+            _assign(block, values)
+
+    def _add(self, block: int, taken: list[int]) -> None:
+        """Add the differences of the taken blocks' parameters to a block's."""
+        base = _parameters(self.runner.blocks[block])
+        others = [dict(self.runner.blocks[i].named_parameters()) for i in taken]
+        _assign(
+            self.runner.blocks[block],
+            {name: p + sum(other[name] - p for other in others) for name, p in base.items()},
+        )
+
+    def _similarity(self, kept: list[int]) -> float:
+        hidden = self.runner.hidden
+        for block in kept:
+            hidden = self.runner.run(block, hidden)
+        pairs = zip(hidden, self.final, strict=True)
+        found = [cosine_similarity(x.double(), y.double(), dim=-1).flatten() for x, y in pairs]
+        return float(torch.cat(found).mean())
+
+
+def _parameters(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+@torch.no_grad()
+def _assign(module: nn.Module, values: dict[str, Tensor]) -> None:
+    for name, parameter in module.named_parameters():
+        parameter.copy_(values[name])

@@ -1,0 +1,55 @@
+"""ShortGPT (arXiv 2403.03853): drop the decoder blocks that change their input least."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedModel
+
+from calr.blocks import BlockRunner
+from calr.errors import CalrError
+from calr.structure import Structure, analyse
+
+
+def shortgpt(model: PreTrainedModel, ids: Tensor, count: int) -> list[int]:
+    """Drop the count blocks of least influence on windows [S, T], in place; return their indices.
+
+    Raises CalrError when count does not leave a block.
+    """
+    structure = analyse(model)
+    influence = block_influence(model, structure, ids)
+    dropped = sorted(influence.argsort(stable=True)[:count].tolist())
+    remove_blocks(model, structure, dropped)
+    return dropped
+
+
+def block_influence(model: PreTrainedModel, structure: Structure, ids: Tensor) -> Tensor:
+    """Return BI = 1 - E[cos(block input, block output)] over all tokens, per block [L] (eq. 1)."""
+    runner = BlockRunner(model, structure, ids)
+    hidden, found = runner.hidden, []
+    for block in range(structure.blocks):
+        after = runner.run(block, hidden)
+        pairs = zip(hidden, after, strict=True)
+        alike = [cosine_similarity(x.double(), y.double(), dim=-1).sum() for x, y in pairs]
+        found.append(1 - torch.stack(alike).sum() / ids.numel())
+        hidden = after
+    return torch.stack(found).cpu()
+
+
+def remove_blocks(model: PreTrainedModel, structure: Structure, indices: Iterable[int]) -> None:
+    """Delete decoder blocks in place and renumber the others, for caches and the configuration."""
+    gone = set(indices)
+    blocks = list(model.get_submodule(structure.blocks_name))
+    kept = [i for i in range(len(blocks)) if i not in gone]
+    if not kept:
+        raise CalrError(f"removing {len(gone)} of {len(blocks)} blocks leaves none; remove fewer")
+    model.set_submodule(structure.blocks_name, nn.ModuleList(blocks[i] for i in kept))
+    for index, old in enumerate(kept):
+        for module in blocks[old].modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    config = model.config
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]

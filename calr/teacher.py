@@ -1,0 +1,135 @@
+"""What a student is trained on: the dense model's most probable next tokens, kept on disk.
+
+The dense model runs once over the text. Afterwards it need not be in memory, and runs over the same
+text share what it said.
+"""
+
+import contextlib
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from calr.store import Store
+
+TOP = 128  # next tokens kept per position, 768 bytes; the others count as one
+CHUNK = 16  # windows of one saved file
+PART_TOKENS = 1024  # tokens whose logits are held at once
+LEAST_MASS = 1e-6  # of the others: below it float32 sums are noise
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The dense model's next-token distributions over windows of text.
+
+    ids [S, T]. log_probabilities [S, T, k] float16, in falling order, of the k most probable next
+    tokens [S, T, k] int32 after each position.
+    """
+
+    ids: Tensor
+    log_probabilities: Tensor
+    tokens: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Tensor | slice) -> "Targets":
+        return Targets(self.ids[index], self.log_probabilities[index], self.tokens[index])
+
+    def split(self, size: int) -> list["Targets"]:
+        """Cut into groups of at most size windows."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+
+@torch.no_grad()
+def collect_targets(model: PreTrainedModel, ids: Tensor, store: Store) -> Targets:
+    """Run the dense model over windows [S, T], except over those that the store knows.
+
+    Files are named after the text in them; the store must hold those of one model only.
+    """
+    log_probabilities, tokens = [], []
+    for chunk in logging.tqdm(ids.split(CHUNK), desc="dense outputs", unit="chunk"):
+        name = f"targets-{hashlib.sha256(chunk.numpy().tobytes()).hexdigest()[:16]}"
+        if name not in store:
+            store.save(name, _most_probable(model, chunk))
+        found = store.load(name)
+        log_probabilities.append(found["log_probabilities"])
+        tokens.append(found["tokens"])
+    return Targets(ids, torch.cat(log_probabilities), torch.cat(tokens))
+
+
+def divergence(model: PreTrainedModel, targets: Targets) -> Tensor:
+    """Return KL(dense || model) in nats per token, the tokens outside the top k taken as one.
+
+    That is the divergence of two coarser distributions, so a lower bound of the whole one (Cover
+    and Thomas, Elements of Information Theory, section 2.8).
+    """
+    logits = logits_of(model, targets.ids)
+    top = targets.tokens.shape[-1]
+    log_probabilities = targets.log_probabilities.to(logits.device).float().view(-1, top)
+    tokens = targets.tokens.to(logits.device).long().view(-1, top)
+    loss: Tensor = _Divergence.apply(logits, log_probabilities, tokens)
+    return loss
+
+
+def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return the logits [S T, vocabulary] of windows [S, T], in 16-bit products where they pay."""
+    with mixed(model):
+        logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
+    return logits.flatten(0, 1)
+
+
+def mixed(model: PreTrainedModel) -> contextlib.AbstractContextManager[object]:
+    """Autocast to bfloat16 where the machine multiplies it faster, or the model is 16-bit."""
+    able = torch.cpu.get_capabilities()
+    fast = model.device.type == "cuda" or able.get("amx_bf16") or able.get("avx512_bf16")
+    narrow = model.get_input_embeddings().weight.dtype != torch.float32
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=bool(fast or narrow))
+
+
+class _Divergence(torch.autograd.Function):
+    """Mean over positions of the coarse KL, without keeping a float32 copy of the logits.
+
+    With t, T the dense model's probabilities of the top tokens and of all others together, and p, P
+    the student's: Σ t log(t / p) + T log(T / P). Its gradient is p - t at a top token, and
+    p (1 - T / P) at any other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, log_t: Tensor, tokens: Tensor) -> Tensor:
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        total = wide.logsumexp(-1, keepdim=True)
+        log_p = wide.gather(-1, tokens) - total  # [n, k]
+        t, rest_t = log_t.exp(), _rest(log_t)
+        ratio = rest_t / _rest(log_p)
+        ctx.save_for_backward(logits, total, tokens, log_p.exp() - t, ratio)
+        losses = (t * (log_t - log_p)).sum(-1, keepdim=True) + rest_t * ratio.log()
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        logits, total, tokens, top, ratio = ctx.saved_tensors
+        gradient = (logits - total).exp_().mul_(1 - ratio).scatter_(-1, tokens, top)
+        return gradient.mul_(grad / len(logits)).to(logits.dtype), None, None
+
+
+def _rest(log_probabilities: Tensor) -> Tensor:
+    """Return what the top tokens leave to the others: [n, k] -> [n, 1]."""
+    return (1 - log_probabilities.exp().sum(-1, keepdim=True)).clamp(min=LEAST_MASS)
+
+
+def _most_probable(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    found, top = [], min(TOP, model.get_input_embeddings().weight.shape[0] - 1)
+    for part in ids.split(max(1, PART_TOKENS // ids.shape[1])):
+        logits = logits_of(model, part).float()
+        values, tokens = logits.topk(top)
+        values -= logits.logsumexp(-1, keepdim=True)
+        found.append((values.half().cpu(), tokens.int().cpu()))
+    return {
+        "log_probabilities": torch.cat([v for v, _ in found]).view(*ids.shape, top),
+        "tokens": torch.cat([t for _, t in found]).view(*ids.shape, top),
+    }

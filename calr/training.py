@@ -1,0 +1,200 @@
+"""The training loop that corrects a compressed model: distillation from recorded targets.
+
+Knows neither methods nor layers, only parameters; baselines are healed by the same loop.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from calr.errors import CalrError
+from calr.store import Store
+from calr.teacher import PART_TOKENS, Targets, divergence
+
+WARM_UP = 8  # steps
+CLIP = 1.0  # largest norm of a step's gradient
+BETAS = (0.9, 0.95)
+FINAL = 0.1  # learning rate at the end over its peak
+MEASURE_EVERY = 16  # steps between measurements on held-out windows, where the best is kept
+BATCH_TOKENS = 1024  # tokens of a step
+STATE = "training"
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training did: tokens, and KL to the dense model in nats per token on held-out text."""
+
+    tokens: int
+    loss_before: float
+    loss_after: float
+
+
+def train(
+    model: PreTrainedModel,
+    parameters: Sequence[nn.Parameter],
+    targets: Targets,
+    held_out: Targets,
+    *,
+    learning_rate: float,
+    seed: int = 0,
+    store: Store | None = None,
+    on_gradients: Callable[[int, int], None] | None = None,
+) -> Trained:
+    """Train parameters of a model, in place, to predict what the targets say.
+
+    Every window once, in an order drawn from seed. AdamW with warm-up and cosine, on a float32 copy
+    of the parameters, which is rounded at the end; nothing else moves. The state that did best on
+    held_out is kept, so that the result is never worse there than the start. on_gradients(step,
+    steps) is called after every backward pass (a baseline prunes there); with it the last state is
+    kept, whatever its loss.
+    Deterministic for a seed on one device; store: where an interrupted run continues from. Raises
+    CalrError when the loss is not finite; the parameters are then as they were.
+    """
+    with _training(model, parameters):
+        run = _Run(
+            model, parameters, targets, held_out, learning_rate, seed, store or Store(), on_gradients
+        )
+        return run.run()
+
+
+@contextlib.contextmanager
+def _training(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Have float32 copies of the parameters, alone requiring gradients; round them at the end."""
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    before = [p.data for p in parameters]
+    for p, _ in required:
+        p.requires_grad_(False)
+    try:
+        for p in parameters:
+            p.data = p.data.float().clone()
+            p.requires_grad_(True)
+        yield
+    except BaseException:
+        for p, value in zip(parameters, before, strict=True):
+            p.data = value
+        raise
+    finally:
+        for p, value in zip(parameters, before, strict=True):
+            p.grad, p.data = None, p.data.to(value.dtype)
+        for p, flag in required:
+            p.requires_grad_(flag)
+
+
+@dataclass
+class _Run:
+    model: PreTrainedModel
+    parameters: Sequence[nn.Parameter]
+    targets: Targets
+    held_out: Targets
+    learning_rate: float
+    seed: int
+    store: Store
+    on_gradients: Callable[[int, int], None] | None
+
+    def run(self) -> Trained:
+        """Train, continuing where an interrupted run stopped, and leave the best weights."""
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(self.targets), generator=generator)
+        batches = order.split(max(1, BATCH_TOKENS // self.targets.ids.shape[1]))
+        optimizer = torch.optim.AdamW(
+            self.parameters, lr=self.learning_rate, betas=BETAS, weight_decay=0.0, fused=True
+        )
+        first, losses, best = self._resume(optimizer)
+        if not losses:
+            losses, best = [self.measure()], [p.detach().clone() for p in self.parameters]
+        steps = len(batches)
+        progress = logging.tqdm(
+            range(first, steps), desc="correction", unit="step", initial=first, total=steps
+        )
+        for step in progress:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate * _schedule(step, steps)
+            loss = self._backward(self.targets[batches[step]])
+            if self.on_gradients is not None:
+                self.on_gradients(step, steps)
+            nn.utils.clip_grad_norm_(self.parameters, CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.set_postfix(kl=f"{loss:.3f}", held_out=f"{losses[-1]:.3f}")
+            if (step + 1) % MEASURE_EVERY == 0 or step + 1 == steps:
+                losses.append(self.measure())
+                if losses[-1] <= min(losses) or self.on_gradients is not None:
+                    best = [p.detach().clone() for p in self.parameters]
+                self._save(optimizer, step + 1, losses, best)
+        with torch.no_grad():
+            for p, value in zip(self.parameters, best, strict=True):
+                p.copy_(value)
+        last = losses[-1] if self.on_gradients is not None else min(losses)
+        return Trained(self.targets.ids.numel(), losses[0], last)
+
+    def _backward(self, windows: Targets) -> float:
+        """Add up the gradients of a step, a few windows at a time; return its loss."""
+        total = 0.0
+        with torch.enable_grad():
+            for part in self._parts(windows):
+                loss = divergence(self.model, part) * len(part) / len(windows)
+                loss.backward()
+                total += float(loss.detach())
+        if not math.isfinite(total):
+            raise CalrError(
+                "correction: the loss is not finite; lower learning_rate "
+                f"(now {self.learning_rate})"
+            )
+        return total
+
+    @torch.no_grad()
+    def measure(self) -> float:
+        """Return the mean KL to the dense model on the held-out windows, nats per token."""
+        parts = self._parts(self.held_out)
+        total = sum(float(divergence(self.model, part)) * len(part) for part in parts)
+        return total / len(self.held_out)
+
+    def _parts(self, windows: Targets) -> list[Targets]:
+        return windows.split(max(1, PART_TOKENS // windows.ids.shape[1]))
+
+    def _save(
+        self, optimizer: torch.optim.Optimizer, step: int, losses: list[float], best: list[Tensor]
+    ) -> None:
+        if self.store.directory is None:
+            return
+        tensors = {"losses": torch.tensor(losses, dtype=torch.float64), "step": torch.tensor(step)}
+        for i, p in enumerate(self.parameters):
+            state = optimizer.state[p]
+            tensors |= {f"{i}.value": p.data, f"{i}.best": best[i]}
+            tensors |= {f"{i}.{name}": value for name, value in state.items()}
+        self.store.save(STATE, tensors)
+
+    def _resume(self, optimizer: torch.optim.Optimizer) -> tuple[int, list[float], list[Tensor]]:
+        """Return the next step, the losses so far and the best weights; nothing to start anew."""
+        if STATE not in self.store:
+            return 0, [], []
+        tensors = self.store.load(STATE)
+        best = []
+        for i, p in enumerate(self.parameters):
+            p.data.copy_(tensors[f"{i}.value"])
+            optimizer.state[p] = {
+                name: tensors[f"{i}.{name}"].to(p.device)
+                for name in MOMENTS
+                if f"{i}.{name}" in tensors  # a parameter without a gradient has none
+            }
+            best.append(tensors[f"{i}.best"].to(p.device))
+        return int(tensors["step"]), tensors["losses"].tolist(), best
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Return the learning rate over its peak: linear warm-up, then cosine.
+
+    >>> [round(_schedule(step, 100), 2) for step in (0, 7, 99)]
+    [0.12, 1.0, 0.1]
+    """
+    if step < WARM_UP:
+        return (step + 1) / WARM_UP
+    progress = (step - WARM_UP) / max(1, steps - 1 - WARM_UP)
+    return FINAL + (1 - FINAL) * (1 + math.cos(math.pi * progress)) / 2

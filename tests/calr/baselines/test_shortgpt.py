@@ -1,0 +1,60 @@
+"""ShortGPT: the block that does nothing goes first, and what is left is an ordinary model."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+from transformers import AutoModelForCausalLM
+
+from calr.baselines.shortgpt import block_influence, shortgpt
+from calr.errors import CalrError
+from calr.structure import analyse
+from calr.testing import tiny_llama
+
+
+def with_idle(block, blocks=4):
+    """A model of which one block adds nothing to the residual stream."""
+    model = tiny_llama(num_hidden_layers=blocks)
+    with torch.no_grad():
+        model.model.layers[block].self_attn.o_proj.weight.zero_()
+        model.model.layers[block].mlp.down_proj.weight.zero_()
+    return model
+
+
+@pytest.mark.parametrize("block", [0, 2, 3])
+def test_an_idle_block_is_dropped_first_and_nothing_changes(block, ids):
+    model = with_idle(block)
+    with torch.no_grad():
+        before = model(ids).logits
+        assert shortgpt(model, ids, 1) == [block]
+        assert len(model.model.layers) == model.config.num_hidden_layers == 3
+        torch.testing.assert_close(model(ids).logits, before)
+
+
+def test_influence_is_one_minus_the_mean_cosine(ids):
+    model = tiny_llama()
+    with torch.no_grad():
+        hidden = model.model(ids, output_hidden_states=True).hidden_states
+    expected = 1 - cosine_similarity(hidden[0].double(), hidden[1].double(), dim=-1).mean()
+    found = block_influence(model, analyse(model), ids)
+    assert found[0] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_the_rest_saves_loads_and_generates_with_a_cache(ids, tmp_path):
+    model = tiny_llama(num_hidden_layers=4)
+    shortgpt(model, ids, 2)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    arguments = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(ids[:1], **arguments)
+    assert torch.equal(cached, loaded.generate(ids[:1], **arguments, use_cache=False))
+
+
+def test_dropping_all_blocks_is_refused(ids):
+    model = tiny_llama()
+    before = copy.deepcopy(model)
+    with pytest.raises(CalrError, match="leaves none"):
+        shortgpt(model, ids, 2)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before(ids).logits)
