@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,19 @@ class BlockRunner:
     themselves do nothing.
     """
 
-    def __init__(self, model: PreTrainedModel, structure: Structure, ids: Tensor) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        structure: Structure,
+        ids: Tensor,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> None:
         self.blocks = list(model.get_submodule(structure.blocks_name).children())
         self.tuple_output = structure.tuple_output
         self.hidden: list[Tensor] = []
         self._calls: list[list[Call]] = []
         device = next(self.blocks[0].parameters()).device
-        size = max(1, BATCH_TOKENS // ids.shape[1])
+        size = max(1, batch_tokens // ids.shape[1])
         with torch.no_grad(), self._bypassed():
             for batch in ids.split(size):
                 self._calls.append([])
@@ -45,14 +51,13 @@ class BlockRunner:
     @torch.no_grad()
     def run(self, block: int, hidden: list[Tensor]) -> list[Tensor]:
         """Run one block on every batch: inputs [B, T, H] each -> outputs [B, T, H] each."""
-        return [
-            self._hidden(self.blocks[block](x, *calls[block].args, **calls[block].kwargs))
-            for x, calls in zip(hidden, self._calls, strict=True)
-        ]
+        return [self.run_one(block, batch, x) for batch, x in enumerate(hidden)]
 
-    def _hidden(self, output: Any) -> Tensor:
-        hidden: Tensor = output[0] if self.tuple_output else output
-        return hidden
+    def run_one(self, block: int, batch: int, hidden: Tensor) -> Tensor:
+        """Run one block on one batch [B, T, H], with gradients where they are enabled."""
+        call = self._calls[batch][block]
+        output = self.blocks[block](hidden, *call.args, **call.kwargs)
+        return cast(Tensor, output[0] if self.tuple_output else output)
 
     @contextmanager
     def _bypassed(self) -> Iterator[None]:

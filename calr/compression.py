@@ -14,11 +14,12 @@ from transformers.utils import logging
 from calr import allocation, layouts, methods
 from calr.allocation import Ranks
 from calr.blocks import BlockRunner, set_submodule
+from calr.blockwise import BlockFit
 from calr.calibration import Statistics, check_finite, collect, fingerprint
 from calr.correction import correct, norms, windows_needed, windows_used
 from calr.errors import CalrError
 from calr.integrations.transformers import CalrConfig, attach
-from calr.methods import Decomposition, Method
+from calr.methods import Decomposition, Method, Moments
 from calr.recipe import Recipe
 from calr.store import Store
 from calr.structure import Layer, Structure, analyse
@@ -69,6 +70,8 @@ def compress(
         if recipe.correction_tokens and replacements:
             done, replacements = _correct(run, replacements, ids)
             corrected["correction"] = dataclasses.asdict(done)
+        else:
+            replacements = run.pack(replacements)
     finally:
         model.train(training)
     for name, layer in replacements.items():
@@ -335,7 +338,7 @@ class _Run:
                 rank = ranks[layer.name]
                 assert rank is not None
                 up, down = self.decomposition(layer).factors(rank)
-                low = self._module(layer, "two_factor", up, down)
+                low = self._two_factor(layer, up, down).to(self.model.dtype)
                 originals[layer.name] = set_submodule(self.model, layer.name, low)
             hidden = inputs[first]
             for block in range(first, self.structure.blocks):
@@ -348,64 +351,88 @@ class _Run:
         return wrong / sum(float(y.double().square().sum()) for _, y in pairs)
 
     def factorise(self, ranks: Ranks) -> dict[str, LowRankLinear]:
-        """Build the low-rank layers, block by block; finished blocks are kept in the work store."""
-        built: dict[str, LowRankLinear] = {}
-        factored = [layer for layer in self.layers if ranks[layer.name] is not None]
-        blocks = sorted({layer.block for layer in factored})
-        for block in logging.tqdm(blocks, desc="factors", unit="block"):
-            layers = [layer for layer in factored if layer.block == block]
-            name = f"block-{block:04d}"
-            if name not in self.finished:
-                self.finished.save(name, self._factors(layers, ranks))
-            tensors = self.finished.load(name)
-            for layer in layers:
-                built[layer.name] = self._build(layer, tensors)
-        return built
+        """Build two-factor float32 layers, block by block; finished blocks are kept in the store.
 
-    def _factors(self, layers: list[Layer], ranks: Ranks) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for layer in layers:
+        Training wants two balanced factors; `pack` rewrites them in the recipe's layout.
+        """
+        factored = [layer for layer in self.layers if ranks[layer.name] is not None]
+
+        def make(layer: Layer, shift: Tensor | None, moment: Tensor | None) -> LowRankLinear:
             rank = ranks[layer.name]
             assert rank is not None
-            up, down = self.decomposition(layer).factors(rank)
+            result = self.decomposition(layer)
+            if moment is not None:
+                result = self._shifted(layer, shift, moment)
             self._kept.pop(layer.name, None)
-            if self._first_layout == "pivoted":
-                up, down, pivots = layouts.pivot(up, down)
-                tensors[f"{layer.name}.pivots"] = pivots
+            return self._two_factor(layer, *balance(*result.factors(rank)))
+
+        fit = None
+        if self.recipe.shifted_inputs or self.recipe.block_epochs:
+            fit = BlockFit(self.model, self.structure, self.recipe, self.ids, make)
+        built: dict[str, LowRankLinear] = {}
+        blocks = range(self.structure.blocks)
+        for block in logging.tqdm(blocks, desc="factors", unit="block"):
+            layers = [layer for layer in factored if layer.block == block]
+            known = self._finished(block, layers)
+            if fit is not None:
+                made = fit.fit(block, layers, known)
             else:
-                up, down = balance(up, down)
-            tensors[f"{layer.name}.up"], tensors[f"{layer.name}.down"] = up, down
-        return tensors
+                made = known or {layer.name: make(layer, None, None) for layer in layers}
+            if not known and made:
+                tensors = {f"{n}.up": m.weight for n, m in made.items()}
+                tensors |= {f"{n}.down": m.down.weight for n, m in made.items()}
+                self.finished.save(f"block-{block:04d}", tensors)
+            built |= made
+        return built
 
-    def _build(self, layer: Layer, tensors: dict[str, Tensor]) -> LowRankLinear:
-        up, down = tensors[f"{layer.name}.up"], tensors[f"{layer.name}.down"]
-        pivots = tensors.get(f"{layer.name}.pivots")
-        module = self._module(layer, self._first_layout, up, down, pivots)
-        return module.float() if self.recipe.correction_tokens else module
+    def _finished(self, block: int, layers: list[Layer]) -> dict[str, LowRankLinear]:
+        """Return the layers of a block that an earlier run finished."""
+        name = f"block-{block:04d}"
+        if name not in self.finished:
+            return {}
+        tensors = self.finished.load(name)
+        return {
+            layer.name: self._two_factor(
+                layer, tensors[f"{layer.name}.up"], tensors[f"{layer.name}.down"]
+            )
+            for layer in layers
+        }
 
-    @property
-    def _first_layout(self) -> Layout:
-        """The layout that factors are built in: training wants two balanced factors."""
-        return "two_factor" if self.recipe.correction_tokens else self.recipe.layout
+    def _shifted(self, layer: Layer, shift: Tensor | None, moment: Tensor) -> Decomposition:
+        """Decompose `weight @ shift` in the norm of the inputs that it really gets."""
+        weight = self.model.get_submodule(layer.name).get_parameter("weight").detach().double()
+        moments = self.statistics.moments(layer)
+        output = moments.output
+        if shift is not None:
+            weight = weight @ shift
+            if output is not None and layer.out_features > layer.in_features:  # of Wᵀg
+                output = (shift.mT @ output.to(shift) @ shift).to(output)
+        if output is not None:
+            output = output.to(weight.device)
+        return self.method.decompose(weight, Moments(moment, moments.gradient, output))
 
-    def pack(self, trained: dict[str, LowRankLinear]) -> dict[str, LowRankLinear]:
-        """Rewrite trained layers in the recipe's layout and the model's dtype: the same product."""
+    def pack(self, layers: dict[str, LowRankLinear]) -> dict[str, LowRankLinear]:
+        """Rewrite two-factor layers in the recipe's layout and the model's dtype: same products."""
         packed = {}
-        layers = [layer for layer in self.layers if layer.name in trained]
-        for layer in logging.tqdm(layers, desc="packing", unit="layer"):
-            old, pivots = trained[layer.name], None
+        chosen = [layer for layer in self.layers if layer.name in layers]
+        for layer in logging.tqdm(chosen, desc="packing", unit="layer"):
+            old, pivots = layers[layer.name], None
             up, down = old.weight.detach(), old.down.weight.detach()
             if self.recipe.layout == "pivoted":
                 up, down, pivots = layouts.pivot(up, down)
-            packed[layer.name] = self._module(layer, self.recipe.layout, up, down, pivots)
+            dtype = self.model.get_submodule(layer.name).get_parameter("weight").dtype
+            packed[layer.name] = self._module(layer, self.recipe.layout, up, down, pivots).to(dtype)
             if old.bias is not None:
                 packed[layer.name].bias.data.copy_(old.bias)
         return packed
 
+    def _two_factor(self, layer: Layer, up: Tensor, down: Tensor) -> LowRankLinear:
+        return self._module(layer, "two_factor", up, down, None)
+
     def _module(
-        self, layer: Layer, layout: Layout, up: Tensor, down: Tensor, pivots: Tensor | None = None
+        self, layer: Layer, layout: Layout, up: Tensor, down: Tensor, pivots: Tensor | None
     ) -> LowRankLinear:
-        """Make a low-rank layer of given factors, with the dense layer's bias, dtype and device."""
+        """Make a float32 layer of given factors, with the dense layer's bias, on its device."""
         dense = self.model.get_submodule(layer.name)
         assert isinstance(dense, nn.Linear)
         module = LowRankLinear(
@@ -416,7 +443,7 @@ class _Run:
             bias=dense.bias is not None,
             device="meta",
         )
-        module.to_empty(device=dense.weight.device).to(dense.weight.dtype)
+        module.to_empty(device=dense.weight.device).float()
         with torch.no_grad():
             module.weight.copy_(up)
             module.down.weight.copy_(down)

@@ -30,6 +30,10 @@ class Recipe:
         samples: Calibration windows for the second moments of the inputs.
         gradient_samples: How many of them also serve the gradient statistics.
         window: Tokens in a calibration window.
+        shifted_inputs: Fit each layer to what the compressed layers before it really feed it.
+        block_epochs: Passes over the calibration windows in which each block's factors are trained
+            to give the dense block's output; 0: none.
+        block_learning_rate: Learning rate at the start of that training.
         correction_tokens: Tokens of text on which the compressed layers are trained to give the
             dense model's outputs again; 0: no training.
         learning_rate: Peak learning rate of that training.
@@ -51,6 +55,9 @@ class Recipe:
     samples: int = 64
     gradient_samples: int = 24
     window: int = 512
+    shifted_inputs: bool = False
+    block_epochs: int = 0
+    block_learning_rate: float = 3e-4
     correction_tokens: int = 65_536
     learning_rate: float = 1e-4
     trainable: Literal["factors", "corrective"] = "factors"
@@ -69,12 +76,14 @@ class Recipe:
             ("samples", 1),
             ("gradient_samples", 1),
             ("window", 4),
+            ("block_epochs", 0),
             ("correction_tokens", 0),
         ):
             if getattr(self, name) < least:
                 raise CalrError(f"{name}={getattr(self, name)}: must be at least {least}")
-        if not self.learning_rate > 0:
-            raise CalrError(f"learning_rate={self.learning_rate}: must be above 0")
+        for name in ("learning_rate", "block_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise CalrError(f"{name}={getattr(self, name)}: must be above 0")
         if not 0 < self.corrective_share <= 1:
             raise CalrError(f"corrective_share={self.corrective_share}: must be in (0, 1]")
         for name, choices in (

@@ -7,7 +7,7 @@ text share what it said.
 import contextlib
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Targets:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: Tensor | slice) -> "Targets":
+    def __getitem__(self, index: "Tensor | slice") -> "Targets":
         return Targets(self.ids[index], self.log_probabilities[index], self.tokens[index])
 
     def split(self, size: int) -> list["Targets"]:
@@ -72,7 +72,7 @@ def divergence(model: PreTrainedModel, targets: Targets) -> Tensor:
     top = targets.tokens.shape[-1]
     log_probabilities = targets.log_probabilities.to(logits.device).float().view(-1, top)
     tokens = targets.tokens.to(logits.device).long().view(-1, top)
-    loss: Tensor = _Divergence.apply(logits, log_probabilities, tokens)
+    loss: Tensor = cast(Any, _Divergence).apply(logits, log_probabilities, tokens)
     return loss
 
 
@@ -111,7 +111,7 @@ class _Divergence(torch.autograd.Function):
         return losses.mean()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, total, tokens, top, ratio = ctx.saved_tensors
         gradient = (logits - total).exp_().mul_(1 - ratio).scatter_(-1, tokens, top)
         return gradient.mul_(grad / len(logits)).to(logits.dtype), None, None
@@ -123,7 +123,8 @@ def _rest(log_probabilities: Tensor) -> Tensor:
 
 
 def _most_probable(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    found, top = [], min(TOP, model.get_input_embeddings().weight.shape[0] - 1)
+    embeddings: Any = model.get_input_embeddings()
+    found, top = [], min(TOP, int(embeddings.num_embeddings) - 1)
     for part in ids.split(max(1, PART_TOKENS // ids.shape[1])):
         logits = logits_of(model, part).float()
         values, tokens = logits.topk(top)

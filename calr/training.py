@@ -59,7 +59,14 @@ def train(
     """
     with _training(model, parameters):
         run = _Run(
-            model, parameters, targets, held_out, learning_rate, seed, store or Store(), on_gradients
+            model,
+            parameters,
+            targets,
+            held_out,
+            learning_rate,
+            seed,
+            store or Store(),
+            on_gradients,
         )
         return run.run()
 

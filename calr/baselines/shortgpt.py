@@ -40,7 +40,7 @@ def block_influence(model: PreTrainedModel, structure: Structure, ids: Tensor) -
 def remove_blocks(model: PreTrainedModel, structure: Structure, indices: Iterable[int]) -> None:
     """Delete decoder blocks in place and renumber the others, for caches and the configuration."""
     gone = set(indices)
-    blocks = list(model.get_submodule(structure.blocks_name))
+    blocks = list(model.get_submodule(structure.blocks_name).children())
     kept = [i for i in range(len(blocks)) if i not in gone]
     if not kept:
         raise CalrError(f"removing {len(gone)} of {len(blocks)} blocks leaves none; remove fewer")
@@ -48,7 +48,7 @@ def remove_blocks(model: PreTrainedModel, structure: Structure, indices: Iterabl
     for index, old in enumerate(kept):
         for module in blocks[old].modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index
+                vars(module)["layer_idx"] = index
     config = model.config
     config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):
