@@ -11,6 +11,7 @@ import wrapt
 
 if TYPE_CHECKING:
     from calr.compression import compress
+    from calr.elastic import resize
     from calr.errors import CalrError
     from calr.evaluation import perplexity
     from calr.inference import optimize_for_inference
@@ -28,6 +29,7 @@ _HOMES = {
     "optimize_for_inference": "calr.inference",
     "perplexity": "calr.evaluation",
     "plan": "calr.planning",
+    "resize": "calr.elastic",
 }
 __version__ = "0.1.0"
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "optimize_for_inference",
     "perplexity",
     "plan",
+    "resize",
 ]
 
 

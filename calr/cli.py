@@ -3,7 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -53,6 +53,7 @@ def build_parser() -> ArgumentParser:
     for name, (describe, text) in {
         "plan": (_plan, "Show ranks, parameters, memory and time of a compression; write nothing."),
         "compress": (_compress, "Compress a model and write an ordinary checkpoint."),
+        "resize": (_resize, "Cut an elastic checkpoint to a size, without calibration."),
         "eval": (_eval, "Measure token perplexity and zero-shot tasks."),
         "bench": (_bench, "Time prefill and decode, two models interleaved."),
         "generate": (_generate, "Generate text from a dense or compressed model."),
@@ -107,14 +108,46 @@ def _compress(parser: ArgumentParser) -> None:
     _recipe(parser)
     parser.add_argument("--calibration", type=str, default="sampled", help=CALIBRATION)
     parser.add_argument(
-        "--overwrite", action="store_true", help="Replace a checkpoint in the directory."
+        "--elastic",
+        action="store_true",
+        help="Write every layer whole, as ordered factors, for `calr resize` to cut to any size; "
+        "keep, layout and correction do not count then.",
     )
+    _overwrite(parser)
     parser.add_argument(
         "--eval_windows",
         type=NonNegativeInt,
         default=8,
         help="Windows of held-out built-in text to measure perplexity on, for the card; 0: none.",
     )
+    _loading(parser)
+
+
+def _overwrite(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--overwrite", action="store_true", help="Replace a checkpoint in the directory."
+    )
+
+
+def _resize(parser: ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("directory", type=str, help="Where to write the checkpoint.")
+    parser.add_argument(
+        "--keep",
+        type=float,
+        default=Recipe.keep,
+        help="Fraction kept of the parameters of the decoder's linear layers, in (0, 1].",
+    )
+    parser.add_argument(
+        "--layout", type=Literal["pivoted", "two_factor"], default=Recipe.layout, help="Storage."
+    )
+    parser.add_argument(
+        "--solver",
+        type=Literal["lagrangian", "exact"],
+        default=Recipe.solver,
+        help="Solver of the allocation.",
+    )
+    _overwrite(parser)
     _loading(parser)
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from calr import __version__, allocation, benchmark, checkpoint, models, planning
+from calr import __version__, allocation, benchmark, checkpoint, elastic, models, planning
 from calr.calibration import check_finite, fingerprint
 from calr.cli import recipe_of
 from calr.compression import compress as compress_model
@@ -27,7 +27,7 @@ from calr.inference import optimize_for_inference
 from calr.integrations.lm_eval import evaluate, retention
 from calr.integrations.transformers import CalrConfig
 from calr.models import is_compressed
-from calr.structure import analyse
+from calr.structure import Structure, analyse
 from calr.text import evaluation_windows
 from calr_kernels.nn import Layout
 
@@ -71,16 +71,13 @@ def plan(arguments: Namespace) -> None:
 def compress(arguments: Namespace) -> None:
     """Compress a model into a directory and print what it became."""
     started = time.monotonic()
-    recipe, directory = recipe_of(arguments), Path(arguments.directory)
-    source = Path(arguments.model).resolve()
-    home = source.parent if source.is_file() else source
-    if home.exists() and directory.resolve() == home:
-        raise CalrError(f"{directory}: is the model itself; name another directory")
-    checkpoint.refuse(directory, overwrite=arguments.overwrite)  # before minutes of loading
+    recipe, directory = recipe_of(arguments), _destination(arguments)
     model, tokenizer = _load(arguments, arguments.model)
     structure = analyse(model, recipe.skip)
     check_finite(model)
-    key = fingerprint(model, recipe, _content(arguments.calibration), __version__)
+    key = fingerprint(
+        model, recipe, arguments.elastic, _content(arguments.calibration), __version__
+    )
     with checkpoint.writing(directory):
         work = checkpoint.prepare(
             directory,
@@ -96,19 +93,39 @@ def compress(arguments: Namespace) -> None:
             tokenizer=tokenizer,
             statistics=arguments.statistics,
             work=work,
+            elastic=arguments.elastic,
         )
-        layers = model.config.quantization_config.layers
-        ranks = {name: layer["rank"] for name, layer in layers.items()}
-        results: dict[str, Any] = parameter_report(structure, ranks, recipe.layout)
-        results["coverage"] = structure.coverage
-        results["factored_layers"] = len(layers)
-        results["dense_layers"] = len(structure.layers) - len(layers)
+        results = _outcome(model, structure)
         for name, value in model.config.quantization_config.recipe.get("correction", {}).items():
             results[f"correction_{name}"] = round(value, 4)
         results |= before
         results |= _measure("compressed", model, tokenizer, arguments.eval_windows, recipe.window)
         results["seconds"] = round(time.monotonic() - started, 1)
         card = checkpoint.model_card(arguments.model, recipe_yaml(arguments), results)
+        checkpoint.write(model, tokenizer, directory, card)
+    results["bytes"] = checkpoint.size(directory)
+    results["directory"] = str(directory)
+    _print_results(arguments, results)
+
+
+def resize(arguments: Namespace) -> None:
+    """Cut an elastic checkpoint to another size and print what it became."""
+    directory = _destination(arguments)
+    structure = analyse(models.load_skeleton(arguments.model, dense=True))
+    model, tokenizer = _load(arguments, arguments.model)
+    options = {name: arguments[name] for name in ("keep", "layout", "solver")}
+    elastic.resize(model, **options)
+    results = _outcome(model, structure)
+    with checkpoint.writing(directory):
+        key = fingerprint(model, options, __version__)
+        checkpoint.prepare(
+            directory,
+            key,
+            {"model": arguments.model, "keep": arguments.keep},
+            overwrite=arguments.overwrite,
+        )
+        recipe = yaml.safe_dump(model.config.quantization_config.recipe, sort_keys=False)
+        card = checkpoint.model_card(arguments.model, recipe, results)
         checkpoint.write(model, tokenizer, directory, card)
     results["bytes"] = checkpoint.size(directory)
     results["directory"] = str(directory)
@@ -233,9 +250,7 @@ def inspect(arguments: Namespace) -> None:
         raise CalrError(f"{directory}: is no checkpoint written by calr")
     block = json.loads((directory / "config.json").read_text())["quantization_config"]
     config = CalrConfig(**block)
-    skeleton = models.load_skeleton(arguments.model)
-    del skeleton.config.quantization_config
-    structure = analyse(skeleton)
+    structure = analyse(models.load_skeleton(arguments.model, dense=True))
     rows: list[dict[str, Any]] = []
     kept = 0
     for layer in structure.layers:
@@ -272,6 +287,28 @@ def recipe_yaml(arguments: Namespace) -> str:
     places = {"model", "directory", "statistics", "config", "overwrite", "json", "device"}
     options = {name: value for name, value in vars(arguments).items() if name not in places}
     return str(yaml.safe_dump(json.loads(json.dumps(options)), sort_keys=False))
+
+
+def _destination(arguments: Namespace) -> Path:
+    """Return the directory to write to, before minutes of loading are spent."""
+    directory, source = Path(arguments.directory), Path(arguments.model).resolve()
+    home = source.parent if source.is_file() else source
+    if home.exists() and directory.resolve() == home:
+        raise CalrError(f"{directory}: is the model itself; name another directory")
+    checkpoint.refuse(directory, overwrite=arguments.overwrite)
+    return directory
+
+
+def _outcome(model: PreTrainedModel, structure: Structure) -> dict[str, Any]:
+    """Count what a compressed model keeps of its dense structure."""
+    layers = model.config.quantization_config.layers
+    ranks = {name: layer["rank"] for name, layer in layers.items()}
+    layout = next((layer["layout"] for layer in layers.values()), "pivoted")
+    return parameter_report(structure, ranks, layout) | {
+        "coverage": structure.coverage,
+        "factored_layers": len(layers),
+        "dense_layers": len(structure.layers) - len(layers),
+    }
 
 
 def _load(arguments: Namespace, source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

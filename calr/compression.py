@@ -43,14 +43,17 @@ def compress(
     tokenizer: PreTrainedTokenizerBase | None = None,
     statistics: str | Path | None = None,
     work: Path | None = None,
+    elastic: bool = False,
 ) -> PreTrainedModel:
     """Compress a dense causal language model in place and return it.
 
     calibration: a path or source (see calr.text), a list of texts, or token ids [S, T]; None is
     text sampled from the model itself. tokenizer: needed for text; by default that of
     model.name_or_path. statistics: a directory in which calibration statistics are kept and found
-    again. work: a directory for finished parts, so that a killed run can continue. The model is
-    changed only after everything has been computed; CalrError says what is wrong otherwise.
+    again. work: a directory for finished parts, so that a killed run can continue. elastic: keep
+    every layer whole, as ordered factors with their error curves, for `resize`; keep, layout and
+    training do not count then. The model is changed only after everything has been computed;
+    CalrError says what is wrong otherwise.
 
     >>> from calr.testing import tiny_llama
     >>> model = compress(tiny_llama(), Recipe(keep=0.5), calibration=torch.ones(2, 8).long())
@@ -59,6 +62,8 @@ def compress(
     """
     recipe = recipe or Recipe()
     structure = analyse(model, recipe.skip)
+    if elastic:
+        recipe = _elastic(recipe)
     keep_of_rest(structure, recipe)
     check_finite(model)
     training, corrected = model.training, {}
@@ -66,12 +71,14 @@ def compress(
     try:
         ids = _windows(model, recipe, calibration, tokenizer, work)
         run = _Run(model, structure, recipe, _spread(ids, recipe.samples), statistics, work)
-        replacements = run.factorise(run.allocate())
-        if recipe.correction_tokens and replacements:
+        replacements = run.factorise(run.full_ranks() if elastic else run.allocate())
+        if elastic:
+            replacements = run.pack(run.completed(replacements), "two_factor")
+        elif recipe.correction_tokens and replacements:
             done, replacements = _correct(run, replacements, ids)
             corrected["correction"] = dataclasses.asdict(done)
         else:
-            replacements = run.pack(replacements)
+            replacements = run.pack(replacements, recipe.layout)
     finally:
         model.train(training)
     for name, layer in replacements.items():
@@ -79,8 +86,23 @@ def compress(
     layers = {n: {"layout": layer.layout, "rank": layer.rank} for n, layer in replacements.items()}
     described = recipe.to_dict() | {"calibration": describe(calibration), **corrected}
     described["tokens"] = min(len(ids), recipe.samples) * ids.shape[1]
-    attach(model, CalrConfig(layers=layers, recipe=described))
+    errors = run.sampled_errors() if elastic else None
+    attach(model, CalrConfig(layers=layers, recipe=described, errors=errors))
     return model
+
+
+def _elastic(recipe: Recipe) -> Recipe:
+    """Return the recipe of a model that can be resized later. Raises CalrError for last_k."""
+    if recipe.allocation != "global":
+        raise CalrError(f"elastic needs allocation=global, not {recipe.allocation}")
+    return dataclasses.replace(
+        recipe,
+        keep=1.0,
+        layout="two_factor",
+        correction_tokens=0,
+        shifted_inputs=False,
+        block_epochs=0,
+    )
 
 
 def _windows(
@@ -136,7 +158,7 @@ def _correct(
         finally:
             for name, layer in dense.items():
                 set_submodule(model, name, layer)
-        return done, run.pack(replacements)
+        return done, run.pack(replacements, run.recipe.layout)
     except BaseException:
         for p, value in before:
             p.data = value
@@ -284,11 +306,39 @@ class _Run:
             return allocation.uniform(shapes, keep, recipe.layout, recipe.rank_step)
         if recipe.allocation == "last_k":
             return self._last_k(keep)
-        name = curves_name(recipe)
+        return global_ranks(shapes, self.curves(), recipe, self.fixed)
+
+    def curves(self) -> dict[str, Tensor]:
+        """Return each layer's error at every rank, from the store where it is known."""
+        name = curves_name(self.recipe)
         if name not in self.statistics.store:
             self.statistics.store.save(name, self._error_curves())
-        curves = self.statistics.store.load(name)
-        return global_ranks(shapes, curves, recipe, self.fixed)
+        return self.statistics.store.load(name)
+
+    def full_ranks(self) -> Ranks:
+        """Give every layer the rank at which nothing is lost. Raises CalrError where factors have
+        no order, so that they could not be cut later."""
+        self.curves()
+        for layer in self.layers:
+            if not self.decomposition(layer).ordered:
+                raise CalrError(
+                    f"elastic: the factors of method={self.recipe.method} have no order in which "
+                    "they could be cut; use calr, svd_llm or svd"
+                )
+        return {layer.name: min(layer.out_features, layer.in_features) for layer in self.layers}
+
+    def completed(self, layers: dict[str, LowRankLinear]) -> dict[str, LowRankLinear]:
+        """Let full-rank factors give the weight itself, also where calibration saw nothing."""
+        for name, layer in layers.items():
+            weight = self.model.get_submodule(name).get_parameter("weight").detach()
+            up, down = complete(weight, layer.weight.detach(), layer.down.weight.detach())
+            layer.weight.data, layer.down.weight.data = up, down
+        return layers
+
+    def sampled_errors(self) -> dict[str, list[float]]:
+        """Return every layer's errors at the multiples of rank_step."""
+        step = self.recipe.rank_step
+        return {name: curve[::step].tolist() for name, curve in self.curves().items()}
 
     def _shape(self, layer: Layer) -> allocation.Shape:
         return shape_for(layer, self.method)
@@ -411,47 +461,23 @@ class _Run:
             output = output.to(weight.device)
         return self.method.decompose(weight, Moments(moment, moments.gradient, output))
 
-    def pack(self, layers: dict[str, LowRankLinear]) -> dict[str, LowRankLinear]:
-        """Rewrite two-factor layers in the recipe's layout and the model's dtype: same products."""
+    def pack(self, layers: dict[str, LowRankLinear], layout: Layout) -> dict[str, LowRankLinear]:
+        """Rewrite two-factor layers in a layout and the model's dtype: the same products."""
         packed = {}
-        chosen = [layer for layer in self.layers if layer.name in layers]
-        for layer in logging.tqdm(chosen, desc="packing", unit="layer"):
-            old, pivots = layers[layer.name], None
-            up, down = old.weight.detach(), old.down.weight.detach()
-            if self.recipe.layout == "pivoted":
-                up, down, pivots = layouts.pivot(up, down)
-            dtype = self.model.get_submodule(layer.name).get_parameter("weight").dtype
-            packed[layer.name] = self._module(layer, self.recipe.layout, up, down, pivots).to(dtype)
-            if old.bias is not None:
-                packed[layer.name].bias.data.copy_(old.bias)
+        for name, layer in logging.tqdm(layers.items(), desc="packing", unit="layer"):
+            dtype = self.model.get_submodule(name).get_parameter("weight").dtype
+            up, down = layer.weight.detach(), layer.down.weight.detach()
+            packed[name] = layouts.low_rank(up, down, layer.bias, layout, dtype)
         return packed
 
     def _two_factor(self, layer: Layer, up: Tensor, down: Tensor) -> LowRankLinear:
-        return self._module(layer, "two_factor", up, down, None)
-
-    def _module(
-        self, layer: Layer, layout: Layout, up: Tensor, down: Tensor, pivots: Tensor | None
-    ) -> LowRankLinear:
-        """Make a float32 layer of given factors, with the dense layer's bias, on its device."""
+        """Make a float32 layer with the dense layer's bias, on its device."""
         dense = self.model.get_submodule(layer.name)
         assert isinstance(dense, nn.Linear)
-        module = LowRankLinear(
-            layer.in_features,
-            layer.out_features,
-            down.shape[0],
-            layout,
-            bias=dense.bias is not None,
-            device="meta",
+        device = dense.weight.device
+        return layouts.low_rank(
+            up.to(device), down.to(device), dense.bias, "two_factor", torch.float32
         )
-        module.to_empty(device=dense.weight.device).float()
-        with torch.no_grad():
-            module.weight.copy_(up)
-            module.down.weight.copy_(down)
-            if pivots is not None:
-                module.get_buffer("pivots").copy_(pivots)
-            if dense.bias is not None:
-                module.bias.copy_(dense.bias)
-        return module
 
 
 def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -462,6 +488,22 @@ def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     norms = up.norm(dim=0), down.norm(dim=1)
     scale = torch.where((norms[0] > 0) & (norms[1] > 0), (norms[1] / norms[0]).sqrt(), 1.0)
     return up * scale, down / scale[:, None]
+
+
+def complete(weight: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill terms that are zero, up [N, r], down [r, K], with the SVD of what is missing.
+
+    A decomposition leaves out directions that calibration gave no energy.
+    """
+    empty = ((up.norm(dim=0) == 0) | (down.norm(dim=1) == 0)).nonzero()[:, 0]
+    if not len(empty):
+        return up, down
+    missing = weight.double() - up.double() @ down.double()
+    u, s, vh = torch.linalg.svd(missing, full_matrices=False)
+    root, up, down = s[: len(empty)].sqrt(), up.clone(), down.clone()
+    up[:, empty] = (u[:, : len(empty)] * root).to(up)
+    down[empty] = (root[:, None] * vh[: len(empty)]).to(down)
+    return up, down
 
 
 def parameter_report(structure: Structure, ranks: Ranks, layout: Any) -> dict[str, float]:

@@ -1,7 +1,10 @@
-"""The lossless pivoted form of a rank-r matrix."""
+"""Layers of given factors: the lossless pivoted form of a rank-r matrix, and modules of it."""
 
 import torch
 from torch import Tensor
+
+from calr_kernels import LowRankLinear
+from calr_kernels.nn import Layout
 
 MAX_COEFFICIENT = 2.0  # always reachable by row swaps; keeps 16-bit coefficients accurate
 
@@ -32,6 +35,28 @@ def pivot(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     coefficients = coefficients[others.argsort()][:, columns]
     kept = rows[pivots.to(up.device)] @ basis.mT
     return coefficients.to(up), kept.to(up), pivots.to(up.device, torch.int32)
+
+
+def low_rank(
+    up: Tensor, down: Tensor, bias: Tensor | None, layout: Layout, dtype: torch.dtype
+) -> LowRankLinear:
+    """Make a layer that multiplies with `up @ down`, up [N, r], down [r, K], rounded once."""
+    pivots = None
+    if layout == "pivoted":
+        up, down, pivots = pivot(up, down)
+    rank, in_features = down.shape
+    out_features = up.shape[0] + (rank if pivots is not None else 0)
+    layer = LowRankLinear(
+        in_features, out_features, rank, layout, bias=bias is not None, device="meta", dtype=dtype
+    ).to_empty(device=up.device)
+    with torch.no_grad():
+        layer.weight.copy_(up)
+        layer.down.weight.copy_(down)
+        if pivots is not None:
+            layer.get_buffer("pivots").copy_(pivots)
+        if bias is not None:
+            layer.bias.copy_(bias)
+    return layer
 
 
 def _permutation(transpositions: Tensor, size: int) -> Tensor:

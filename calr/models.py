@@ -52,8 +52,13 @@ def load(
     return model.eval(), tokenizer
 
 
-def load_skeleton(source: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build a model's modules on the meta device, without its weights."""
+def load_skeleton(
+    source: str, *, trust_remote_code: bool = False, dense: bool = False
+) -> PreTrainedModel:
+    """Build a model's modules on the meta device, without its weights.
+
+    dense: take a compressed model for the dense one that it came from.
+    """
     arguments = _arguments(source) | {"trust_remote_code": trust_remote_code}
     arguments.pop("quantization_config", None)
     try:
@@ -62,6 +67,8 @@ def load_skeleton(source: str, *, trust_remote_code: bool = False) -> PreTrained
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code
             )
+            if dense and hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
             model.eval()
             return model
     except LOADING_ERRORS as error:

@@ -31,8 +31,9 @@ class CalrConfig(QuantizationConfigMixin):
     """The block `quantization_config` of a compressed checkpoint.
 
     layers: {layer name: {"layout": "two_factor" | "pivoted", "rank": int}}; a layer that is not
-    listed is dense. recipe: how the checkpoint was made. Raises CalrError, naming the layer or the
-    field, for anything malformed and for a format version that this release does not know.
+    listed is dense. recipe: how the checkpoint was made. errors, of an elastic checkpoint alone:
+    {layer name: error at ranks 0, rank_step, 2 rank_step, …}. Raises CalrError, naming the layer or
+    the field, for anything malformed and for a format version that this release does not know.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class CalrConfig(QuantizationConfigMixin):
         layers: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         recipe: dict[str, Any] | None = None,
+        errors: dict[str, list[float]] | None = None,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
@@ -58,6 +60,9 @@ class CalrConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.layers = layers
         self.recipe = recipe or {}
+        if errors is not None:
+            _check_errors(errors, layers)
+            self.errors = errors
 
 
 def _check_layer(name: str, layer: Any) -> None:
@@ -67,6 +72,15 @@ def _check_layer(name: str, layer: Any) -> None:
         raise CalrError(f"config.json: layer {name} has the unknown layout {layer['layout']!r}")
     if type(layer["rank"]) is not int or layer["rank"] < 1:
         raise CalrError(f"config.json: layer {name} has the impossible rank {layer['rank']!r}")
+
+
+def _check_errors(errors: Any, layers: Iterable[str]) -> None:
+    if not isinstance(errors, dict):
+        raise CalrError("config.json: quantization_config.errors must map names to lists")
+    for name in {*layers, *errors}:
+        curve = errors.get(name)
+        if not isinstance(curve, list) or not all(isinstance(x, float | int) for x in curve):
+            raise CalrError(f"config.json: the errors of layer {name} must be a list of numbers")
 
 
 class CalrQuantizer(HfQuantizer):
