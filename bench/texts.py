@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from calr.text import evaluation_windows, spread_windows
 
 WINDOW = 512
+WINDOWS = 804  # of the mixture: 409,600 tokens to train on, and four windows to choose by
 HELD_OUT_PAGES = 100
 
 
-def mixture(data: Path, tokenizer: PreTrainedTokenizerBase, windows: int) -> Tensor:
+def mixture(data: Path, tokenizer: PreTrainedTokenizerBase, windows: int = WINDOWS) -> Tensor:
     """Return shuffled windows [windows, 512]: three quarters web pages, the rest WikiText-2 train.
 
     data is laid out as in bench/README.md.
@@ -39,6 +40,14 @@ def unseen_windows(
         name: evaluation_windows(text, tokenizer, windows=windows, window=WINDOW)
         for name, text in texts.items()
     }
+
+
+def write_json(path: Path, rows: object) -> None:
+    """Replace a results file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(rows, indent=1))
+    temporary.rename(path)
 
 
 def _pages(data: Path) -> list[str]:

@@ -3,7 +3,8 @@
     python bench/quality --model MODEL --data DIR
 
 Every cell is measured once and written to quality.json at once; a killed run continues. Then the
-tables are printed and the plot drawn. See bench/README.md for DIR and for what the grid costs.
+tables are printed and the plot drawn. Models are measured in bfloat16 products where the machine is
+fast at them. See bench/README.md for DIR and for what the grid costs.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from report import draw, tables
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from texts import mixture, unseen_windows
+from texts import mixture, unseen_windows, write_json
 
 import calr
 from calr.evaluation import perplexity
@@ -31,7 +32,6 @@ TASKS = ["arc_easy", "arc_challenge", "piqa", "hellaswag", "lambada_openai", "bo
 REMOVED = (0.2693, 0.5177)  # of the whole model: the points of CALR's paper
 COMMON = 81_920  # tokens on which every method is healed
 LONG = 409_600  # and CALR's own, longer, correction
-WINDOWS = 800 + 4
 
 
 def grid(keeps: list[float]) -> list[tuple[str, float, int]]:
@@ -64,7 +64,7 @@ def main() -> None:
     structure = analyse(dense)
     share = structure.model_parameters / structure.linear_parameters
     keeps = [0.8, 0.6, *(round(1 - removed * share, 4) for removed in REMOVED)]
-    bench = Bench(dense, mixture(arguments.data, tokenizer, WINDOWS), arguments.work / "statistics")
+    bench = Bench(dense, mixture(arguments.data, tokenizer), arguments.work / "statistics")
     texts = unseen_windows(arguments.data, tokenizer, arguments.windows or 10**6)
     rows = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     for method, keep, tokens in grid(keeps):
@@ -82,9 +82,10 @@ def main() -> None:
         if row is None:
             seconds = round(time.monotonic() - started, 1)
             row = key | {"params": stored_parameters(model), "seconds": seconds, "accuracy": {}}
-            row["perplexity"] = {t: perplexity(model, w).perplexity for t, w in texts.items()}
+            with mixed(model):
+                row["perplexity"] = {t: perplexity(model, w).perplexity for t, w in texts.items()}
             rows.append(row)
-            write(arguments.output, rows)
+            write_json(arguments.output, rows)
         missing = [task for task in arguments.tasks if task not in row["accuracy"]]
         if missing:
             with mixed(model):
@@ -96,7 +97,7 @@ def main() -> None:
                     limit=arguments.rows or None,
                 )
             row["accuracy"] |= found
-            write(arguments.output, rows)
+            write_json(arguments.output, rows)
         print(method, keep, tokens, row["perplexity"], flush=True)
         del model
         gc.collect()
@@ -114,13 +115,6 @@ def built(bench: Bench, method: str, keep: float, tokens: int, work: Path) -> to
         torch.save(model, kept.with_suffix(".tmp"))
         kept.with_suffix(".tmp").rename(kept)
     return model
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    """Replace the results file whole."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(rows, indent=1))
-    temporary.rename(path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""What each part of CALR contributes at one size: perplexity only.
+
+    python bench/quality/ablation.py --model MODEL --data DIR
+
+Each line adds to the one before, unless it says otherwise. Cells go to ablation.json as they are
+measured and are reused.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+
+from methods import SAMPLES, Bench
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from texts import WINDOW, mixture, unseen_windows, write_json
+
+import calr
+from calr.evaluation import perplexity
+from calr.teacher import mixed
+from calr.text import spread_windows
+
+ONE_SIDED = {"method": "svd_llm", "layout": "two_factor", "allocation": "uniform"}
+PIVOTED = {"method": "svd_llm", "allocation": "uniform"}
+SHIFTED = {"shifted_inputs": True}
+TRAINED = {"block_epochs": 4}
+STEPS = [  # what it adds, its text, options of the recipe, whether it is healed
+    ("one-sided truncation, two factors, uniform ranks", "WikiText-2", ONE_SIDED, False),
+    ("+ pivoted", "WikiText-2", PIVOTED, False),
+    ("+ loss-aware allocation", "WikiText-2", {"method": "svd_llm"}, False),
+    ("+ two-sided truncation", "WikiText-2", {}, False),
+    ("+ mixed calibration", "mixture", {}, False),
+    ("+ shifted inputs", "mixture", SHIFTED, False),
+    ("+ block-wise training", "mixture", SHIFTED | TRAINED, False),
+    ("block-wise training without shifted inputs", "mixture", TRAINED, False),
+    ("+ distillation, all factors", "mixture", {}, True),
+    ("+ distillation, corrective terms only", "mixture", {"trainable": "corrective"}, True),
+    ("+ shifted inputs, distillation", "mixture", SHIFTED, True),
+    ("+ block-wise training, distillation", "mixture", TRAINED, True),
+]
+
+
+def main() -> None:
+    """Fill the cells and print them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--keep", type=float, default=0.6)
+    parser.add_argument("--tokens", type=int, default=81_920)
+    parser.add_argument("--work", type=Path, default=Path("bench/quality/work"))
+    parser.add_argument("--output", type=Path, default=Path("bench/quality/ablation.json"))
+    arguments = parser.parse_args()
+    dense, tokenizer = calr.load(arguments.model)
+    texts = unseen_windows(arguments.data, tokenizer)
+    wikitext = str(arguments.data / "wikitext2/wiki.train.tokens")
+    calibration = {
+        "WikiText-2": spread_windows(wikitext, tokenizer, SAMPLES, WINDOW, seed=0),
+        "mixture": mixture(arguments.data, tokenizer),
+    }
+    homes = {"WikiText-2": "statistics-wikitext2", "mixture": "statistics"}
+    rows = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
+    for name, text, options, healed in STEPS:
+        tokens = arguments.tokens if healed else 0
+        key = {"step": name, "keep": arguments.keep, "healed_tokens": tokens}
+        if any(key.items() <= row.items() for row in rows):
+            continue
+        bench = Bench(dense, calibration[text], arguments.work / homes[text])
+        started = time.monotonic()
+        model = bench.build("CALR", arguments.keep, tokens, **options).eval()
+        row = key | {"calibration": text, "seconds": round(time.monotonic() - started, 1)}
+        with mixed(model):
+            row["perplexity"] = {t: perplexity(model, w).perplexity for t, w in texts.items()}
+        rows.append(row)
+        write_json(arguments.output, rows)
+        cells = [name, text, f"{tokens:,}", *(f"{p:.2f}" for p in row["perplexity"].values())]
+        print(f"| {' | '.join(cells)} |", flush=True)
+        del model
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()
