@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calr.blocks import BlockRunner, set_submodule
+from calr.precision import mixed
 from calr.recipe import Recipe
 from calr.structure import Layer, Structure
-from calr.teacher import mixed
 from calr_kernels import LowRankLinear
 
 BATCH_TOKENS = 1024  # tokens of a training step

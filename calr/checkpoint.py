@@ -131,8 +131,11 @@ def size(directory: Path) -> int:
     )
 
 
-def model_card(source: str, recipe_yaml: str, results: dict[str, Any]) -> ModelCard:
-    """Describe a compressed model: how to load it, the exact recipe, the measured numbers."""
+def model_card(source: str, command: str, recipe_yaml: str, results: dict[str, Any]) -> ModelCard:
+    """Describe a compressed model: how to load it, the exact recipe, the measured numbers.
+
+    command: what made it, with {model} for the source's name.
+    """
     local = Path(source).exists()
     data = ModelCardData(
         base_model=None if local else source,
@@ -141,6 +144,7 @@ def model_card(source: str, recipe_yaml: str, results: dict[str, Any]) -> ModelC
     )
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in results.items())
     name = Path(source).name if local else source
+    command = command.format(model=name)
     return ModelCard(
         f"""---
 {data.to_yaml()}
@@ -167,7 +171,7 @@ model = AutoModelForCausalLM.from_pretrained(".")
 
 ## Recipe
 
-`calr compress {name} OUTPUT --config recipe.yaml` with
+`{command}` with
 
 ```yaml
 {recipe_yaml.strip()}

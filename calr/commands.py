@@ -101,7 +101,8 @@ def compress(arguments: Namespace) -> None:
         results |= before
         results |= _measure("compressed", model, tokenizer, arguments.eval_windows, recipe.window)
         results["seconds"] = round(time.monotonic() - started, 1)
-        card = checkpoint.model_card(arguments.model, recipe_yaml(arguments), results)
+        command = "calr compress {model} OUTPUT --config recipe.yaml"
+        card = checkpoint.model_card(arguments.model, command, recipe_yaml(arguments), results)
         checkpoint.write(model, tokenizer, directory, card)
     results["bytes"] = checkpoint.size(directory)
     results["directory"] = str(directory)
@@ -124,8 +125,10 @@ def resize(arguments: Namespace) -> None:
             {"model": arguments.model, "keep": arguments.keep},
             overwrite=arguments.overwrite,
         )
-        recipe = yaml.safe_dump(model.config.quantization_config.recipe, sort_keys=False)
-        card = checkpoint.model_card(arguments.model, recipe, results)
+        made = yaml.safe_dump(model.config.quantization_config.recipe, sort_keys=False)
+        command = " ".join(f"--{name} {value}" for name, value in options.items())
+        command = f"calr resize {{model}} OUTPUT {command}"
+        card = checkpoint.model_card(arguments.model, command, made, results)
         checkpoint.write(model, tokenizer, directory, card)
     results["bytes"] = checkpoint.size(directory)
     results["directory"] = str(directory)

@@ -4,7 +4,6 @@ The dense model runs once over the text. Afterwards it need not be in memory, an
 text share what it said.
 """
 
-import contextlib
 import hashlib
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from calr.precision import mixed
 from calr.store import Store
 
 TOP = 128  # next tokens kept per position, 768 bytes; the others count as one
@@ -81,14 +81,6 @@ def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     with mixed(model):
         logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
     return logits.flatten(0, 1)
-
-
-def mixed(model: PreTrainedModel) -> contextlib.AbstractContextManager[object]:
-    """Autocast to bfloat16 where the machine multiplies it faster, or the model is 16-bit."""
-    able = torch.cpu.get_capabilities()
-    fast = model.device.type == "cuda" or able.get("amx_bf16") or able.get("avx512_bf16")
-    narrow = model.get_input_embeddings().weight.dtype != torch.float32
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=bool(fast or narrow))
 
 
 class _Divergence(torch.autograd.Function):

@@ -25,8 +25,8 @@ from texts import mixture, unseen_windows, write_json
 import calr
 from calr.evaluation import perplexity
 from calr.integrations.lm_eval import evaluate
+from calr.precision import mixed
 from calr.structure import analyse
-from calr.teacher import mixed
 
 TASKS = ["arc_easy", "arc_challenge", "piqa", "hellaswag", "lambada_openai", "boolq", "sciq"]
 REMOVED = (0.2693, 0.5177)  # of the whole model: the points of CALR's paper

@@ -21,7 +21,7 @@ from texts import WINDOW, mixture, unseen_windows, write_json
 
 import calr
 from calr.evaluation import perplexity
-from calr.teacher import mixed
+from calr.precision import mixed
 from calr.text import spread_windows
 
 ONE_SIDED = {"method": "svd_llm", "layout": "two_factor", "allocation": "uniform"}

@@ -279,10 +279,11 @@ def test_no_space_is_called_a_full_disk(tmp_path):
 
 
 def test_the_card_holds_recipe_and_numbers(tmp_path):
-    card = model_card("org/model", "keep: 0.6\n", {"perplexity_dense": 12.5})
+    results = {"perplexity_dense": 12.5}
+    card = model_card("org/model", "calr compress {model} OUTPUT", "keep: 0.6\n", results)
     card.save(tmp_path / "README.md")
     text = (tmp_path / "README.md").read_text()
     assert ModelCard.load(tmp_path / "README.md").data.base_model == "org/model"
-    assert "keep: 0.6" in text
+    assert "`calr compress org/model OUTPUT` with\n\n```yaml\nkeep: 0.6\n```" in text
     assert "| perplexity dense | 12.5 |" in text
     assert "import calr" in text.split("---")[2].strip().splitlines()[0]

@@ -214,3 +214,38 @@ def test_the_public_names_exist():
         assert getattr(calr, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = calr.nothing
+
+
+def test_elastic_resizes_to_what_compress_writes(source, tmp_path, capsys):
+    common = [*SMALL[:-2], *BUILTIN]
+    out = run(capsys, "compress", source, tmp_path / "elastic", "--elastic", *common, "--json")
+    assert json.loads(out)["dense_layers"] == 0
+    arguments = [tmp_path / "elastic", tmp_path / "small", "--keep", 0.5, "--json"]
+    resized = json.loads(run(capsys, "resize", *arguments))
+    direct = json.loads(
+        run(
+            capsys,
+            *("compress", source, tmp_path / "direct", "--keep", 0.5),
+            *("--correction_tokens", 0, *common, "--json"),
+        )
+    )
+    assert resized["kept_parameters"] == direct["kept_parameters"]
+    small, model = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("small", "direct")
+    )
+    layers = model.config.quantization_config.layers
+    assert small.config.quantization_config.layers == layers
+    ids = evaluation_windows("builtin", byte_tokenizer(), windows=2, window=32)
+    assert perplexity(small, ids).perplexity == pytest.approx(
+        perplexity(model, ids).perplexity, rel=1e-3
+    )
+    assert "keep: 0.5" in (tmp_path / "small" / "README.md").read_text()
+
+
+def test_resize_refuses_what_is_not_elastic(compressed, source, tmp_path, capsys):
+    for model in (compressed, source):
+        assert main(["resize", str(model), str(tmp_path / "out")]) == 1
+        assert "is not elastic" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["resize", str(compressed), str(compressed)]) == 1
+    assert "is the model itself" in capsys.readouterr().err
