@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -93,6 +93,22 @@ def input_moments(model: PreTrainedModel, structure: Structure, ids: Tensor, sto
         for group, moment in moments.items():
             _require_finite(moment, f"{group}: its calibration inputs")
         store.save(f"inputs-{block:04d}", moments)
+
+
+def block_influence(model: PreTrainedModel, structure: Structure, ids: Tensor) -> Tensor:
+    """Return BI = 1 - E[cos(block input, block output)] over all tokens, per block [L].
+
+    ShortGPT's block influence (arXiv 2403.03853, equation 1); needs no backward pass.
+    """
+    runner = BlockRunner(model, structure, ids)
+    hidden, found = runner.hidden, []
+    for block in range(structure.blocks):
+        after = runner.run(block, hidden)
+        pairs = zip(hidden, after, strict=True)
+        alike = [cosine_similarity(x.double(), y.double(), dim=-1).sum() for x, y in pairs]
+        found.append(1 - torch.stack(alike).sum() / ids.numel())
+        hidden = after
+    return torch.stack(found).cpu()
 
 
 def gradient_moments(

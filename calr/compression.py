@@ -15,7 +15,13 @@ from calr import allocation, layouts, methods
 from calr.allocation import Ranks
 from calr.blocks import BlockRunner, set_submodule
 from calr.blockwise import BlockFit
-from calr.calibration import Statistics, check_finite, collect, fingerprint
+from calr.calibration import (
+    Statistics,
+    block_influence,
+    check_finite,
+    collect,
+    fingerprint,
+)
 from calr.correction import correct, norms, windows_needed, windows_used
 from calr.errors import CalrError
 from calr.integrations.transformers import CalrConfig, attach
@@ -30,7 +36,7 @@ from calr_kernels import LowRankLinear
 from calr_kernels.nn import Layout
 
 CACHE_BYTES = 4 << 30  # decompositions kept between allocation and factorisation
-MEASURE_WINDOWS = 4  # calibration windows on which last_k measures the final hidden state
+MEASURE_WINDOWS = 4  # calibration windows on which hidden states are measured
 
 logger = logging.get_logger(__name__)
 
@@ -345,7 +351,7 @@ class _Run:
 
     def _error_curves(self) -> dict[str, Tensor]:
         """Return each layer's expected increase of the loss (or output error) at every rank."""
-        curves = {}
+        curves, influence = {}, None
         for layer in logging.tqdm(self.structure.layers, desc="error curves", unit="layer"):
             result = self.decomposition(layer)
             curve = result.errors
@@ -353,6 +359,12 @@ class _Run:
                 gradient = self.statistics.moments(layer).gradient
                 assert gradient is not None
                 curve = curve * gradient / 2  # second order: ½ g² Δy²
+            if result.unit == "output" and self.recipe.sensitivity == "influence":
+                if influence is None:
+                    probes = self.ids[:MEASURE_WINDOWS]
+                    influence = block_influence(self.model, self.structure, probes)
+                energy = curve[0].clamp(min=torch.finfo(curve.dtype).tiny)
+                curve = curve / energy * influence[layer.block]
             curves[layer.name] = curve
         return curves
 

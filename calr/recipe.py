@@ -23,8 +23,9 @@ class Recipe:
             uniform keeps the same fraction of every layer, last_k compresses only the last blocks.
         solver: Solver of the global allocation: lagrangian (fast) or exact (HiGHS).
         sensitivity: Weight of a layer's output error in the global allocation: gradient (mean
-            squared gradient of the loss) or none. The method calr needs none: its errors are
-            already in units of loss.
+            squared gradient of the loss), influence (of its block, over the layer's output energy:
+            no backward pass) or none. The method calr needs none: its errors are already in units
+            of loss.
         rank_step: Ranks are multiples of this.
         skip: Patterns (fnmatch) of layer names that stay dense, for example "*.0.self_attn.*".
         samples: Calibration windows for the second moments of the inputs.
@@ -49,7 +50,7 @@ class Recipe:
     layout: Literal["pivoted", "two_factor"] = "pivoted"
     allocation: Literal["global", "uniform", "last_k"] = "global"
     solver: Literal["lagrangian", "exact"] = "lagrangian"
-    sensitivity: Literal["gradient", "none"] = "gradient"
+    sensitivity: Literal["gradient", "influence", "none"] = "gradient"
     rank_step: int = 8
     skip: tuple[str, ...] = ()
     samples: int = 64
@@ -90,7 +91,7 @@ class Recipe:
             ("layout", ("pivoted", "two_factor")),
             ("allocation", ("global", "uniform", "last_k")),
             ("solver", ("lagrangian", "exact")),
-            ("sensitivity", ("gradient", "none")),
+            ("sensitivity", ("gradient", "influence", "none")),
             ("trainable", ("factors", "corrective")),
         ):
             if getattr(self, name) not in choices:

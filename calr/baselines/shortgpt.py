@@ -2,12 +2,10 @@
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
-from calr.blocks import BlockRunner
+from calr.calibration import block_influence
 from calr.errors import CalrError
 from calr.structure import Structure, analyse
 
@@ -22,19 +20,6 @@ def shortgpt(model: PreTrainedModel, ids: Tensor, count: int) -> list[int]:
     dropped = sorted(influence.argsort(stable=True)[:count].tolist())
     remove_blocks(model, structure, dropped)
     return dropped
-
-
-def block_influence(model: PreTrainedModel, structure: Structure, ids: Tensor) -> Tensor:
-    """Return BI = 1 - E[cos(block input, block output)] over all tokens, per block [L] (eq. 1)."""
-    runner = BlockRunner(model, structure, ids)
-    hidden, found = runner.hidden, []
-    for block in range(structure.blocks):
-        after = runner.run(block, hidden)
-        pairs = zip(hidden, after, strict=True)
-        alike = [cosine_similarity(x.double(), y.double(), dim=-1).sum() for x, y in pairs]
-        found.append(1 - torch.stack(alike).sum() / ids.numel())
-        hidden = after
-    return torch.stack(found).cpu()
 
 
 def remove_blocks(model: PreTrainedModel, structure: Structure, indices: Iterable[int]) -> None:

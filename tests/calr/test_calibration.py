@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 from calr.blocks import BlockRunner
-from calr.calibration import check_finite, collect, fingerprint
+from calr.calibration import block_influence, check_finite, collect, fingerprint
 from calr.errors import CalrError
 from calr.store import Store
 from calr.structure import analyse
@@ -155,3 +155,11 @@ def test_a_store_never_holds_half_a_file(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     with pytest.raises(KeyError):
         store.load("b")
+
+
+def test_influence_is_one_minus_the_mean_cosine(model, ids):
+    with torch.no_grad():
+        hidden = model.model(ids.to(model.device), output_hidden_states=True).hidden_states
+    expected = 1 - cosine_similarity(hidden[0].double(), hidden[1].double(), dim=-1).mean()
+    found = block_influence(model, analyse(model), ids)
+    assert found[0] == pytest.approx(float(expected), abs=1e-6)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import calr
+from calr import calibration
 from calr.errors import CalrError
 from calr.structure import analyse
 from calr.testing import byte_tokenizer, tiny_llama
@@ -172,3 +173,19 @@ def test_half_precision_keeps_its_dtype(ids):
 def test_values_out_of_range_are_named(field, value):
     with pytest.raises(CalrError, match=f"{field}="):
         calr.Recipe(**{field: value})
+
+
+def test_without_a_backward_pass_idle_blocks_get_the_smallest_ranks(ids, monkeypatch):
+    monkeypatch.setattr(calibration, "gradient_moments", None)
+    model = tiny_llama(num_hidden_layers=4)
+    with torch.no_grad():
+        model.model.layers[2].self_attn.o_proj.weight.zero_()
+        model.model.layers[2].mlp.down_proj.weight.zero_()
+    recipe = calr.Recipe(
+        keep=0.6, method="svd_llm", sensitivity="influence", rank_step=2, correction_tokens=0
+    )
+    compressed = calr.compress(model, recipe, calibration=ids)
+    layers = compressed.config.quantization_config.layers
+    idle = {layer["rank"] for name, layer in layers.items() if ".layers.2." in name}
+    assert idle == {2}
+    assert len([name for name in layers if ".layers.2." in name]) == 7
