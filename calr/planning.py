@@ -191,6 +191,8 @@ def _seconds(structure: Structure, recipe: Recipe) -> float:
         forward += 6 * structure.model_parameters * gradient_tokens
     student = structure.model_parameters - (1 - recipe.keep) * structure.linear_parameters
     forward += recipe.correction_tokens * (2 * structure.model_parameters + 6 * student)
+    passes = 5 * recipe.shifted_inputs + 3 * recipe.block_epochs  # through the blocks
+    forward += passes * 2 * structure.block_parameters * tokens
     eigen = sum(
         2 * EIGEN_FLOPS * min(x.in_features, x.out_features) ** 3 + 12 * x.shape.dense * 1000
         for x in structure.layers

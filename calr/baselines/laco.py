@@ -1,5 +1,7 @@
 """LaCo (arXiv 2402.11187): collapse rear decoder blocks into earlier ones."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
@@ -27,14 +29,17 @@ def laco(model: PreTrainedModel, ids: Tensor, count: int) -> list[int]:
     structure = analyse(model)
     if not 0 <= count < structure.blocks:
         raise CalrError(f"laco: cannot remove {count} of {structure.blocks} blocks")
-    search = _Search(model, structure, ids[:PROBES])
-    for threshold in THRESHOLDS:
+    search, threshold = _Search(model, structure, ids[:PROBES]), THRESHOLDS[0]
+    while True:
         gone = search.collapse(threshold, count)
         if len(gone) == count:
             remove_blocks(model, structure, gone)
             return sorted(gone)
         search.restore()
-    raise CalrError(f"laco: no threshold removes {count} of {structure.blocks} blocks")
+        lower = [t for t in THRESHOLDS if t < search.rejected]  # others would change nothing
+        if not lower:
+            raise CalrError(f"laco: no threshold removes {count} of {structure.blocks} blocks")
+        threshold = lower[0]
 
 
 class _Search:
@@ -43,25 +48,28 @@ class _Search:
     def __init__(self, model: PreTrainedModel, structure: Structure, ids: Tensor) -> None:
         self.runner = BlockRunner(model, structure, ids)
         self.original = [_parameters(block) for block in self.runner.blocks]
-        hidden = self.runner.hidden
+        self.inputs = [self.runner.hidden]  # of every dense block, then the final hidden states
         for block in range(structure.blocks):
-            hidden = self.runner.run(block, hidden)
-        self.final = hidden
+            self.inputs.append(self.runner.run(block, self.inputs[-1]))
+        self.rejected = -math.inf  # the largest similarity that was too small
 
     def collapse(self, threshold: float, count: int) -> list[int]:
         """Collapse from the top down at one threshold; return at most count lost blocks."""
         kept = list(range(len(self.runner.blocks)))
         gone: list[int] = []
+        self.rejected = -math.inf
         at = len(kept) - MERGE
         while at >= 0 and len(gone) < count:
             taken = kept[at + 1 : at + 1 + min(MERGE - 1, count - len(gone))]
             before = _parameters(self.runner.blocks[kept[at]])
             self._add(kept[at], taken)
             left = [block for block in kept if block not in taken]
-            if self._similarity(left) > threshold:
+            similarity = self._similarity(left, at)
+            if similarity > threshold:
                 gone, kept = gone + taken, left
                 at = min(at - INTERVAL, len(kept) - MERGE)
             else:
+                self.rejected = max(self.rejected, similarity)
                 _assign(self.runner.blocks[kept[at]], before)
                 at -= 1
         return gone
@@ -80,11 +88,12 @@ class _Search:
             {name: p + sum(other[name] - p for other in others) for name, p in base.items()},
         )
 
-    def _similarity(self, kept: list[int]) -> float:
-        hidden = self.runner.hidden
-        for block in kept:
+    def _similarity(self, kept: list[int], first: int) -> float:
+        """Compare with the dense model; all of kept before the first changed one is dense."""
+        hidden = self.inputs[first]
+        for block in kept[first:]:
             hidden = self.runner.run(block, hidden)
-        pairs = zip(hidden, self.final, strict=True)
+        pairs = zip(hidden, self.inputs[-1], strict=True)
         found = [cosine_similarity(x.double(), y.double(), dim=-1).flatten() for x, y in pairs]
         return float(torch.cat(found).mean())
 
