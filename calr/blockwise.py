@@ -4,8 +4,7 @@ Two stages, block by block from the first: the closed form of the shifted inputs
 the block's factors against the dense block's output.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from calr.blocks import BlockRunner, set_submodule
 from calr.precision import mixed
 from calr.recipe import Recipe
 from calr.structure import Layer, Structure
+from calr.training import requiring
 from calr_kernels import LowRankLinear
 
 BATCH_TOKENS = 1024  # tokens of a training step
@@ -51,13 +51,15 @@ class BlockFit:
 
         The model itself is as before when this returns or fails.
         """
-        dense, after = self._inputs(block, self.dense, {layer.group for layer in layers})
+        wanted = self.recipe.shifted_inputs and not known
+        groups = {layer.group for layer in layers} if wanted else set()
+        dense, after = self._inputs(block, self.dense, groups)
         with _Places(self.model) as places:
             for name, module in known.items():
                 places.put(name, module)
             for group in dict.fromkeys(x.group for x in layers if x.name not in known):
                 members = [layer for layer in layers if layer.group == group]
-                for name, module in self._build(block, members, dense[group]).items():
+                for name, module in self._build(block, members, dense.get(group)).items():
                     places.put(name, module)
             if not known:
                 self._train(block, places.now, after)
@@ -85,10 +87,10 @@ class BlockFit:
                 handle.remove()
 
     def _build(
-        self, block: int, members: list[Layer], dense: list[Tensor]
+        self, block: int, members: list[Layer], dense: list[Tensor] | None
     ) -> dict[str, LowRankLinear]:
-        """Build the layers of one input group."""
-        if not self.recipe.shifted_inputs:
+        """Build the layers of one input group; dense: what it got in the dense model."""
+        if dense is None:
             return {layer.name: self.make(layer, None, None) for layer in members}
         group = members[0].group
         shifted = self._inputs(block, self.student, {group})[0][group]
@@ -100,7 +102,8 @@ class BlockFit:
         """Train a block's factors to give outputs; never worse on the held-out batches."""
         if not self.recipe.block_epochs or not modules:
             return
-        parameters = [p for module in modules.values() for p in module.parameters()]
+        named = [pair for module in modules.values() for pair in module.named_parameters()]
+        parameters = [p for name, p in named if name != "bias"]
         held = list(range(0, len(outputs), HELD_OUT))
         used = [i for i in range(len(outputs)) if i not in held] or held
         rate = self.recipe.block_learning_rate
@@ -116,7 +119,7 @@ class BlockFit:
             with torch.no_grad():
                 return sum(float(loss(i)) for i in held)
 
-        with _only(self.model, parameters), torch.enable_grad():
+        with requiring(self.model, parameters), torch.enable_grad():
             best, values = measure(), [p.detach().clone() for p in parameters]
             steps = self.recipe.block_epochs * len(used)
             for step in range(steps):
@@ -141,8 +144,10 @@ def choose_shift(
     the identity (AA-SVD's objective). λ is chosen on every HELD_OUT-th batch of x and x'
     [tokens, K], with the identity, None, among the choices.
     """
-    train, held = _cross_moments(dense, shifted)
-    (h, g), (held_h, held_g) = train, held
+    held = [i for i in range(len(dense)) if i % HELD_OUT == 0]
+    used = [i for i in range(len(dense)) if i % HELD_OUT] or held
+    h, g, tokens = _cross_moments(dense, shifted, used)
+    held_h, held_g, held_tokens = _cross_moments(dense, shifted, held)
     eye = torch.eye(len(g), dtype=g.dtype, device=g.device)
     curvature = sum(w.double().mT @ w.double() for w in weights)
 
@@ -156,22 +161,18 @@ def choose_shift(
         choices.append(torch.linalg.solve(g + ridge, (h + ridge).mT).mT)
     errors = [error(eye if shift is None else shift) for shift in choices]
     best = min(range(len(choices)), key=lambda i: errors[i])
-    return choices[best], (g * 3 + held_g) / 4
+    if used == held:
+        return choices[best], g
+    return choices[best], (g * tokens + held_g * held_tokens) / (tokens + held_tokens)
 
 
 def _cross_moments(
-    dense: list[Tensor], shifted: list[Tensor]
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return (E[x x'ᵀ], E[x' x'ᵀ]) of the batches to fit on and of the held-out ones."""
-    parts = []
-    for held in (False, True):
-        chosen = [i for i in range(len(dense)) if (i % HELD_OUT == 0) == held]
-        chosen = chosen or list(range(len(dense)))
-        tokens = sum(len(dense[i]) for i in chosen)
-        h = sum(dense[i].double().mT @ shifted[i].double() for i in chosen)
-        g = sum(shifted[i].double().mT @ shifted[i].double() for i in chosen)
-        parts.append((torch.as_tensor(h) / tokens, torch.as_tensor(g) / tokens))
-    return parts[0], parts[1]
+    dense: list[Tensor], shifted: list[Tensor], batches: list[int]
+) -> tuple[Tensor, Tensor, int]:
+    """Return E[x x'ᵀ], E[x' x'ᵀ] and the number of tokens of some batches."""
+    x = torch.cat([dense[i] for i in batches]).double()
+    seen = torch.cat([shifted[i] for i in batches]).double()
+    return x.mT @ seen / len(x), seen.mT @ seen / len(x), len(x)
 
 
 class _Places:
@@ -192,22 +193,6 @@ class _Places:
     def __exit__(self, *_: object) -> None:
         for name, module in self._before.items():
             set_submodule(self.model, name, module)
-
-
-@contextmanager
-def _only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Have gradients for these parameters alone."""
-    required = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in required:
-        p.requires_grad_(False)
-    for p in parameters:
-        p.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for p, flag in required:
-            p.requires_grad_(flag)
-            p.grad = None
 
 
 def _record(into: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

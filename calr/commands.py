@@ -112,7 +112,9 @@ def compress(arguments: Namespace) -> None:
 def resize(arguments: Namespace) -> None:
     """Cut an elastic checkpoint to another size and print what it became."""
     directory = _destination(arguments)
-    structure = analyse(models.load_skeleton(arguments.model, dense=True))
+    trust = arguments.trust_remote_code
+    skeleton = models.load_skeleton(arguments.model, trust_remote_code=trust, dense=True)
+    structure = analyse(skeleton)
     model, tokenizer = _load(arguments, arguments.model)
     options = {name: arguments[name] for name in ("keep", "layout", "solver")}
     elastic.resize(model, **options)

@@ -87,18 +87,27 @@ def compress(
             replacements = run.pack(replacements, recipe.layout)
     finally:
         model.train(training)
+    errors = run.sampled_errors() if elastic else None
     for name, layer in replacements.items():
         set_submodule(model, name, layer.train(training))
     layers = {n: {"layout": layer.layout, "rank": layer.rank} for n, layer in replacements.items()}
     described = recipe.to_dict() | {"calibration": describe(calibration), **corrected}
     described["tokens"] = min(len(ids), recipe.samples) * ids.shape[1]
-    errors = run.sampled_errors() if elastic else None
     attach(model, CalrConfig(layers=layers, recipe=described, errors=errors))
     return model
 
 
 def _elastic(recipe: Recipe) -> Recipe:
-    """Return the recipe of a model that can be resized later. Raises CalrError for last_k."""
+    """Return the recipe of a model that can be resized later.
+
+    Raises CalrError for another allocation than global, and for a method whose factors have no
+    order.
+    """
+    if not methods.resolve(recipe.method, recipe.method_options).ordered:
+        raise CalrError(
+            f"elastic: the factors of method={recipe.method} have no order in which they could be "
+            "cut; use calr, svd_llm or svd"
+        )
     if recipe.allocation != "global":
         raise CalrError(f"elastic needs allocation=global, not {recipe.allocation}")
     return dataclasses.replace(
@@ -322,15 +331,7 @@ class _Run:
         return self.statistics.store.load(name)
 
     def full_ranks(self) -> Ranks:
-        """Give every layer the rank at which nothing is lost. Raises CalrError where factors have
-        no order, so that they could not be cut later."""
-        self.curves()
-        for layer in self.layers:
-            if not self.decomposition(layer).ordered:
-                raise CalrError(
-                    f"elastic: the factors of method={self.recipe.method} have no order in which "
-                    "they could be cut; use calr, svd_llm or svd"
-                )
+        """Give every layer the rank at which nothing is lost."""
         return {layer.name: min(layer.out_features, layer.in_features) for layer in self.layers}
 
     def completed(self, layers: dict[str, LowRankLinear]) -> dict[str, LowRankLinear]:
@@ -400,7 +401,8 @@ class _Run:
                 rank = ranks[layer.name]
                 assert rank is not None
                 up, down = self.decomposition(layer).factors(rank)
-                low = self._two_factor(layer, up, down).to(self.model.dtype)
+                dtype = self.model.get_submodule(layer.name).get_parameter("weight").dtype
+                low = self._two_factor(layer, up, down).to(dtype)
                 originals[layer.name] = set_submodule(self.model, layer.name, low)
             hidden = inputs[first]
             for block in range(first, self.structure.blocks):
@@ -422,8 +424,9 @@ class _Run:
         def make(layer: Layer, shift: Tensor | None, moment: Tensor | None) -> LowRankLinear:
             rank = ranks[layer.name]
             assert rank is not None
-            result = self.decomposition(layer)
-            if moment is not None:
+            if moment is None:
+                result = self.decomposition(layer)
+            else:
                 result = self._shifted(layer, shift, moment)
             self._kept.pop(layer.name, None)
             return self._two_factor(layer, *balance(*result.factors(rank)))

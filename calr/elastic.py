@@ -22,7 +22,8 @@ def resize(
 ) -> PreTrainedModel:
     """Cut a model from `compress(…, elastic=True)` to keep, in place, and return it.
 
-    Gives what compressing the dense model to keep without correction gives, up to rounding. Raises
+    Gives what compressing the dense model to keep without correction gives, up to the rounding of
+    the elastic model's factors to its dtype (a layer left dense is their product). Raises
     CalrError for a model that is not elastic: training and pivoting lose the order of the factors.
     """
     config = model.config.quantization_config if is_calr(model) else None
@@ -47,17 +48,18 @@ def resize(
         fixed=sum(shape.dense for name, shape in shapes.items() if name not in config.layers),
         exact=recipe.solver == "exact",
     )
-    layers = {}
+    made_of: dict[str, nn.Module] = {}
     for name, rank in logging.tqdm(ranks.items(), desc="resizing", unit="layer"):
         old = modules[name]
         assert isinstance(old, LowRankLinear)
         if rank is None:
-            set_submodule(model, name, _dense(old))
-            continue
-        up, down = old.weight.detach()[:, :rank], old.down.weight.detach()[:rank]
-        new = layouts.low_rank(up, down, old.bias, layout, old.weight.dtype)
-        set_submodule(model, name, new.train(model.training))
-        layers[name] = {"layout": layout, "rank": rank}
+            made_of[name] = _dense(old)
+        else:
+            up, down = old.weight.detach()[:, :rank], old.down.weight.detach()[:rank]
+            made_of[name] = layouts.low_rank(up, down, old.bias, layout, old.weight.dtype)
+    for name, module in made_of.items():
+        set_submodule(model, name, module.train(model.training))
+    layers = {n: {"layout": layout, "rank": r} for n, r in ranks.items() if r is not None}
     attach(model, CalrConfig(layers=layers, recipe=config.recipe | recipe.to_dict()))
     return model
 
@@ -84,4 +86,4 @@ def _dense(layer: LowRankLinear) -> nn.Linear:
     dense.weight = nn.Parameter(product.to(layer.weight.dtype))
     if layer.bias is not None:
         dense.bias = nn.Parameter(layer.bias.detach().clone())
-    return dense.train(layer.training)
+    return dense

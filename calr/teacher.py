@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from calr.precision import mixed
+from calr.precision import mixed, narrow
 from calr.store import Store
 
 TOP = 128  # next tokens kept per position, 768 bytes; the others count as one
@@ -49,11 +49,12 @@ class Targets:
 def collect_targets(model: PreTrainedModel, ids: Tensor, store: Store) -> Targets:
     """Run the dense model over windows [S, T], except over those that the store knows.
 
-    Files are named after the text in them; the store must hold those of one model only.
+    Files are named after the text and how the model ran; the store must be of one model only.
     """
     log_probabilities, tokens = [], []
     for chunk in logging.tqdm(ids.split(CHUNK), desc="dense outputs", unit="chunk"):
-        name = f"targets-{hashlib.sha256(chunk.numpy().tobytes()).hexdigest()[:16]}"
+        digest = hashlib.sha256(f"{TOP} {narrow(model)}".encode() + chunk.numpy().tobytes())
+        name = f"targets-{digest.hexdigest()[:16]}"
         if name not in store:
             store.save(name, _most_probable(model, chunk))
         found = store.load(name)

@@ -52,8 +52,8 @@ def train(
     Every window once, in an order drawn from seed. AdamW with warm-up and cosine, on a float32 copy
     of the parameters, which is rounded at the end; nothing else moves. The state that did best on
     held_out is kept, so that the result is never worse there than the start. on_gradients(step,
-    steps) is called after every backward pass (a baseline prunes there); with it the last state is
-    kept, whatever its loss.
+    steps) is called after every backward pass (a baseline prunes there; it has no state in store);
+    with it the last state is kept, whatever its loss.
     Deterministic for a seed on one device; store: where an interrupted run continues from. Raises
     CalrError when the loss is not finite; the parameters are then as they were.
     """
@@ -74,22 +74,33 @@ def train(
 @contextlib.contextmanager
 def _training(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Have float32 copies of the parameters, alone requiring gradients; round them at the end."""
-    required = [(p, p.requires_grad) for p in model.parameters()]
     before = [p.data for p in parameters]
-    for p, _ in required:
-        p.requires_grad_(False)
     try:
-        for p in parameters:
-            p.data = p.data.float().clone()
-            p.requires_grad_(True)
-        yield
+        with requiring(model, parameters):
+            for p in parameters:
+                p.data = p.data.float().clone()
+            yield
+            for p, value in zip(parameters, before, strict=True):
+                p.data = p.data.to(value.dtype)
     except BaseException:
         for p, value in zip(parameters, before, strict=True):
             p.data = value
         raise
+
+
+@contextlib.contextmanager
+def requiring(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Have gradients for these parameters of a model alone; afterwards as before, without them."""
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    for p, _ in required:
+        p.requires_grad_(False)
+    for p in parameters:
+        p.requires_grad_(True)
+    try:
+        yield
     finally:
-        for p, value in zip(parameters, before, strict=True):
-            p.grad, p.data = None, p.data.to(value.dtype)
+        for p in parameters:
+            p.grad = None
         for p, flag in required:
             p.requires_grad_(flag)
 
@@ -145,38 +156,31 @@ class _Run:
         """Make one step and return its loss."""
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate * _schedule(step, len(batches))
-        loss = self._backward(self.targets[batches[step]])
+        with torch.enable_grad():
+            loss = divergence(self.model, self.targets[batches[step]])
+            loss.backward()
+        found = self._finite(float(loss.detach()))
         if self.on_gradients is not None:
             self.on_gradients(step, len(batches))
         nn.utils.clip_grad_norm_(self.parameters, CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        return loss
-
-    def _backward(self, windows: Targets) -> float:
-        """Add up the gradients of a step, a few windows at a time; return its loss."""
-        total = 0.0
-        with torch.enable_grad():
-            for part in self._parts(windows):
-                loss = divergence(self.model, part) * len(part) / len(windows)
-                loss.backward()
-                total += float(loss.detach())
-        if not math.isfinite(total):
-            raise CalrError(
-                "correction: the loss is not finite; lower learning_rate "
-                f"(now {self.learning_rate})"
-            )
-        return total
+        return found
 
     @torch.no_grad()
     def measure(self) -> float:
         """Return the mean KL to the dense model on the held-out windows, nats per token."""
-        parts = self._parts(self.held_out)
+        size = max(1, PART_TOKENS // self.held_out.ids.shape[1])
+        parts = self.held_out.split(size)
         total = sum(float(divergence(self.model, part)) * len(part) for part in parts)
-        return total / len(self.held_out)
+        return self._finite(total / len(self.held_out))
 
-    def _parts(self, windows: Targets) -> list[Targets]:
-        return windows.split(max(1, PART_TOKENS // windows.ids.shape[1]))
+    def _finite(self, loss: float) -> float:
+        if math.isfinite(loss):
+            return loss
+        raise CalrError(
+            f"correction: the loss is not finite; lower learning_rate (now {self.learning_rate})"
+        )
 
     def _save(
         self, optimizer: torch.optim.Optimizer, step: int, losses: list[float], best: list[Tensor]

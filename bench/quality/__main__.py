@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100, help="first rows of a task; 0: all")
     parser.add_argument("--windows", type=int, default=20, help="windows of 512 of a text; 0: all")
     parser.add_argument("--tasks", nargs="*", default=TASKS)
-    parser.add_argument("--methods", nargs="*", default=["dense", *METHODS])
+    parser.add_argument("--methods", nargs="*", default=METHODS)
     parser.add_argument("--healed", type=int, nargs="*", help="only cells with so many tokens")
     parser.add_argument("--keep", type=float, nargs="*", help="only cells nearest to these")
     parser.add_argument("--work", type=Path, default=Path("bench/quality/work"))
@@ -64,13 +64,16 @@ def main() -> None:
     structure = analyse(dense)
     share = structure.model_parameters / structure.linear_parameters
     keeps = [0.8, 0.6, *(round(1 - removed * share, 4) for removed in REMOVED)]
+    wanted = [min(keeps, key=lambda k: abs(k - asked)) for asked in arguments.keep or keeps]
     bench = Bench(dense, mixture(arguments.data, tokenizer), arguments.work / "statistics")
     texts = unseen_windows(arguments.data, tokenizer, arguments.windows or 10**6)
     rows = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     for method, keep, tokens in grid(keeps):
-        if method not in arguments.methods or (arguments.healed and tokens not in arguments.healed):
+        if method not in ["dense", *arguments.methods]:
             continue
-        if arguments.keep and keep not in arguments.keep:
+        if method != "dense" and tokens not in (arguments.healed or [tokens]):
+            continue
+        if method != "dense" and keep not in wanted:
             continue
         key = {"model": Path(arguments.model).name, "method": method, "healed_tokens": tokens}
         key |= {"keep": keep, "rows": arguments.rows, "windows": arguments.windows}
@@ -78,7 +81,7 @@ def main() -> None:
         if row is not None and set(arguments.tasks) <= set(row["accuracy"]):
             continue
         started = time.monotonic()
-        model = dense if method == "dense" else built(bench, method, keep, tokens, arguments.work)
+        model = dense if method == "dense" else built(bench, key, arguments.work)
         if row is None:
             seconds = round(time.monotonic() - started, 1)
             row = key | {"params": stored_parameters(model), "seconds": seconds, "accuracy": {}}
@@ -105,9 +108,10 @@ def main() -> None:
     draw(rows, arguments.output.with_suffix(".png"))
 
 
-def built(bench: Bench, method: str, keep: float, tokens: int, work: Path) -> torch.nn.Module:
+def built(bench: Bench, key: dict, work: Path) -> torch.nn.Module:
     """Build a model; one that was trained is kept, since that takes minutes."""
-    kept = work / f"{method}-{keep}-{tokens}.pt"
+    method, keep, tokens = key["method"], key["keep"], key["healed_tokens"]
+    kept = work / f"{key['model']}-{method}-{keep}-{tokens}.pt"
     if kept.exists():
         return torch.load(kept, weights_only=False)
     model = bench.build(method, keep, tokens).eval()

@@ -33,7 +33,7 @@ RECIPES = {  # as their papers have them, up to rank rules that those leave open
 }
 BLOCKS = {"ShortGPT": shortgpt, "LaCo": laco}
 METHODS = ["SVD", "SVD-LLM", "ERC-SVD", "ShortGPT", "LaCo", "LoSparse", "CALR"]
-DENSE_LEARNING_RATE = 5e-5  # of matrices that stay whole; factors have the recipe's
+DENSE_LEARNING_RATE = 5e-5  # of the methods that train whole matrices
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Bench:
         if tokens:
             pruner.observe()
             model.zero_grad()
-            self._heal(model, pruner.parameters, tokens, pruner.update)
+            self._heal(model, [*pruner.parameters, *norms(model)], tokens, pruner.update)
         else:
             pruner.update(0, 1)
             model.zero_grad()

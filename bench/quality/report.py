@@ -34,7 +34,7 @@ def _accuracy(row: Row, dense: Row) -> list[str]:
     tasks = [task for task in dense["accuracy"] if task in row["accuracy"]]
     if not tasks or len(tasks) < len(dense["accuracy"]):
         return ["", "", "", ""]
-    kept = retention(row["accuracy"], dense["accuracy"])
+    kept = retention({task: row["accuracy"][task] for task in tasks}, dense["accuracy"])
     mean = sum(row["accuracy"][task]["accuracy"] for task in tasks) / len(tasks)
     return [
         f"{mean:.3f}",

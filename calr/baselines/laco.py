@@ -23,15 +23,20 @@ def laco(model: PreTrainedModel, ids: Tensor, count: int) -> list[int]:
 
     From the top down (Algorithm 1): blocks l+1 … l+m, m < 4, are added into l as differences of
     parameters, θ_l + Σ (θ_{l+i} - θ_l), and this stays when the mean cosine similarity of the
-    final hidden states to the dense model's on windows [S, T] exceeds T. The strictest T that loses
-    count blocks is taken, its last collapse cut to the count. Raises CalrError when none does.
+    final hidden states to the dense model's on windows [S, T] exceeds T (token by token, before the
+    final norm). The strictest T that loses count blocks is taken, its last collapse cut to the
+    count. Raises CalrError when none does.
     """
     structure = analyse(model)
     if not 0 <= count < structure.blocks:
         raise CalrError(f"laco: cannot remove {count} of {structure.blocks} blocks")
     search, threshold = _Search(model, structure, ids[:PROBES]), THRESHOLDS[0]
     while True:
-        gone = search.collapse(threshold, count)
+        try:
+            gone = search.collapse(threshold, count)
+        except BaseException:
+            search.restore()
+            raise
         if len(gone) == count:
             remove_blocks(model, structure, gone)
             return sorted(gone)

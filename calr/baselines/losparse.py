@@ -1,7 +1,5 @@
 """LoSparse (arXiv 2306.11222): a low-rank matrix plus a structured sparse one, W = UV + S."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -19,7 +17,8 @@ WARM_UP, COOL_DOWN = 0.05, 0.3  # shares of the steps before and after pruning
 class LowRankSparseLinear(nn.Module):
     """y = U(Vx) + Sx + b with up U [N, r], down V [r, K] and sparse S [N, K].
 
-    Only the input columns of S in `kept` [K] count; `importance` [K] is their moving average.
+    Only the rows of S (output neurons) in `kept` [N] count; `importance` [N] is their moving
+    average. Gradients reach the other rows too, so that they may come back while training.
     """
 
     kept: Tensor
@@ -34,33 +33,26 @@ class LowRankSparseLinear(nn.Module):
         self.down = nn.Parameter((root[:, None] * vh[:rank]).to(weight.dtype))
         self.sparse = nn.Parameter(weight - self.up.detach() @ self.down.detach())
         self.bias = dense.bias
-        columns = weight.shape[1]
-        self.register_buffer("kept", torch.ones(columns, dtype=torch.bool, device=weight.device))
-        self.register_buffer("importance", torch.zeros(columns, device=weight.device))
+        rows = weight.shape[0]
+        self.register_buffer("kept", torch.ones(rows, dtype=torch.bool, device=weight.device))
+        self.register_buffer("importance", torch.zeros(rows, device=weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: [..., K] -> [..., N]."""
-        sparse = self.sparse * self.kept
-        return linear(linear(x, self.down), self.up) + linear(x, sparse, self.bias)
+        pruned = (self.sparse * ~self.kept[:, None]).detach()
+        return linear(linear(x, self.down), self.up) + linear(x, self.sparse - pruned, self.bias)
 
     @torch.no_grad()
     def observe(self) -> None:
-        """Update the importance of each column, the mean of |S ∇S| over it (eq. 5), smoothed."""
+        """Update the importance of each row, the mean of |S ∇S| over it (eq. 5), smoothed."""
         if self.sparse.grad is not None:
-            seen = (self.sparse * self.sparse.grad).abs().mean(0).float()
+            seen = (self.sparse * self.sparse.grad).abs().mean(1).float()
             self.importance.lerp_(seen, 1 - SMOOTHING)
-
-    @torch.no_grad()
-    def prune(self, columns: int) -> None:
-        """Keep the columns of largest importance among those still kept."""
-        ranked = self.importance.masked_fill(~self.kept, -1).argsort(descending=True, stable=True)
-        self.kept.zero_()
-        self.kept[ranked[:columns]] = True
 
     @property
     def stored(self) -> int:
-        """Numbers to store: both factors and the kept columns."""
-        return self.up.numel() + self.down.numel() + int(self.kept.sum()) * self.sparse.shape[0]
+        """Numbers to store beside the bias: both factors and the kept rows."""
+        return self.up.numel() + self.down.numel() + int(self.kept.sum()) * self.sparse.shape[1]
 
 
 class LoSparse:
@@ -71,33 +63,54 @@ class LoSparse:
     """
 
     def __init__(self, model: PreTrainedModel, keep: float) -> None:
-        if not LOW_RANK_SHARE < keep <= 1:
-            raise CalrError(f"losparse: keep={keep} must lie in ({LOW_RANK_SHARE}, 1]")
+        structure = analyse(model)
+        ranks = [
+            max(1, int(LOW_RANK_SHARE * x.shape.dense / (x.out_features + x.in_features)))
+            for x in structure.layers
+        ]
+        sides = [x.out_features + x.in_features for x in structure.layers]
+        factors = sum(r * side for r, side in zip(ranks, sides, strict=True))
+        self.budget = int(keep * structure.linear_parameters) - factors  # of all kept rows
+        if self.budget <= 0 or keep > 1:
+            least = factors / structure.linear_parameters
+            raise CalrError(f"losparse: keep={keep} must lie in ({least:.3f}, 1]")
+        self.total = structure.linear_parameters
         self.layers: list[LowRankSparseLinear] = []
-        self.columns: list[int] = []
-        for layer in analyse(model).layers:
+        for layer, rank in zip(structure.layers, ranks, strict=True):
             dense = model.get_submodule(layer.name)
             assert isinstance(dense, nn.Linear)
-            n, k = layer.out_features, layer.in_features
-            rank = max(1, int(LOW_RANK_SHARE * n * k / (n + k)))
-            made = LowRankSparseLinear(dense, rank)
-            set_submodule(model, layer.name, made)
-            self.layers.append(made)
-            self.columns.append(int((keep * n * k - rank * (n + k)) // n))
+            self.layers.append(LowRankSparseLinear(dense, rank))
+            set_submodule(model, layer.name, self.layers[-1])
 
     @property
-    def parameters(self) -> Sequence[nn.Parameter]:
-        """What training moves."""
-        return [p for layer in self.layers for p in (layer.up, layer.down, layer.sparse)]
+    def parameters(self) -> list[nn.Parameter]:
+        """What training moves beside the norms."""
+        return [p for layer in self.layers for p in layer.parameters()]
+
+    def observe(self) -> None:
+        """Take in the gradients of a backward pass."""
+        for layer in self.layers:
+            layer.observe()
 
     def update(self, step: int, steps: int) -> None:
-        """Take in a step's gradients and prune every S to what the cubic schedule leaves (eq. 6).
+        """Take in a step's gradients and prune all S to what the cubic schedule leaves (eq. 6).
 
         update(0, 1) prunes to the end at once.
         """
+        self.observe()
         begin, end = WARM_UP * steps, (1 - COOL_DOWN) * steps
         progress = min(1.0, max(0.0, (step + 1 - begin) / (end - begin)))
-        for layer, columns in zip(self.layers, self.columns, strict=True):
-            layer.observe()
-            total = layer.sparse.shape[1]
-            layer.prune(columns + round((total - columns) * (1 - progress) ** 3))
+        self._prune(self.budget + round((self.total - self.budget) * (1 - progress) ** 3))
+
+    @torch.no_grad()
+    def _prune(self, budget: int) -> None:
+        """Keep the rows of largest importance in the whole model whose numbers fit the budget."""
+        importance = torch.cat([layer.importance for layer in self.layers]).cpu()
+        costs = torch.cat([torch.full(x.kept.shape, x.sparse.shape[1]) for x in self.layers])
+        order = importance.argsort(descending=True, stable=True)
+        kept = torch.zeros_like(importance, dtype=torch.bool)
+        kept[order] = costs[order].cumsum(0) <= budget
+        sizes = [len(layer.kept) for layer in self.layers]
+        for layer, mask in zip(self.layers, kept.split(sizes), strict=True):
+            layer.kept.copy_(mask)
+            layer.sparse.mul_(layer.kept[:, None])

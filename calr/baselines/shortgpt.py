@@ -16,6 +16,8 @@ def shortgpt(model: PreTrainedModel, ids: Tensor, count: int) -> list[int]:
     Raises CalrError when count does not leave a block.
     """
     structure = analyse(model)
+    if not 0 <= count < structure.blocks:
+        raise CalrError(f"shortgpt: cannot remove {count} of {structure.blocks} blocks")
     influence = block_influence(model, structure, ids)
     dropped = sorted(influence.argsort(stable=True)[:count].tolist())
     remove_blocks(model, structure, dropped)
@@ -27,8 +29,6 @@ def remove_blocks(model: PreTrainedModel, structure: Structure, indices: Iterabl
     gone = set(indices)
     blocks = list(model.get_submodule(structure.blocks_name).children())
     kept = [i for i in range(len(blocks)) if i not in gone]
-    if not kept:
-        raise CalrError(f"removing {len(gone)} of {len(blocks)} blocks leaves none; remove fewer")
     model.set_submodule(structure.blocks_name, nn.ModuleList(blocks[i] for i in kept))
     for index, old in enumerate(kept):
         for module in blocks[old].modules():
@@ -36,5 +36,6 @@ def remove_blocks(model: PreTrainedModel, structure: Structure, indices: Iterabl
                 vars(module)["layer_idx"] = index
     config = model.config
     config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in kept]
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == len(blocks):  # one entry a block
+            setattr(config, name, [value[i] for i in kept])

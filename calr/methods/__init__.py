@@ -2,8 +2,9 @@
 
 Every file here defines `Config`, a frozen dataclass of the method's options, `decompose(weight,
 moments, config) -> Decomposition`, a pure function on tensors, `MOMENTS`, the statistics that it
-reads, and, where not every rank can be made, `least_rank(N, K, config)`. Adding a method is adding
-a file.
+reads, and, where not every rank can be made, `least_rank(N, K, config)`; ORDERED = False where the
+factors of a smaller rank are not the first terms of those of a larger. Adding a method is adding a
+file.
 """
 
 import dataclasses
@@ -24,12 +25,13 @@ class Method:
     """A method with its options bound.
 
     decompose(weight [N, K], moments) -> Decomposition; moments names what it reads;
-    least_rank(N, K) is the smallest rank that it can make.
+    least_rank(N, K) is the smallest rank that it can make; ordered: factors may be cut.
     """
 
     decompose: Callable[[Tensor, Moments], Decomposition]
     moments: frozenset[str]
     least_rank: Callable[[int, int], int]
+    ordered: bool
 
 
 def names() -> list[str]:
@@ -62,6 +64,7 @@ def resolve(name: str, options: dict[str, float]) -> Method:
         decompose=functools.partial(module.decompose, config=config),
         moments=module.MOMENTS,
         least_rank=functools.partial(least_rank, config=config),
+        ordered=getattr(module, "ORDERED", True),
     )
 
 

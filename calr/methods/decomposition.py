@@ -31,13 +31,11 @@ class Decomposition:
     errors [min(N, K) + 1] float64, errors[r] the expected error at rank r. unit says of what:
     "output" is E‖Wx - W'x‖², "loss" the predicted increase of the loss in nats per token.
     factors(r) -> (up [N, r], down [r, K]) in float32, for every r that the method can make.
-    ordered: those of a smaller rank are the first terms of those of a larger.
     """
 
     errors: Tensor
     factors: Callable[[int], tuple[Tensor, Tensor]]
     unit: Literal["output", "loss"] = "output"
-    ordered: bool = False
 
 
 def nested(
@@ -53,7 +51,6 @@ def nested(
         errors=torch.cat([tail, tail.new_zeros(1)]).cpu(),
         factors=lambda rank: (left[:, :rank].contiguous(), right[:rank].contiguous()),
         unit=unit,
-        ordered=True,
     )
 
 

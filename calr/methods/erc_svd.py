@@ -11,6 +11,7 @@ from calr.methods.decomposition import Decomposition, Moments, eigh_descending
 from calr.methods.svd_llm import output_basis
 
 MOMENTS = frozenset({"input"})
+ORDERED = False  # the residual is another one at every rank
 
 
 @dataclass(frozen=True)
