@@ -147,21 +147,50 @@ def test_16_bit_models_are_trained_in_float32_and_rounded_once(text):
     assert done["loss_after"] < done["loss_before"]
 
 
-@pytest.mark.parametrize("culprit", ["pivot", "correct"])
+@pytest.mark.parametrize("culprit", ["pivot", "measure"])
 def test_a_failure_leaves_the_model_as_it_was(culprit, text, monkeypatch):
-    """In training, or after it while packing: norms and layers are the dense model's."""
+    """After steps were made, in training or while packing: norms and layers are the dense one's."""
     from calr import compression
 
-    def fail(*arguments):
-        raise KeyboardInterrupt
+    calls = []
+
+    def fail_at_the_second(*arguments):
+        calls.append(arguments)
+        if culprit == "pivot" or len(calls) == 2:
+            raise KeyboardInterrupt
+        return 1.0
 
     home = compression.layouts if culprit == "pivot" else training._Run
-    monkeypatch.setattr(home, "pivot" if culprit == "pivot" else "measure", fail)
+    monkeypatch.setattr(home, culprit, fail_at_the_second)
     model = tiny_llama()
     with pytest.raises(KeyboardInterrupt):
         calr.compress(model, calr.Recipe(**(RECIPE | {"correction_tokens": 640})), calibration=text)
     assert torch.equal(model(text[:2]).logits, tiny_llama()(text[:2]).logits)
     assert not hasattr(model.config, "quantization_config")
+
+
+def test_biases_are_kept_and_corrected(text):
+    def dense():
+        model = tiny_llama(attention_bias=True)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for block in model.model.layers:
+                block.self_attn.q_proj.bias.copy_(torch.randn(32, generator=generator))
+        return model
+
+    plain = calr.compress(
+        dense(), calr.Recipe(**(RECIPE | {"correction_tokens": 0})), calibration=text
+    )
+    recipe = calr.Recipe(**(RECIPE | {"correction_tokens": 32 * 160}))
+    model = calr.compress(dense(), recipe, calibration=text)
+    names = [n for n in model.config.quantization_config.layers if n.endswith("q_proj")]
+    assert names
+    for name in names:
+        before = dense().get_submodule(name).bias
+        assert torch.equal(plain.get_submodule(name).bias, before)
+        assert not torch.equal(model.get_submodule(name).bias, before)
+    done = model.config.quantization_config.recipe["correction"]
+    assert done["loss_after"] < done["loss_before"]
 
 
 def test_too_little_text_is_refused_and_leaves_the_model_dense(text):
@@ -196,3 +225,24 @@ def test_corrective_training_moves_only_the_trailing_terms(share, text):
         assert torch.equal(layer.down.weight[:frozen], down[:frozen])
         assert not torch.equal(layer.weight[:, frozen:], up[:, frozen:])
     assert not any(layer.weight._backward_hooks for layer in layers.values())
+
+
+def test_a_pruning_method_is_called_at_every_step_and_keeps_the_last_state(text):
+    model, layers, recipe = students(text, correction_tokens=32 * 64)
+    used = windows_used(text, recipe)
+    targets, held_out = (collect_targets(tiny_llama(), part, Store()) for part in used)
+    parameters = [layer.weight for layer in layers.values()]
+    calls = []
+
+    def prune(step, steps):
+        assert all(p.grad is not None for p in parameters)
+        calls.append((step, steps))
+        with torch.no_grad():
+            parameters[0].zero_()  # ruins the model: the best state would be the first
+
+    done = training.train(
+        model, parameters, targets, held_out, learning_rate=1e-9, on_gradients=prune
+    )
+    assert calls == [(i, 4) for i in range(4)]
+    assert parameters[0].detach().abs().max() < 1e-6
+    assert done.loss_after > done.loss_before

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import calr
+from calr import elastic
 from calr.compression import complete
 from calr.errors import CalrError
 from calr.testing import tiny_llama
@@ -42,6 +43,25 @@ def test_the_elastic_model_is_the_dense_one(directory, ids):
     assert all(layer["rank"] > 0 for layer in model.config.quantization_config.layers.values())
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, tiny_llama()(ids).logits, rtol=0, atol=1e-3)
+
+
+def test_16_bit_factors_cost_what_rounding_costs(text, ids):
+    """Compared with compressing directly in bfloat16, whose own distance to float32 is the rule."""
+    recipe = calr.Recipe(keep=0.6, **OPTIONS)
+    exact = calr.compress(tiny_llama().bfloat16().float(), recipe, calibration=text)
+    direct = calr.compress(tiny_llama().bfloat16(), recipe, calibration=text)
+    whole = calr.compress(tiny_llama().bfloat16(), recipe, calibration=text, elastic=True)
+    ranks = exact.config.quantization_config.layers
+    found = calr.resize(whole, 0.6)
+    same = [n for n, x in found.config.quantization_config.layers.items() if ranks.get(n) == x]
+    assert len(same) > len(ranks) / 2  # moments of a 16-bit model differ a little
+    target = weights(exact)
+
+    def error(model):
+        made = weights(model)
+        return sum(float((made[n].float() - target[n]).norm() / target[n].norm()) for n in same)
+
+    assert error(found) < 2 * error(direct)
 
 
 @settings(max_examples=12, deadline=None)
@@ -88,6 +108,21 @@ def test_skipped_layers_stay_dense_and_count(text):
     layers = resized.config.quantization_config.layers
     assert layers == expected.config.quantization_config.layers
     assert not any(".0.self_attn." in name for name in layers)
+
+
+@pytest.mark.parametrize("culprit", ["low_rank", "_dense"])
+def test_an_interrupted_resize_changes_nothing(culprit, directory, ids, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    before = model(ids).logits
+    with monkeypatch.context() as patch:
+        patch.setattr(elastic.layouts if culprit == "low_rank" else elastic, culprit, killed)
+        with pytest.raises(KeyboardInterrupt):
+            calr.resize(model, 0.95 if culprit == "_dense" else 0.5)
+    assert torch.equal(model(ids).logits, before)
+    assert calr.resize(model, 0.5).config.quantization_config.layers
 
 
 @pytest.mark.parametrize(
