@@ -22,10 +22,10 @@ def text():
     return torch.randint(2, 258, (200, 32), generator=generator)
 
 
-def students(ids, **recipe):
+def students(ids, device="cpu", **recipe):
     """A model with uncorrected two-factor layers in place, those layers, and the recipe."""
     uncorrected = calr.Recipe(**(RECIPE | {"layout": "two_factor", "correction_tokens": 0}))
-    model = calr.compress(tiny_llama(), uncorrected, calibration=ids[:16])
+    model = calr.compress(tiny_llama().to(device), uncorrected, calibration=ids[:16])
     names = model.config.quantization_config.layers
     layers = {name: model.get_submodule(name) for name in names}
     return model.eval(), layers, calr.Recipe(**(RECIPE | recipe))
@@ -34,20 +34,23 @@ def students(ids, **recipe):
 def corrected(model, layers, text, recipe, store=None):
     """Train on the text as compress does."""
     used = windows_used(text, recipe)
-    targets, held_out = (collect_targets(tiny_llama(), part, Store()) for part in used)
+    targets, held_out = (
+        collect_targets(tiny_llama().to(model.device), part, Store()) for part in used
+    )
     return correct(model, layers, targets, held_out, recipe, store or Store())
 
 
 def kl(model, ids):
     """KL from the dense model, nats per token, computed independently."""
     with torch.no_grad():
-        target = tiny_llama()(ids).logits.double().log_softmax(-1)
+        ids = ids.to(model.device)
+        target = tiny_llama().to(model.device)(ids).logits.double().log_softmax(-1)
         found = model(ids).logits.double().log_softmax(-1)
     return float((target.exp() * (target - found)).sum(-1).mean())
 
 
-def test_training_lowers_the_loss_on_unseen_text(text):
-    model, layers, recipe = students(text, correction_tokens=32 * 160)
+def test_training_lowers_the_loss_on_unseen_text(text, device):
+    model, layers, recipe = students(text, device, correction_tokens=32 * 160)
     unseen = torch.randint(2, 258, (8, 32), generator=torch.Generator().manual_seed(9))
     before = kl(model, unseen)
     done = corrected(model, layers, text, recipe)
@@ -120,14 +123,16 @@ def test_an_interrupted_run_continues_to_the_same_bits(text, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("layout", ["pivoted", "two_factor"])
-def test_compress_corrects_and_packs(layout, text, monkeypatch):
+def test_compress_corrects_and_packs(layout, text, device, monkeypatch):
     """The packed layers compute what the trained ones did, and the budget still holds."""
     monkeypatch.setattr(teacher, "TOP", 1000)  # all of them but one
     options = RECIPE | {"correction_tokens": 32 * 96, "layout": layout}
     plain = calr.compress(
-        tiny_llama(), calr.Recipe(**(options | {"correction_tokens": 0})), calibration=text
+        tiny_llama().to(device),
+        calr.Recipe(**(options | {"correction_tokens": 0})),
+        calibration=text,
     )
-    model = calr.compress(tiny_llama(), calr.Recipe(**options), calibration=text)
+    model = calr.compress(tiny_llama().to(device), calr.Recipe(**options), calibration=text)
     layers = model.config.quantization_config.layers
     assert layers == plain.config.quantization_config.layers
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in plain.parameters())

@@ -11,8 +11,8 @@ from calr.testing import tiny_llama
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
-def test_equal_blocks_collapse_into_one_of_them(count, ids):
-    model = tiny_llama(num_hidden_layers=8)
+def test_equal_blocks_collapse_into_one_of_them(count, ids, device):
+    model = tiny_llama(num_hidden_layers=8).to(device)
     values = {name: p.clone() for name, p in model.model.layers[0].named_parameters()}
     for block in model.model.layers:
         block.load_state_dict(values)

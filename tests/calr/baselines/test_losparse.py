@@ -23,8 +23,8 @@ def test_the_start_is_the_dense_model(ids):
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.8])
-def test_the_end_meets_the_budget(keep, ids):
-    model = tiny_llama()
+def test_the_end_meets_the_budget(keep, ids, device):
+    model, ids = tiny_llama().to(device), ids.to(device)
     dense = analyse(model).linear_parameters
     pruner = LoSparse(model, keep)
     sizes = []

@@ -21,8 +21,8 @@ def with_idle(block, blocks=4):
 
 
 @pytest.mark.parametrize("block", [0, 2, 3])
-def test_an_idle_block_is_dropped_first_and_nothing_changes(block, ids):
-    model = with_idle(block)
+def test_an_idle_block_is_dropped_first_and_nothing_changes(block, ids, device):
+    model, ids = with_idle(block).to(device), ids.to(device)
     with torch.no_grad():
         before = model(ids).logits
         assert shortgpt(model, ids, 1) == [block]
