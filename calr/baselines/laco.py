@@ -12,39 +12,38 @@ from calr.blocks import BlockRunner
 from calr.errors import CalrError
 from calr.structure import Structure, analyse
 
-MERGE = 4  # C: blocks in one collapse, the one that stays included
+MERGES = (4, 3, 2)  # C: blocks in one collapse, the one that stays included
 INTERVAL = 2  # I: blocks between the places of two collapses
 THRESHOLDS = [t / 100 for t in range(98, -101, -2)]  # T, from the strictest
-PROBES = 2  # windows on which the final hidden states are compared
+PROBES = 1  # windows on which the final hidden states are compared
 
 
 def laco(model: PreTrainedModel, ids: Tensor, count: int) -> list[int]:
     """Collapse blocks until count are gone, in place; return the indices of those.
 
-    From the top down (Algorithm 1): blocks l+1 … l+m, m < 4, are added into l as differences of
-    parameters, θ_l + Σ (θ_{l+i} - θ_l), and this stays when the mean cosine similarity of the
-    final hidden states to the dense model's on windows [S, T] exceeds T (token by token, before the
-    final norm). The strictest T that loses count blocks is taken, its last collapse cut to the
-    count. Raises CalrError when none does.
+    From the top down (Algorithm 1): the matrices of blocks l+1 … l+m, m < C, are added into those
+    of l as differences, θ_l + Σ (θ_{l+i} - θ_l), and this stays when the cosine similarity of the
+    final hidden states (normalised, mean over tokens) to the dense model's on windows [S, T]
+    exceeds T. The strictest T that loses count blocks is taken, its last collapse cut to the count.
+    The paper sets C by hand for each model; here the C that ends most similar is taken. Raises
+    CalrError when none loses count blocks.
     """
     structure = analyse(model)
     if not 0 <= count < structure.blocks:
         raise CalrError(f"laco: cannot remove {count} of {structure.blocks} blocks")
-    search, threshold = _Search(model, structure, ids[:PROBES]), THRESHOLDS[0]
-    while True:
-        try:
-            gone = search.collapse(threshold, count)
-        except BaseException:
-            search.restore()
-            raise
-        if len(gone) == count:
-            remove_blocks(model, structure, gone)
-            return sorted(gone)
-        search.restore()
-        lower = [t for t in THRESHOLDS if t < search.rejected]  # others would change nothing
-        if not lower:
+    search = _Search(model, structure, ids[:PROBES])
+    try:
+        found = [found for merge in MERGES if (found := search.strictest(merge, count))]
+        if not found:
             raise CalrError(f"laco: no threshold removes {count} of {structure.blocks} blocks")
-        threshold = lower[0]
+        _, threshold, merge = max(found)
+        search.restore()
+        gone = search.collapse(merge, threshold, count)
+    except BaseException:
+        search.restore()
+        raise
+    remove_blocks(model, structure, gone)
+    return sorted(gone)
 
 
 class _Search:
@@ -57,22 +56,38 @@ class _Search:
         for block in range(structure.blocks):
             self.inputs.append(self.runner.run(block, self.inputs[-1]))
         self.rejected = -math.inf  # the largest similarity that was too small
+        self.similarity = 1.0  # after the last collapse that stayed
+        parent = model.get_submodule(structure.blocks_name.rpartition(".")[0])
+        self.norms = [m for m in parent.children() if "norm" in type(m).__name__.lower()]
+        self.final = self._normalised(self.inputs[-1])
 
-    def collapse(self, threshold: float, count: int) -> list[int]:
+    def strictest(self, merge: int, count: int) -> tuple[float, float, int] | None:
+        """Return the similarity at the strictest threshold that loses count blocks, that threshold
+        and merge; None if no threshold does."""
+        thresholds = THRESHOLDS
+        while thresholds:
+            self.restore()
+            if len(self.collapse(merge, thresholds[0], count)) == count:
+                return self.similarity, thresholds[0], merge
+            thresholds = [t for t in thresholds if t < self.rejected]  # others change nothing
+        return None
+
+    def collapse(self, merge: int, threshold: float, count: int) -> list[int]:
         """Collapse from the top down at one threshold; return at most count lost blocks."""
         kept = list(range(len(self.runner.blocks)))
         gone: list[int] = []
-        self.rejected = -math.inf
-        at = len(kept) - MERGE
+        self.rejected, self.similarity = -math.inf, 1.0
+        at = len(kept) - merge
         while at >= 0 and len(gone) < count:
-            taken = kept[at + 1 : at + 1 + min(MERGE - 1, count - len(gone))]
+            taken = kept[at + 1 : at + 1 + min(merge - 1, count - len(gone))]
             before = _parameters(self.runner.blocks[kept[at]])
             self._add(kept[at], taken)
             left = [block for block in kept if block not in taken]
             similarity = self._similarity(left, at)
             if similarity > threshold:
                 gone, kept = gone + taken, left
-                at = min(at - INTERVAL, len(kept) - MERGE)
+                at = min(at - INTERVAL, len(kept) - merge)
+                self.similarity = similarity
             else:
                 self.rejected = max(self.rejected, similarity)
                 _assign(self.runner.blocks[kept[at]], before)
@@ -98,16 +113,24 @@ class _Search:
         hidden = self.inputs[first]
         for block in kept[first:]:
             hidden = self.runner.run(block, hidden)
-        pairs = zip(hidden, self.inputs[-1], strict=True)
+        pairs = zip(self._normalised(hidden), self.final, strict=True)
         found = [cosine_similarity(x.double(), y.double(), dim=-1).flatten() for x, y in pairs]
         return float(torch.cat(found).mean())
 
+    @torch.no_grad()
+    def _normalised(self, hidden: list[Tensor]) -> list[Tensor]:
+        """Apply the model's final norm, without which a few huge channels are all that counts."""
+        for norm in self.norms:
+            hidden = [norm(x) for x in hidden]
+        return hidden
+
 
 def _parameters(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
+    """Copy a block's matrices."""
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.dim() >= 2}
 
 
 @torch.no_grad()
 def _assign(module: nn.Module, values: dict[str, Tensor]) -> None:
-    for name, parameter in module.named_parameters():
-        parameter.copy_(values[name])
+    for name, value in values.items():
+        module.get_parameter(name).copy_(value)

@@ -28,7 +28,7 @@ def test_a_collapse_adds_the_differences(ids):
     model = tiny_llama(num_hidden_layers=5)
     before = [b.mlp.up_proj.weight.clone() for b in model.model.layers]
     search = _Search(model, analyse(model), ids[:2])
-    assert search.collapse(-2.0, 3) == [2, 3, 4]  # any similarity will do
+    assert search.collapse(4, -2.0, 3) == [2, 3, 4]  # any similarity will do
     expected = before[1] + sum(before[i] - before[1] for i in (2, 3, 4))
     torch.testing.assert_close(model.model.layers[1].mlp.up_proj.weight, expected)
     search.restore()
@@ -40,7 +40,7 @@ def test_nothing_collapses_above_the_threshold(ids):
     model = tiny_llama(num_hidden_layers=5)
     search = _Search(model, analyse(model), ids[:2])
     before = [p.clone() for p in model.parameters()]
-    assert search.collapse(1.0, 3) == []
+    assert search.collapse(4, 1.0, 3) == []
     assert all(map(torch.equal, model.parameters(), before))
 
 
@@ -53,3 +53,15 @@ def test_what_no_threshold_reaches_is_refused_and_undone(ids, monkeypatch):
     assert all(map(torch.equal, model.parameters(), before))
     with pytest.raises(CalrError, match="cannot remove 5 of 5"):
         laco(model, ids, 5)
+
+
+def test_the_merge_that_ends_most_similar_is_taken(ids):
+    found = {}
+    for merge in module.MERGES:
+        search = _Search(tiny := tiny_llama(num_hidden_layers=8), analyse(tiny), ids[:1])
+        found[merge] = search.strictest(merge, 3)
+    model = tiny_llama(num_hidden_layers=8)
+    gone = laco(model, ids, 3)
+    best = max(x for x in found.values() if x)
+    search = _Search(tiny := tiny_llama(num_hidden_layers=8), analyse(tiny), ids[:1])
+    assert gone == sorted(search.collapse(best[2], best[1], 3))
