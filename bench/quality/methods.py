@@ -44,24 +44,24 @@ class Bench:
     ids: Tensor
     statistics: Path
 
-    def build(self, method: str, keep: float, tokens: int, **options: object) -> PreTrainedModel:
+    def build(self, name: str, keep: float, tokens: int, **options: object) -> PreTrainedModel:
         """Return a copy of the dense model at keep of its linear parameters, healed on tokens.
 
         options: of the recipe, for variants of the methods that have one.
         """
         model = copy.deepcopy(self.dense)
-        if method in RECIPES:
+        if name in RECIPES:
             recipe = calr.Recipe(
                 keep=keep,
                 samples=SAMPLES,
                 gradient_samples=GRADIENT_SAMPLES,
                 correction_tokens=tokens,
-                **(RECIPES[method] | options),
+                **(RECIPES[name] | options),
             )
             return calr.compress(model, recipe, calibration=self.ids, statistics=self.statistics)
-        if method in BLOCKS:
+        if name in BLOCKS:
             blocks = analyse(model).blocks
-            BLOCKS[method](model, self._calibration, round_down((1 - keep) * blocks))
+            BLOCKS[name](model, self._calibration, round_down((1 - keep) * blocks))
             if tokens:
                 inside = model.get_submodule(find_blocks(model)[0]).parameters()
                 self._heal(model, list(dict.fromkeys([*inside, *norms(model)])), tokens)
