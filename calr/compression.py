@@ -76,7 +76,7 @@ def compress(
     model.eval()
     try:
         ids = _windows(model, recipe, calibration, tokenizer, work)
-        run = _Run(model, structure, recipe, _spread(ids, recipe.samples), statistics, work)
+        run = _Run(model, structure, recipe, spread(ids, recipe.samples), statistics, work)
         replacements = run.factorise(run.full_ranks() if elastic else run.allocate())
         if elastic:
             replacements = run.pack(run.completed(replacements), "two_factor")
@@ -149,7 +149,7 @@ def _windows(
     return ids
 
 
-def _spread(ids: Tensor, count: int) -> Tensor:
+def spread(ids: Tensor, count: int) -> Tensor:
     """Choose at most count windows, evenly."""
     count = min(count, len(ids))
     return ids[torch.linspace(0, len(ids) - 1, count).round().long()]
@@ -289,7 +289,7 @@ class _Run:
                 self.structure,
                 self.ids,
                 store,
-                gradient_ids=_spread(self.ids, gradient_windows) if self.gradients else None,
+                gradient_ids=spread(self.ids, gradient_windows) if self.gradients else None,
                 outputs=self.outputs,
                 seed=recipe.seed,
             )

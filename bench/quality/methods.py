@@ -18,7 +18,7 @@ from calr.baselines.laco import laco
 from calr.baselines.losparse import LoSparse
 from calr.baselines.shortgpt import shortgpt
 from calr.calibration import fingerprint
-from calr.compression import open_statistics
+from calr.compression import open_statistics, spread
 from calr.correction import norms, windows_used
 from calr.structure import analyse, find_blocks
 from calr.teacher import collect_targets, logits_of
@@ -70,7 +70,7 @@ class Bench:
 
     @property
     def _calibration(self) -> Tensor:
-        return self.ids[torch.linspace(0, len(self.ids) - 1, SAMPLES).round().long()]
+        return spread(self.ids, SAMPLES)
 
     def _losparse(self, model: PreTrainedModel, keep: float, tokens: int) -> PreTrainedModel:
         pruner = LoSparse(model, keep)

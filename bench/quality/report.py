@@ -69,9 +69,13 @@ def draw(rows: list[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     dense = next(row for row in rows if row["method"] == "dense")
-    figure, axes = pyplot.subplots(1, len(dense["perplexity"]), figsize=(15, 5), sharex=True)
+    texts = list(dense["perplexity"])
+    figure, panels = pyplot.subplots(
+        1, len(texts), figsize=(5 * len(texts), 5), sharex=True, squeeze=False
+    )
+    axes = panels[0]
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"))
-    for axis, text in zip(axes, dense["perplexity"], strict=True):
+    for axis, text in zip(axes, texts, strict=True):
         for index, method in enumerate(methods):
             for healed, style in ((0, "--"), (1, "-"), (2, ":")):
                 chosen = sorted(
