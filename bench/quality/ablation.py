@@ -2,8 +2,8 @@
 
     python bench/quality/ablation.py --model MODEL --data DIR
 
-Each line that starts with + adds to the one before; the others say what they have. Cells go to ablation.json as they are
-measured and are reused.
+Each line that starts with + adds to the one before; the others say what they have. Cells go to
+ablation.json as they are measured and are reused.
 """
 
 import argparse
