@@ -170,9 +170,14 @@ def _cross_moments(
     dense: list[Tensor], shifted: list[Tensor], batches: list[int]
 ) -> tuple[Tensor, Tensor, int]:
     """Return E[x x'ᵀ], E[x' x'ᵀ] and the number of tokens of some batches."""
-    x = torch.cat([dense[i] for i in batches]).double()
-    seen = torch.cat([shifted[i] for i in batches]).double()
-    return x.mT @ seen / len(x), seen.mT @ seen / len(x), len(x)
+    size = dense[0].shape[1]
+    h, g = torch.zeros(2, size, size, dtype=torch.float64, device=dense[0].device)
+    for i in batches:
+        seen = shifted[i].double()
+        h += dense[i].double().mT @ seen
+        g += seen.mT @ seen
+    tokens = sum(len(dense[i]) for i in batches)
+    return h / tokens, g / tokens, tokens
 
 
 class _Places:

@@ -109,7 +109,7 @@ def round_down(count: float) -> int:
 
 
 def stored_parameters(model: nn.Module) -> int:
-    """Count what a model stores; a pruned matrix only its kept columns."""
+    """Count what a model stores; a pruned matrix only its kept rows."""
     total = sum(p.numel() for p in model.parameters())
     for module in model.modules():
         if hasattr(module, "stored"):
