@@ -172,9 +172,9 @@ def _cross_moments(
     """Return E[x x'ᵀ], E[x' x'ᵀ] and the number of tokens of some batches."""
     size = dense[0].shape[1]
     h, g = torch.zeros(2, size, size, dtype=torch.float64, device=dense[0].device)
-    for i in batches:
-        seen = shifted[i].double()
-        h += dense[i].double().mT @ seen
+    for i in batches:  # float32 products of a few rows, summed in float64
+        seen = shifted[i].float()
+        h += dense[i].float().mT @ seen
         g += seen.mT @ seen
     tokens = sum(len(dense[i]) for i in batches)
     return h / tokens, g / tokens, tokens

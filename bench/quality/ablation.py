@@ -34,11 +34,12 @@ STEPS = [  # what it adds, its text, options of the recipe, whether it is healed
     ("+ loss-aware allocation", "WikiText-2", {"method": "svd_llm"}, False),
     ("+ two-sided truncation", "WikiText-2", {}, False),
     ("+ mixed calibration", "mixture", {}, False),
-    ("+ shifted inputs", "mixture", SHIFTED, False),
-    ("+ block-wise training", "mixture", SHIFTED | TRAINED, False),
+    ("mixed calibration + shifted inputs", "mixture", SHIFTED, False),
     ("mixed calibration + distillation of all factors", "mixture", {}, True),
     ("mixed calibration + distillation of a quarter", "mixture", {"trainable": "corrective"}, True),
-    ("all of block-wise training + distillation", "mixture", SHIFTED | TRAINED, True),
+    ("mixed calibration + block-wise training", "mixture", TRAINED, False),
+    ("shifted inputs + block-wise training", "mixture", SHIFTED | TRAINED, False),
+    ("both of them + distillation of all factors", "mixture", SHIFTED | TRAINED, True),
 ]
 
 
