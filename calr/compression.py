@@ -23,6 +23,7 @@ from calr.calibration import (
     fingerprint,
 )
 from calr.correction import correct, norms, windows_needed, windows_used
+from calr.elastic import complete, whole
 from calr.errors import CalrError
 from calr.integrations.transformers import CalrConfig, attach
 from calr.methods import Decomposition, Method, Moments
@@ -69,7 +70,7 @@ def compress(
     recipe = recipe or Recipe()
     structure = analyse(model, recipe.skip)
     if elastic:
-        recipe = _elastic(recipe)
+        recipe = whole(recipe)
     keep_of_rest(structure, recipe)
     check_finite(model)
     training, corrected = model.training, {}
@@ -95,29 +96,6 @@ def compress(
     described["tokens"] = min(len(ids), recipe.samples) * ids.shape[1]
     attach(model, CalrConfig(layers=layers, recipe=described, errors=errors))
     return model
-
-
-def _elastic(recipe: Recipe) -> Recipe:
-    """Return the recipe of a model that can be resized later.
-
-    Raises CalrError for another allocation than global, and for a method whose factors have no
-    order.
-    """
-    if not methods.resolve(recipe.method, recipe.method_options).ordered:
-        raise CalrError(
-            f"elastic: the factors of method={recipe.method} have no order in which they could be "
-            "cut; use calr, svd_llm or svd"
-        )
-    if recipe.allocation != "global":
-        raise CalrError(f"elastic needs allocation=global, not {recipe.allocation}")
-    return dataclasses.replace(
-        recipe,
-        keep=1.0,
-        layout="two_factor",
-        correction_tokens=0,
-        shifted_inputs=False,
-        block_epochs=0,
-    )
 
 
 def _windows(
@@ -503,22 +481,6 @@ def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     norms = up.norm(dim=0), down.norm(dim=1)
     scale = torch.where((norms[0] > 0) & (norms[1] > 0), (norms[1] / norms[0]).sqrt(), 1.0)
     return up * scale, down / scale[:, None]
-
-
-def complete(weight: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Fill terms that are zero, up [N, r], down [r, K], with the SVD of what is missing.
-
-    A decomposition leaves out directions that calibration gave no energy.
-    """
-    empty = ((up.norm(dim=0) == 0) | (down.norm(dim=1) == 0)).nonzero()[:, 0]
-    if not len(empty):
-        return up, down
-    missing = weight.double() - up.double() @ down.double()
-    u, s, vh = torch.linalg.svd(missing, full_matrices=False)
-    root, up, down = s[: len(empty)].sqrt(), up.clone(), down.clone()
-    up[:, empty] = (u[:, : len(empty)] * root).to(up)
-    down[empty] = (root[:, None] * vh[: len(empty)]).to(down)
-    return up, down
 
 
 def parameter_report(structure: Structure, ranks: Ranks, layout: Any) -> dict[str, float]:

@@ -1,13 +1,14 @@
-"""Resize an elastic model: cut ordered factors to any size, without calibration data."""
+"""Elastic models: ordered factors of every layer, cut to any size without calibration data."""
 
 import dataclasses
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from calr import allocation, layouts
+from calr import allocation, layouts, methods
 from calr.allocation import Shape
 from calr.blocks import set_submodule
 from calr.errors import CalrError
@@ -26,9 +27,9 @@ def resize(
     the elastic model's factors to its dtype (a layer left dense is their product). Raises
     CalrError for a model that is not elastic: training and pivoting lose the order of the factors.
     """
-    config = model.config.quantization_config if is_calr(model) else None
+    config = getattr(model.config, "quantization_config", None)
     errors = getattr(config, "errors", None)
-    if config is None or errors is None:
+    if not isinstance(config, CalrConfig) or errors is None:
         raise CalrError(
             "the model is not elastic: correction and the pivoted layout lose the order of the "
             "factors; make one with `calr compress MODEL DIRECTORY --elastic`"
@@ -48,25 +49,59 @@ def resize(
         fixed=sum(shape.dense for name, shape in shapes.items() if name not in config.layers),
         exact=recipe.solver == "exact",
     )
-    made_of: dict[str, nn.Module] = {}
+    cut: dict[str, nn.Module] = {}
     for name, rank in logging.tqdm(ranks.items(), desc="resizing", unit="layer"):
         old = modules[name]
         assert isinstance(old, LowRankLinear)
         if rank is None:
-            made_of[name] = _dense(old)
+            cut[name] = _dense(old)
         else:
             up, down = old.weight.detach()[:, :rank], old.down.weight.detach()[:rank]
-            made_of[name] = layouts.low_rank(up, down, old.bias, layout, old.weight.dtype)
-    for name, module in made_of.items():
+            cut[name] = layouts.low_rank(up, down, old.bias, layout, old.weight.dtype)
+    for name, module in cut.items():
         set_submodule(model, name, module.train(model.training))
     layers = {n: {"layout": layout, "rank": r} for n, r in ranks.items() if r is not None}
     attach(model, CalrConfig(layers=layers, recipe=config.recipe | recipe.to_dict()))
     return model
 
 
-def is_calr(model: PreTrainedModel) -> bool:
-    """Tell whether a model in memory was compressed by calr."""
-    return isinstance(getattr(model.config, "quantization_config", None), CalrConfig)
+def whole(recipe: Recipe) -> Recipe:
+    """Return the recipe of a model that can be resized: all ranks, no training.
+
+    Raises CalrError for another allocation than global, and for a method whose factors have no
+    order.
+    """
+    if not methods.resolve(recipe.method, recipe.method_options).ordered:
+        raise CalrError(
+            f"elastic: the factors of method={recipe.method} have no order in which they could be "
+            "cut; use calr, svd_llm or svd"
+        )
+    if recipe.allocation != "global":
+        raise CalrError(f"elastic needs allocation=global, not {recipe.allocation}")
+    return dataclasses.replace(
+        recipe,
+        keep=1.0,
+        layout="two_factor",
+        correction_tokens=0,
+        shifted_inputs=False,
+        block_epochs=0,
+    )
+
+
+def complete(weight: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill terms that are zero, up [N, r], down [r, K], with the SVD of what is missing.
+
+    A decomposition leaves out directions that calibration gave no energy.
+    """
+    empty = ((up.norm(dim=0) == 0) | (down.norm(dim=1) == 0)).nonzero()[:, 0]
+    if not len(empty):
+        return up, down
+    missing = weight.double() - up.double() @ down.double()
+    u, s, vh = torch.linalg.svd(missing, full_matrices=False)
+    root, up, down = s[: len(empty)].sqrt(), up.clone(), down.clone()
+    up[:, empty] = (u[:, : len(empty)] * root).to(up)
+    down[empty] = (root[:, None] * vh[: len(empty)]).to(down)
+    return up, down
 
 
 def _whole_curve(sampled: list[float], step: int, shape: Shape) -> np.ndarray:

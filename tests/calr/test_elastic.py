@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import calr
 from calr import elastic
-from calr.compression import complete
+from calr.elastic import complete
 from calr.errors import CalrError
 from calr.testing import tiny_llama
 from calr_kernels import LowRankLinear
