@@ -62,7 +62,7 @@ def paired_error(row: Row, dense: Row) -> float:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Draw perplexity against size, a panel per text, unhealed dashed and healed solid."""
+    """Draw perplexity against size, a panel per text: crosses unhealed, dots healed, squares longer."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -77,7 +77,7 @@ def draw(rows: list[Row], path: Path) -> None:
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"))
     for axis, text in zip(axes, texts, strict=True):
         for index, method in enumerate(methods):
-            for healed, style in ((0, "--"), (1, "-"), (2, ":")):
+            for healed, style in ((0, "x--"), (1, "o-"), (2, "s:")):
                 chosen = sorted(
                     (1 - row["params"] / dense["params"], row["perplexity"][text])
                     for row in rows
@@ -85,7 +85,7 @@ def draw(rows: list[Row], path: Path) -> None:
                 )
                 label = f"{method}{('', ', healed', ', long')[healed]}"
                 if chosen:
-                    axis.plot(*zip(*chosen, strict=True), style, marker=".", color=f"C{index}")
+                    axis.plot(*zip(*chosen, strict=True), style, color=f"C{index}")
                     axis.lines[-1].set_label(label)
         axis.axhline(dense["perplexity"][text], color="grey", linewidth=0.8)
         axis.set(title=text, xlabel="removed of the model's parameters", yscale="log")
