@@ -62,7 +62,7 @@ def paired_error(row: Row, dense: Row) -> float:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Draw perplexity against size, a panel per text: crosses unhealed, dots healed, squares longer."""
+    """Draw perplexity against size, a panel per text: x unhealed, dots healed, squares longer."""
     import matplotlib
 
     matplotlib.use("Agg")
