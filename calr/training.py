@@ -22,7 +22,7 @@ CLIP = 1.0  # largest norm of a step's gradient
 BETAS = (0.9, 0.95)
 FINAL = 0.1  # learning rate at the end over its peak
 MEASURE_EVERY = 16  # steps between measurements on held-out windows, where the best is kept
-BATCH_TOKENS = 1024  # tokens of a step: with 512 sampled text is too noisy to gain from
+BATCH_TOKENS = 1024  # tokens of a step
 STATE = "training"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 
@@ -53,9 +53,9 @@ def train(
     of the parameters, which is rounded at the end; nothing else moves. The state that did best on
     held_out is kept, so that the result is never worse there than the start. on_gradients(step,
     steps) is called after every backward pass (a baseline prunes there; it has no state in store);
-    with it the last state is kept, whatever its loss.
-    Deterministic for a seed on one device; store: where an interrupted run continues from. Raises
-    CalrError when the loss is not finite; the parameters are then as they were.
+    with it the last state is kept, whatever its loss. Deterministic for a seed on one device;
+    store: where an interrupted run continues from. Raises CalrError when the loss is not finite;
+    the parameters are then as they were.
     """
     with _training(model, parameters):
         run = _Run(
