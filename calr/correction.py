@@ -21,7 +21,7 @@ from calr.teacher import Targets
 from calr.training import Trained, train
 from calr_kernels import LowRankLinear
 
-HELD_OUT = 4  # windows that are never trained on
+HELD_OUT = 8  # windows that are never trained on
 
 logger = logging.get_logger(__name__)
 

@@ -60,7 +60,7 @@ class Recipe:
     block_epochs: int = 0
     block_learning_rate: float = 3e-4
     correction_tokens: int = 65_536
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-5
     trainable: Literal["factors", "corrective"] = "factors"
     corrective_share: float = 0.25
     seed: int = 0

@@ -19,6 +19,7 @@ from calr.store import Store
 TOP = 128  # next tokens kept per position, 768 bytes; the others count as one
 CHUNK = 16  # windows of one saved file
 PART_TOKENS = 1024  # tokens whose logits are held at once
+ROWS = 32  # of the logits that are worked on at once: they stay in the cache of a CPU
 LEAST_MASS = 1e-6  # of the others: below it float32 sums are noise
 
 
@@ -94,20 +95,27 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, log_t: Tensor, tokens: Tensor) -> Tensor:
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        total = wide.logsumexp(-1, keepdim=True)
-        log_p = wide.gather(-1, tokens) - total  # [n, k]
+        totals = torch.cat([_wide(part).logsumexp(-1, keepdim=True) for part in logits.split(ROWS)])
+        log_p = logits.gather(-1, tokens).to(totals) - totals  # [n, k]
         t, rest_t = log_t.exp(), _rest(log_t)
         ratio = rest_t / _rest(log_p)
-        ctx.save_for_backward(logits, total, tokens, log_p.exp() - t, ratio)
+        ctx.save_for_backward(logits, totals, tokens, log_p.exp() - t, ratio)
         losses = (t * (log_t - log_p)).sum(-1, keepdim=True) + rest_t * ratio.log()
         return losses.mean()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        logits, total, tokens, top, ratio = ctx.saved_tensors
-        gradient = (logits - total).exp_().mul_(1 - ratio).scatter_(-1, tokens, top)
-        return gradient.mul_(grad / len(logits)).to(logits.dtype), None, None
+        logits, totals, tokens, top, ratio = ctx.saved_tensors
+        gradient, scale = torch.empty_like(logits), grad / len(logits)
+        for start in range(0, len(logits), ROWS):
+            part = slice(start, start + ROWS)
+            others = (_wide(logits[part]) - totals[part]).exp_().mul_((1 - ratio[part]) * scale)
+            gradient[part] = others.scatter_(-1, tokens[part], top[part] * scale)
+        return gradient, None, None
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _rest(log_probabilities: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from calr.errors import CalrError
-from calr.precision import mixed
 
 HELD_OUT = 5  # one fifth of the built-in text is kept from calibration, for evaluation
 CACHE_BYTES = 2 << 30
@@ -108,7 +107,7 @@ def sample_from(
     own, generate = model.generation_config, cast(Any, model.generate)
     rows = []
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), mixed(model):
+    with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed)
         try:
             # none of the model's own penalties and filters: plain sampling from its distribution

@@ -21,8 +21,8 @@ WARM_UP = 8  # steps
 CLIP = 1.0  # largest norm of a step's gradient
 BETAS = (0.9, 0.95)
 FINAL = 0.1  # learning rate at the end over its peak
-MEASURE_EVERY = 16  # steps between measurements on held-out windows, where the best is kept
-BATCH_TOKENS = 1024  # tokens of a step
+MEASURE_EVERY = 32  # steps between measurements on held-out windows, where the best is kept
+BATCH_TOKENS = 512  # tokens of a step
 STATE = "training"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 

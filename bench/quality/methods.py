@@ -25,15 +25,16 @@ from calr.teacher import collect_targets, logits_of
 from calr.training import train
 
 SAMPLES, GRADIENT_SAMPLES = 96, 32  # calibration windows
+FACTORS = {"layout": "two_factor", "learning_rate": 1e-4}  # farther from dense than CALR
 RECIPES = {  # as their papers have them, up to rank rules that those leave open
-    "SVD": {"method": "svd", "layout": "two_factor", "allocation": "uniform"},
-    "SVD-LLM": {"method": "svd_llm", "layout": "two_factor", "allocation": "uniform"},
-    "ERC-SVD": {"method": "erc_svd", "layout": "two_factor", "allocation": "last_k"},
+    "SVD": FACTORS | {"method": "svd", "allocation": "uniform"},
+    "SVD-LLM": FACTORS | {"method": "svd_llm", "allocation": "uniform"},
+    "ERC-SVD": FACTORS | {"method": "erc_svd", "allocation": "last_k"},
     "CALR": {},
 }
 BLOCKS = {"ShortGPT": shortgpt, "LaCo": laco}
 METHODS = ["SVD", "SVD-LLM", "ERC-SVD", "ShortGPT", "LaCo", "LoSparse", "CALR"]
-DENSE_LEARNING_RATE = 5e-5  # of the methods that train whole matrices
+MATRICES_LEARNING_RATE = 5e-5  # of the methods that train whole matrices
 
 
 @dataclass
@@ -98,7 +99,7 @@ class Bench:
             parameters,
             targets,
             held_out,
-            learning_rate=DENSE_LEARNING_RATE,
+            learning_rate=MATRICES_LEARNING_RATE,
             on_gradients=on_gradients,
         )
 

@@ -55,6 +55,7 @@ class _Search:
         self.inputs = [self.runner.hidden]  # of every dense block, then the final hidden states
         for block in range(structure.blocks):
             self.inputs.append(self.runner.run(block, self.inputs[-1]))
+        self.known: dict[tuple[object, ...], float] = {}  # similarities after these collapses
         self.rejected = -math.inf  # the largest similarity that was too small
         self.similarity = 1.0  # after the last collapse that stayed
         parent = model.get_submodule(structure.blocks_name.rpartition(".")[0])
@@ -76,6 +77,7 @@ class _Search:
         """Collapse from the top down at one threshold; return at most count lost blocks."""
         kept = list(range(len(self.runner.blocks)))
         gone: list[int] = []
+        done: tuple[object, ...] = ()  # (block, blocks added into it), …
         self.rejected, self.similarity = -math.inf, 1.0
         at = len(kept) - merge
         while at >= 0 and len(gone) < count:
@@ -83,9 +85,12 @@ class _Search:
             before = _parameters(self.runner.blocks[kept[at]])
             self._add(kept[at], taken)
             left = [block for block in kept if block not in taken]
-            similarity = self._similarity(left, at)
+            after = (*done, (kept[at], *taken))
+            if after not in self.known:  # most are, from the thresholds before
+                self.known[after] = self._similarity(left, at)
+            similarity = self.known[after]
             if similarity > threshold:
-                gone, kept = gone + taken, left
+                gone, kept, done = gone + taken, left, after
                 at = min(at - INTERVAL, len(kept) - merge)
                 self.similarity = similarity
             else:

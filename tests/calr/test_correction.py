@@ -248,6 +248,6 @@ def test_a_pruning_method_is_called_at_every_step_and_keeps_the_last_state(text)
     done = training.train(
         model, parameters, targets, held_out, learning_rate=1e-9, on_gradients=prune
     )
-    assert calls == [(i, 2) for i in range(2)]
+    assert calls == [(i, 4) for i in range(4)]
     assert parameters[0].detach().abs().max() < 1e-6
     assert done.loss_after > done.loss_before
