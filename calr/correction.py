@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from calr.blocks import checkpointed
 from calr.errors import CalrError
 from calr.recipe import Recipe
 from calr.store import Store
+from calr.structure import find_blocks
 from calr.teacher import Targets
 from calr.training import Trained, train
 from calr_kernels import LowRankLinear
@@ -66,6 +68,7 @@ def correct(
     recipe.trainable: "factors" moves all of them; "corrective" only the trailing terms of each
     layer, corrective_share of its rank, which are the residual of the truncation before them.
     """
+    blocks = list(find_blocks(model)[1]) if recipe.gradient_checkpointing else []
     parameters = [p for layer in layers.values() for p in layer.parameters()] + norms(model)
     handles = []
     if recipe.trainable == "corrective":
@@ -74,15 +77,16 @@ def correct(
             handles.append(layer.weight.register_hook(_without(frozen, dim=1)))
             handles.append(layer.down.weight.register_hook(_without(frozen, dim=0)))
     try:
-        return train(
-            model,
-            parameters,
-            targets,
-            held_out,
-            learning_rate=recipe.learning_rate,
-            seed=recipe.seed,
-            store=store,
-        )
+        with checkpointed(blocks):
+            return train(
+                model,
+                parameters,
+                targets,
+                held_out,
+                learning_rate=recipe.learning_rate,
+                seed=recipe.seed,
+                store=store,
+            )
     finally:
         for handle in handles:
             handle.remove()

@@ -41,6 +41,8 @@ class Recipe:
         trainable: What it moves beside the norms: factors, all of every layer, or corrective, only
             the trailing terms of each, with the others frozen.
         corrective_share: Share of a layer's rank that these trailing terms are, in (0, 1].
+        gradient_checkpointing: Train in less memory and a third more time: activations are computed
+            again for the backward pass.
         seed: Seed of sampling and of the order of training.
     """
 
@@ -63,6 +65,7 @@ class Recipe:
     learning_rate: float = 5e-5
     trainable: Literal["factors", "corrective"] = "factors"
     corrective_share: float = 0.25
+    gradient_checkpointing: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

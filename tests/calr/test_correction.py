@@ -217,6 +217,34 @@ def test_a_loss_that_is_not_finite_is_an_error(text):
     assert all(map(torch.equal, broken.parameters(), before))
 
 
+def test_gradient_checkpointing_saves_activations_and_changes_no_bit(text):
+    """Counts what autograd keeps of one step, then compares whole runs."""
+    kept, results = [], []
+    for again in (False, True):
+        options = {"gradient_checkpointing": again, "correction_tokens": 32 * 64}
+        model, layers, recipe = students(text, **options)
+        forward, sizes = training.divergence, []
+
+        def counted(*arguments, forward=forward, sizes=sizes):
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: sizes.append(x.numel()) or x, _same
+            ):
+                return forward(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "divergence", counted)
+            corrected(model, layers, text, recipe)
+        kept.append(sum(sizes))
+        results.append([p.clone() for p in model.parameters()])
+        assert not any("forward" in block.__dict__ for block in model.model.layers)
+    assert kept[1] < kept[0] / 2
+    assert all(map(torch.equal, *results))
+
+
+def _same(x):
+    return x
+
+
 @pytest.mark.parametrize("share", [0.25, 1.0])
 def test_corrective_training_moves_only_the_trailing_terms(share, text):
     recipe = {"trainable": "corrective", "corrective_share": share, "correction_tokens": 32 * 64}
