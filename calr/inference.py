@@ -12,6 +12,7 @@ from calr_kernels.cpu import Bound, Factors, bindable
 from calr_kernels.nn import LowRankLinear, may_bypass
 
 ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1}
+SCALES = (1.0, 1e2, 1e4)  # of the traced inputs: some forms clamp what is large
 PARTS = ("gate_proj", "up_proj", "act_fn", "down_proj")
 
 logger = logging.get_logger(__name__)
@@ -71,15 +72,17 @@ class _GatedForward:
         activation = ACTIVATIONS.get(type(act).__name__)
         plain = activation is not None and not any(map(_has_hooks, [*layers, act]))
         if plain and not torch.is_grad_enabled():
-            factors = [_factors(layer, x) for layer in layers]
+            factors = [_factors(layer, x) for layer in layers[:2]]
+            if factors[0] is not None:
+                factors.append(_factors(layers[2], x, factors[0].out_features))
             if None not in factors:
                 return self._bound.gated(x, factors, activation)  # type: ignore[arg-type]
         result: Tensor = type(self._module).forward(self._module, x)
         return result
 
 
-def _factors(layer: nn.Module | None, x: Tensor) -> Factors | None:
-    """Return a layer's tensors if the kernel may read them for x, and can."""
+def _factors(layer: nn.Module | None, x: Tensor, in_features: int | None = None) -> Factors | None:
+    """Return a layer's tensors if the kernel may read them for x, or for as many rows, and can."""
     if type(layer) is nn.Linear:
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
         if weight is None or not may_bypass(x, weight, bias):
@@ -89,7 +92,7 @@ def _factors(layer: nn.Module | None, x: Tensor) -> Factors | None:
         factors = layer.factors()
     else:
         return None
-    return factors if bindable(x, factors) else None
+    return factors if bindable(x, factors, in_features) else None
 
 
 def _has_hooks(layer: nn.Module) -> bool:
@@ -110,14 +113,17 @@ def _is_gated(module: nn.Module) -> bool:
     if None in parts or type(parts[2]).__name__ not in ACTIVATIONS or len(module._modules) != 4:
         return False
     gate, up, act, down = (part for part in parts if part is not None)
-    weight = next(module.parameters())
-    if weight.device.type != "cpu" or not isinstance(gate, nn.Linear):
+    weight = gate._parameters.get("weight")
+    if weight is None or weight.device.type != "cpu" or not isinstance(gate, nn.Linear):
         return False
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(max(cpu.MAX_ROWS.values()) + 1, gate.in_features, generator=generator).to(
-        weight.dtype
-    )
+    rows = max(cpu.MAX_ROWS.values()) + 1
+    x = torch.randn(rows, gate.in_features, generator=torch.Generator().manual_seed(0))
     try:
-        return torch.equal(module(x), down(act(gate(x)) * up(x)))
-    except (TypeError, RuntimeError):  # other arguments, or sizes that do not fit: another form
+        for scale in SCALES:
+            seen = (x * scale).to(weight.dtype)
+            found, expected = module(seen), down(act(gate(seen)) * up(seen))
+            if not torch.equal(found.nan_to_num(), expected.nan_to_num()):
+                return False
+    except Exception:  # other arguments, sizes that do not fit, no matrices: another form
         return False
+    return True

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 ISAS = ("scalar", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -70,10 +71,12 @@ def isa() -> int:
 def usable(x: Tensor, down: Tensor, up: Tensor) -> bool:
     """Tell whether the kernel computes this: few rows, plain CPU tensors, types that it knows.
 
-    Factors share one type; x has it too, or is float32. Written out, since it runs at every call.
+    Factors share one type; x has it too, or is float32. A width that does not fit is torch's to
+    refuse. Written out, since it runs at every call.
     """
     return (
         down.dtype in TYPES
+        and x.shape[-1:] == down.shape[1:]
         and up.dtype is down.dtype
         and (x.dtype is down.dtype or x.dtype is torch.float32)
         and x.is_cpu
@@ -132,6 +135,18 @@ def lowrank_linear(
     return y
 
 
+def eager() -> bool:
+    """Tell whether nobody watches the operations: a kernel called directly is not seen by
+    torch.compile, torch.jit.trace, forward-mode differentiation and the transforms of torch.func.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 class Factors(NamedTuple):
     """The tensors of one layer: a dense weight as `up` [N, K] alone, or down [r, K] and up."""
 
@@ -140,18 +155,33 @@ class Factors(NamedTuple):
     pivots: Tensor | None = None
     bias: Tensor | None = None
 
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return (self.up if self.down is None else self.down).shape[1]
 
-def bindable(x: Tensor, factors: Factors) -> bool:
-    """Tell whether `Bound` computes this: few rows, plain contiguous CPU tensors of x's type."""
+    @property
+    def out_features(self) -> int:
+        """N, pivots included."""
+        return self.up.shape[0] + (0 if self.pivots is None else self.pivots.shape[0])
+
+
+def bindable(x: Tensor, factors: Factors, in_features: int | None = None) -> bool:
+    """Tell whether `Bound` computes this: few rows, plain contiguous CPU tensors of x's type.
+
+    in_features: of what the layer gets, where that is not x itself.
+    """
     return (
-        x.is_cpu
+        eager()
+        and x.is_cpu
+        and x.dim() > 0
+        and factors.in_features == (in_features or x.shape[-1])
         and x.dtype in TYPES
         and 0 < x.numel() <= MAX_ROWS[x.dtype] * x.shape[-1]
         and factors.up.is_contiguous()
         and (factors.down is None or factors.down.is_contiguous())
         and (factors.bias is None or factors.bias.is_contiguous())
         and (factors.pivots is None or factors.pivots.is_contiguous())
-        and not torch.compiler.is_compiling()
         and library() is not None
     )
 
@@ -160,8 +190,9 @@ class Bound:
     """Layers of one input, bound to the kernel: what a call needs is looked up once.
 
     Every call names the factors and binds anew when one was replaced, moved or, for pivots, written
-    to; other weights may change in place. All weights are of one type in TYPES, contiguous, on the
-    CPU; x has few rows of that type, or of float32. A copy, or what is unpickled, starts unbound.
+    to (but not through `.data`, which torch does not count); other weights may change in place. All
+    weights are of one type in TYPES, contiguous, on the CPU; x has few rows of that type, or of
+    float32. A copy, or what is unpickled, starts unbound.
     """
 
     def __init__(self) -> None:
@@ -231,29 +262,26 @@ class _Binding:
         assert loaded is not None
         self.linears, self.gated = loaded.calr_linears, loaded.calr_gated
         self.tensors, self.state = tensors, [_state(tensor) for tensor in tensors]
-        self.outputs = [
-            layer.up.shape[0] + (0 if layer.pivots is None else layer.pivots.shape[0])
-            for layer in factors
-        ]
-        self._others: list[Tensor] = []
+        self.outputs = [layer.out_features for layer in factors]
+        self._places: list[Tensor] = []  # pivots as they are now, and the other columns
         self.layers = (_Layer * len(factors))(*map(self._layer, factors, self.outputs))
         self.weight_type = TYPES[factors[0].up.dtype]
 
     def _layer(self, layer: Factors, n: int) -> "_Layer":
         """Describe one layer to the kernel."""
-        rank, others = 0 if layer.down is None else layer.down.shape[0], None
+        rank, pivots, others = 0 if layer.down is None else layer.down.shape[0], None, None
         if layer.pivots is not None:
-            others = torch.empty(n - rank, dtype=torch.int32)
+            pivots, others = layer.pivots.clone(), torch.empty(n - rank, dtype=torch.int32)
             loaded = library()
             assert loaded is not None
-            if loaded.calr_complement(layer.pivots.data_ptr(), others.data_ptr(), n, rank):
+            if loaded.calr_complement(pivots.data_ptr(), others.data_ptr(), n, rank):
                 raise ValueError(f"pivots: must be {rank} distinct rows below {n}")
-            self._others.append(others)
+            self._places += [pivots, others]
         return _Layer(
             down=_pointer(layer.down),
             up=layer.up.data_ptr(),
             bias=_pointer(layer.bias),
-            pivots=_pointer(layer.pivots),
+            pivots=_pointer(pivots),
             others=_pointer(others),
             n=n,
             r=rank,
@@ -271,11 +299,15 @@ class _Layer(ctypes.Structure):
 
 
 def _state(tensor: Tensor | None) -> tuple[Any, ...]:
-    """Return where and what a tensor is and, for pivots, how often it was written to."""
+    """Return where and what a tensor is and, for pivots, how often it was written to.
+
+    Inference tensors do not count that: their values stand for it.
+    """
     if tensor is None:
         return ()
-    counted = tensor.dtype is torch.int32 and not tensor.is_inference()
-    version = tensor._version if counted else 0
+    version: object = 0
+    if tensor.dtype is torch.int32:
+        version = tensor.numpy().tobytes() if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), tensor.dtype, tensor.shape, version
 
 

@@ -30,6 +30,7 @@ def usable(x: Tensor, down: Tensor, up: Tensor) -> bool:
         and x.dtype in TYPES
         and down.dtype is x.dtype
         and up.dtype is x.dtype
+        and x.shape[-1:] == down.shape[1:]
         and x.numel() > 0
         and down.shape[0] > 0
         and type(x) in PLAIN
@@ -103,7 +104,7 @@ def gram_tiles(k: int, itemsize: int, arch: Arch) -> tuple[int, int, int]:
 @cache
 def device_arch(device: torch.device) -> Arch:
     """Return the model of a device: the newest known architecture not newer than it, or the oldest,
-    with the processors and the shared memory that it has."""
+    with the processors and the shared memory that it has; of AMD's, always the one known."""
     if device.type != "cuda":  # the interpreter
         return tiles.ARCHS["sm_90"]
     if torch.version.hip:

@@ -5,7 +5,7 @@ the compiler sees 16-byte alignment only in factors written out or in multiples 
 accumulate in float32 and reduce in a fixed order: the same input gives the same bits. float32
 products are "ieee", never tf32. Where several programs share an output tile they leave partial sums
 in global memory, and the last to arrive (it draws a ticket) adds them in index order:
-no floating-point atomics, no second launch, no grid barrier.
+no floating-point atomics, no second kernel (only the tickets are zeroed before), no grid barrier.
 """
 
 import triton

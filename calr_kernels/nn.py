@@ -19,7 +19,7 @@ class LowRankLinear(nn.Linear):
 
     `down.weight` [r, K] is the first factor. In the "two_factor" layout `weight` [N, r] is the
     second and `y = weight (down x) + bias`. In the "pivoted" layout `down x` are the outputs listed
-    in the buffer `pivots` [r] int32 and `weight` [N - r, r] gives the others from them.
+    in the buffer `pivots` [r] int32, ascending, and `weight` [N - r, r] gives the others from them.
 
     It is an `nn.Linear` whose own weight has the dense layer's name, so that PEFT, torchao and
     tensor parallel plans find it, and loading it into a dense model fails on the shape.

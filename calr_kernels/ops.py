@@ -44,9 +44,11 @@ def lowrank_linear(
     if corrective_down is None or corrective_up is None:
         raise ValueError("corrective_down and corrective_up: give both or neither")
     check(x, corrective_down, corrective_up, None, bias, "corrective_")
+    if corrective_up.shape[0] != up.shape[0]:
+        raise ValueError(f"corrective_up: has {corrective_up.shape[0]} rows, up {up.shape[0]}")
     tensors = (x, down, up, bias, corrective_down, corrective_up)
     one_type = corrective_down.dtype is down.dtype and (bias is None or bias.is_contiguous())
-    direct = not torch.compiler.is_compiling() and not _needs_gradients(*tensors) and one_type
+    direct = cpu.eager() and not _needs_gradients(*tensors) and one_type
     if direct and cpu.usable(x, down, up) and cpu.usable(x, corrective_down, corrective_up):
         return cpu.lowrank_linear(x, down, up, None, bias, corrective_down, corrective_up)
     return apply(x, down, up, None, bias) + apply(x, corrective_down, corrective_up, None, None)
@@ -71,11 +73,11 @@ def grouped_linear(
     """
     biases = biases or [None] * len(ups)
     pivots = pivots or [None] * len(ups)
-    if not len(ups) == len(biases) == len(pivots):
+    if not 0 < len(ups) == len(biases) == len(pivots):
         raise ValueError(
-            f"{len(ups)} ups, {len(biases)} biases, {len(pivots)} pivots: give as many"
+            f"{len(ups)} ups, {len(biases)} biases, {len(pivots)} pivots: give as many, and any"
         )
-    ranks = [up.shape[-1] for up in ups]
+    ranks = [up.shape[-1] if up.dim() else 0 for up in ups]
     if down.dim() != 2 or sum(ranks) != down.shape[0]:
         raise ValueError(f"down {list(down.shape)}: must have {sum(ranks)} rows, the ups' ranks")
     downs = down.split(ranks)
@@ -83,7 +85,7 @@ def grouped_linear(
     for layer in layers:
         check(x, *layer)
     tensors = [tensor for layer in layers for tensor in layer]
-    direct = not torch.compiler.is_compiling() and not _needs_gradients(x, *tensors)
+    direct = cpu.eager() and not _needs_gradients(x, *tensors)
     if direct and x.dtype is down.dtype and all(cpu.usable(x, d, u) for d, u, _, _ in layers):
         factors = [cpu.Factors(u, d, _dense(p), _dense(b)) for d, u, p, b in layers]
         return tuple(cpu.Bound().linears(x, factors))
@@ -131,6 +133,9 @@ def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
             f"out {list(out.shape)} {out.dtype} on {out.device}: must be contiguous "
             f"[{side}, {side}] float32 on {x.device}"
         )
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return gram(x, out)
     if gpu.usable(x, x, x):
         return gpu.gram(x, out)
     wide = x.float()
@@ -140,9 +145,15 @@ def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
 def apply(
     x: Tensor, down: Tensor, up: Tensor, pivots: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """Run a low-rank layer on arguments that fit: directly where nothing needs the dispatcher."""
-    if not torch.compiler.is_compiling() and not _needs_gradients(x, down, up, bias):
-        return _forward(x, down, up, pivots, bias)
+    """Run a low-rank layer on arguments that fit: directly where nothing needs the dispatcher.
+
+    Tracers, forward-mode differentiation and torch.func get plain PyTorch.
+    """
+    if not torch.compiler.is_compiling():
+        if not cpu.eager():
+            return _plain(x, down, up, pivots, bias)
+        if not _needs_gradients(x, down, up, bias):
+            return _forward(x, down, up, pivots, bias)
     result: Tensor = torch.ops.calr.lowrank_linear(x, down, up, pivots, bias)
     return result
 
@@ -202,19 +213,29 @@ def _needs_gradients(*tensors: Tensor | None) -> bool:
 def _forward(
     x: Tensor, down: Tensor, up: Tensor, pivots: Tensor | None, bias: Tensor | None
 ) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):  # types are those of the arguments
+        with torch.autocast(x.device.type, enabled=False):
+            return _forward(x, down, up, pivots, bias)
     pivots, bias = _dense(pivots), _dense(bias)
     if gpu.usable(x, down, up):
         return gpu.lowrank_linear(x, down, up, pivots, bias)
     if cpu.usable(x, down, up):
         return cpu.lowrank_linear(x, down, up, pivots, bias)
-    if down.dtype != x.dtype:
-        down, up = down.to(x.dtype), up.to(x.dtype)
+    native = pivots is not None and x.is_cpu and x.dtype in cpu.TYPES and len(pivots)
+    if native and cpu.library() is not None:
+        assert pivots is not None
+        t = linear(x, down.to(x.dtype)).contiguous()
+        y = cpu.interleave(t, linear(t, up.to(x.dtype)).contiguous(), pivots)
+        return y if bias is None else y.add_(bias)
+    return _plain(x, down, up, pivots, bias)
+
+
+def _plain(
+    x: Tensor, down: Tensor, up: Tensor, pivots: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    down, up = down.to(x.dtype), up.to(x.dtype)
     if pivots is None:
         return reference.lowrank_linear(x, down, up, bias)
-    if x.is_cpu and x.dtype in cpu.TYPES and len(pivots) and cpu.library() is not None:
-        t = linear(x, down).contiguous()
-        y = cpu.interleave(t, linear(t, up).contiguous(), pivots)
-        return y if bias is None else y.add_(bias)
     return reference.pivoted_linear(x, down, up, pivots, bias)
 
 
@@ -249,18 +270,23 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     dt = rest @ wide_up  # [..., r]
     if direct is not None:
         dt = dt + direct
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     dx = dt @ wide_down if need_x else None
-    d_down = (dt.reshape(-1, dt.shape[-1]).mT @ rows).to(down.dtype) if need_down else None
+    d_down = (_rows(dt).mT @ rows).to(down.dtype) if need_down else None
     d_up = None
     if need_up:
         t = rows @ wide_down.mT
-        d_up = (rest.reshape(-1, rest.shape[-1]).mT @ t).to(up.dtype)
+        d_up = (_rows(rest).mT @ t).to(up.dtype)
     return dx, d_down, d_up, None, _bias_gradient(grad) if need_bias else None
 
 
 def _bias_gradient(grad: Tensor) -> Tensor:
-    return grad.reshape(-1, grad.shape[-1]).sum(0)
+    return _rows(grad).sum(0)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """View [..., K] as [M, K], also where K is 0."""
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
 
 
 torch.library.impl(NAME, "default", _forward)

@@ -19,6 +19,7 @@ ORTHOGONAL = 1e-8  # inner products of columns that need no further orthonormali
 SAFE = 2.0**20  # magnitudes within this need no scaling
 FIRST_RANK = 64  # first guess under a tolerance; doubled until it is met
 Triplets = tuple[Tensor, Tensor, Tensor]
+COMPUTE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SEED = 0  # of the sketch when no generator is given
 
 
@@ -52,10 +53,10 @@ def randomized_svd(
     >>> randomized_svd(A, 2)[1].tolist()
     [3.0, 2.0]
     """
-    _check(A, rank, tol)
+    _check(A, rank, tol, oversample, power_iters, compute_dtype)
     generator = generator or torch.Generator().manual_seed(SEED)
     out = A.dtype if A.dtype in (torch.float32, torch.float64) else torch.float32
-    A, scale = _scaled(A.to(out))
+    A, scale = _scaled(A.to(out), 1.0 if compute_dtype is torch.float16 else SAFE)
     options = (rank, tol, oversample, power_iters, compute_dtype, generator)
     if A.shape[-2] < A.shape[-1]:
         v, s, uh = _svd(A.mT, *options)
@@ -90,7 +91,7 @@ def truncated_eigh(
     """
     if C.dim() < 2 or C.shape[-1] != C.shape[-2]:
         raise ValueError(f"C {list(C.shape)}: must be square in its last two dimensions")
-    _check(C, rank, None)
+    _check(C, rank, None, oversample, power_iters, compute_dtype)
     out = C.dtype if C.dtype in (torch.float32, torch.float64) else torch.float32
     C, scale = _scaled(C.to(out))
     n = C.shape[-1]
@@ -235,7 +236,8 @@ def _svd(
     while True:
         found = attempt(k)
         tail = total - found[1].double().square().cumsum(-1)
-        needed = int((tail > tol * tol * total).sum(-1).max()) + 1
+        counts = (tail > tol * tol * total).sum(-1)
+        needed = int(counts.max()) + 1 if counts.numel() else 1
         if needed <= found[1].shape[-1] or found[1].shape[-1] == n:
             return _cut(found, min(needed, n))
         k = min(n, 2 * k)
@@ -331,10 +333,11 @@ def _work_dtype(A: Tensor, compute_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in (A.dtype, compute_dtype) else torch.float32
 
 
-def _scaled(A: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled(A: Tensor, safe: float = SAFE) -> tuple[Tensor, Tensor]:
     """Divide every matrix whose squares could overflow or vanish by its largest magnitude.
 
-    A [..., m, n] -> A / scale and scale [..., 1, 1]. Raises LinAlgError where A is not finite.
+    A [..., m, n] -> A / scale and scale [..., 1, 1]; magnitudes within safe of 1 stay (float16
+    products want them all scaled). Raises LinAlgError where A is not finite.
     """
     least, most = torch.aminmax(A.flatten(-2), dim=-1)
     largest = torch.maximum(most, -least)[..., None, None]
@@ -342,12 +345,19 @@ def _scaled(A: Tensor) -> tuple[Tensor, Tensor]:
         raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
             "A holds NaN or infinity"
         )
-    fine = (largest == 0) | ((largest > 1 / SAFE) & (largest < SAFE))
+    fine = (largest == 0) | ((largest > 1 / safe) & (largest < safe))
     scale = torch.where(fine, 1, largest)
     return (A if bool(fine.all()) else A / scale), scale
 
 
-def _check(A: Tensor, rank: int | None, tol: float | None) -> None:
+def _check(
+    A: Tensor,
+    rank: int | None,
+    tol: float | None,
+    oversample: int | None,
+    power_iters: int | None,
+    compute_dtype: torch.dtype,
+) -> None:
     if A.dim() < 2 or not A.is_floating_point() or 0 in A.shape[-2:]:
         raise ValueError(f"A {list(A.shape)} {A.dtype}: must be floating [..., m, n], m, n >= 1")
     if (rank is None) == (tol is None):
@@ -356,3 +366,8 @@ def _check(A: Tensor, rank: int | None, tol: float | None) -> None:
         raise ValueError(f"rank {rank} of A {list(A.shape)}: must be in [1, {min(A.shape[-2:])}]")
     if tol is not None and not 0 < tol < 1:
         raise ValueError(f"tol {tol}: a relative error, must be in (0, 1)")
+    for name, value in (("oversample", oversample), ("power_iters", power_iters)):
+        if value is not None and value < 0:
+            raise ValueError(f"{name} {value}: must not be negative")
+    if compute_dtype not in COMPUTE:
+        raise ValueError(f"compute_dtype {compute_dtype}: must be one of {COMPUTE}")

@@ -125,7 +125,7 @@ def candidates(m: int, k: int, itemsize: int, arch: Arch) -> list[Tiles]:
     heights = [16 if m <= 16 else 32 if m <= 32 else 64] if m <= 64 else [64, 128]
     depths = (64, 128) if itemsize == 2 else (32, 64)
     stages = (2,) if arch.backend == "hip" else (3, 4)
-    splits = (1, 2, 4, 8, 16) if m <= 512 else (1,)
+    splits = (1, 2, 4, 8, 16) if m <= 512 and _may_share(arch) else (1,)
     found = []
     for height, width, depth, stage, split in itertools.product(
         heights, (16, 32, 64, 128, 256), depths, stages, splits
@@ -145,6 +145,8 @@ def product_seconds(tiles: Tiles, m: int, n: int, k: int, itemsize: int, arch: A
     flight allow; the busiest processor's tile loads from the L2 cache, taken as three times as fast
     as memory; and its FLOPs. Partial sums of a split are written and read once.
     """
+    if n == 0:
+        return 0.0
     height, width, depth = tiles.block_m, tiles.block_n, tiles.block_k
     programs = math.ceil(m / height) * math.ceil(n / width) * tiles.split
     waves = math.ceil(programs / arch.processors)
@@ -220,8 +222,16 @@ def _two_products(m: int, rows: int, k: int, r: int, itemsize: int, arch: Arch) 
     return Plan("products", (first, second), first_seconds + second_seconds + LAUNCH)
 
 
+def _may_share(arch: Arch) -> bool:
+    """Tell whether programs may share an output tile: not on AMD's, where nothing in the code that
+    Triton makes orders the other waves' partial sums before the ticket."""
+    return arch.backend == "cuda"
+
+
 def _rank_split(m: int, rows: int, k: int, r: int, itemsize: int, arch: Arch) -> Plan | None:
     """One launch, where there are slices for half the processors and partial sums stay small."""
+    if not _may_share(arch):
+        return None
     slices = math.ceil(r / SLICE)
     partial, factors = slices * m * rows * 8, factor_bytes(rows, k, r, itemsize)
     if slices < arch.processors / 2 or partial > factors / 4:

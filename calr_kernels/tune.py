@@ -3,7 +3,8 @@
     python -m calr_kernels.tune tuned.json && export CALR_TUNED=tuned.json
 
 For every layer shape of `calr_kernels.aot` and every number of rows, the tiles that the model ranks
-best are timed; the fastest goes into the table.
+best are timed; the fastest goes into the table. Products of other sizes, such as those of globally
+allocated ranks, keep the model's choice.
 """
 
 import argparse

@@ -2,9 +2,10 @@
 
     python bench/quality --model MODEL --data DIR
 
-Every cell is measured once and written to quality.json at once; a killed run continues. Then the
-tables are printed and the plot drawn. Models are measured in bfloat16 products where the machine is
-fast at them. See bench/README.md for DIR and for what the grid costs.
+Every cell is measured once and written to quality.json at once; a killed run continues, and several
+runs may fill different cells side by side. Then the tables are printed and the plot drawn. Models
+are measured in bfloat16 products where the machine is fast at them. See bench/README.md for DIR and
+for what the grid costs.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from methods import METHODS, Bench, stored_parameters
 from report import draw, tables
 
@@ -67,7 +69,6 @@ def main() -> None:
     wanted = [min(keeps, key=lambda k: abs(k - asked)) for asked in arguments.keep or keeps]
     bench = Bench(dense, mixture(arguments.data, tokenizer), arguments.work / "statistics")
     texts = unseen_windows(arguments.data, tokenizer, arguments.windows or 10**6)
-    rows = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     for method, keep, tokens in grid(keeps):
         if method not in ["dense", *arguments.methods]:
             continue
@@ -77,7 +78,7 @@ def main() -> None:
             continue
         key = {"model": Path(arguments.model).name, "method": method, "healed_tokens": tokens}
         key |= {"keep": keep, "rows": arguments.rows, "windows": arguments.windows}
-        row = next((row for row in rows if key.items() <= row.items()), None)
+        row = next((row for row in read(arguments.output) if key.items() <= row.items()), None)
         if row is not None and set(arguments.tasks) <= set(row["accuracy"]):
             continue
         started = time.monotonic()
@@ -87,8 +88,7 @@ def main() -> None:
             row = key | {"params": stored_parameters(model), "seconds": seconds, "accuracy": {}}
             with mixed(model):
                 row["perplexity"] = {t: perplexity(model, w).perplexity for t, w in texts.items()}
-            rows.append(row)
-            write_json(arguments.output, rows)
+            record(arguments.output, row)
         missing = [task for task in arguments.tasks if task not in row["accuracy"]]
         if missing:
             with mixed(model):
@@ -100,12 +100,27 @@ def main() -> None:
                     limit=arguments.rows or None,
                 )
             row["accuracy"] |= found
-            write_json(arguments.output, rows)
+            record(arguments.output, row)
         print(method, keep, tokens, row["perplexity"], flush=True)
         del model
         gc.collect()
-    print(tables(rows))
-    draw(rows, arguments.output.with_suffix(".png"))
+    print(tables(read(arguments.output)))
+    draw(read(arguments.output), arguments.output.with_suffix(".png"))
+
+
+def read(path: Path) -> list[dict]:
+    """Return the cells measured so far."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def record(path: Path, row: dict) -> None:
+    """Add a cell, or replace it; other runs may fill the same file."""
+    key = {
+        name: row[name] for name in ("model", "method", "healed_tokens", "keep", "rows", "windows")
+    }
+    with FileLock(f"{path}.lock"):
+        others = [known for known in read(path) if not key.items() <= known.items()]
+        write_json(path, [*others, row])
 
 
 def built(bench: Bench, key: dict, work: Path) -> torch.nn.Module:

@@ -109,3 +109,39 @@ def test_another_activation_is_used(ids):
         model.model.layers[0].mlp.act_fn = nn.ReLU()
     expected = plain(ids[:1, :2]).logits
     torch.testing.assert_close(fast(ids[:1, :2]).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_a_block_that_clamps_is_left_alone():
+    """Equal to the plain form for ordinary inputs only."""
+    model = tiny_llama()
+    kind = type(model.model.layers[0].mlp)
+
+    class Clamped(kind):
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=10)) * self.up_proj(x))
+
+    model.model.layers[0].mlp.__class__ = Clamped
+    optimize_for_inference(model)
+    assert "forward" not in vars(model.model.layers[0].mlp)
+    assert "forward" in vars(model.model.layers[1].mlp)
+
+
+def test_blocks_without_plain_weights_are_left_alone(ids):
+    """As quantisers leave them: weights in buffers, or modules that are no linear layers."""
+    model = tiny_llama()
+    for module in model.model.layers.modules():
+        if type(module) is nn.Linear:
+            weight = module.weight.detach()
+            del module.weight
+            module.register_buffer("weight", weight)
+    expected = model(ids[:1, :2]).logits
+    assert torch.equal(optimize_for_inference(model)(ids[:1, :2]).logits, expected)
+    assert "forward" not in vars(model.model.layers[0].mlp)
+
+
+@torch.no_grad()
+def test_inputs_of_another_width_are_refused():
+    fast = optimize_for_inference(tiny_llama())
+    for module in (fast.lm_head, fast.model.layers[0].mlp):
+        with pytest.raises(RuntimeError):
+            module(torch.randn(1, 100))

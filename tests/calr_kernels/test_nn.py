@@ -63,3 +63,47 @@ def test_compiles_as_one_graph(layout):
     x = torch.randn(3, 6)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("width", [3, 16, 100])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_an_input_of_another_width_is_refused(layout, rows, width, gradients, device):
+    layer = LowRankLinear(64, 32, 8, layout).to(device)
+    with torch.set_grad_enabled(gradients), pytest.raises((RuntimeError, ValueError)):
+        layer(torch.randn(rows, width, device=device))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_full_rank_and_one_dimensional_inputs_have_gradients(layout):
+    layer = LowRankLinear(6, 4, 4, layout, dtype=torch.float64)
+    for x in (torch.randn(3, 6), torch.randn(6)):
+        x = x.double().requires_grad_()
+        assert torch.autograd.gradcheck(layer, x)
+        layer(x).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_tracers_and_transforms_see_the_layer(layout):
+    layer, x, tangent = LowRankLinear(6, 4, 2, layout), torch.randn(3, 6), torch.randn(3, 6)
+    expected = layer(tangent) - layer.bias
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        found = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.func.jvp(layer, (x,), (tangent,))[1], expected)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    torch.testing.assert_close(traced(tangent), layer(tangent))
+
+
+@torch.inference_mode()
+def test_pivots_written_in_inference_mode_are_used():
+    layer, x = LowRankLinear(6, 4, 2, "pivoted"), torch.randn(1, 6)
+    layer(x)
+    layer.pivots.copy_(torch.tensor([1, 3]))
+    expected = nn.functional.linear(x, layer.dense_weight(), layer.bias)
+    torch.testing.assert_close(layer(x), expected)

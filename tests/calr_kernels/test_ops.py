@@ -297,3 +297,27 @@ def test_strided_bias_and_pivots(device):
 def test_the_corrective_path_is_named_in_errors():
     with pytest.raises(ValueError, match="corrective_up: has size 3 where corrective_down"):
         lowrank_linear(*(torch.ones(s) for s in ((1, 4), (2, 4), (5, 2), (5,), (2, 4), (5, 3))))
+
+
+def test_a_corrective_path_of_other_outputs_is_refused():
+    x, down, up, _, _ = problem(1, 64, 4096, 8, "two_factor", torch.float32)
+    for rows in (1, 5):
+        with pytest.raises(ValueError, match=f"corrective_up: has {rows} rows, up 4096"):
+            lowrank_linear(x, down, up, None, torch.ones(4, 64), torch.ones(rows, 4))
+
+
+@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_autocast_leaves_types_and_values_alone(layout, m, device):
+    x, down, up, pivots, bias = problem(m, 33, 17, 5, layout, torch.float32, device)
+    expected, total = ops.apply(x, down, up, pivots, bias), ops.gram(x)
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        assert torch.equal(ops.apply(x, down, up, pivots, bias), expected)
+        assert torch.equal(ops.gram(x), total)
+
+
+def test_grouped_calls_without_matrices_are_refused():
+    with pytest.raises(ValueError, match="give as many, and any"):
+        ops.grouped_linear(torch.ones(1, 3), torch.ones(0, 3), [])
+    with pytest.raises(ValueError, match="must be"):
+        ops.grouped_linear(torch.ones(1, 3), torch.ones(0, 3), [torch.tensor(1.0)])

@@ -211,3 +211,29 @@ def test_truncated_eigh_in_float64_of_float32():
     torch.testing.assert_close(
         values, torch.linalg.eigvalsh(a @ a.T).flip(0)[:4], rtol=0.05, atol=0
     )
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_float16_products_neither_overflow_nor_vanish(scale):
+    a, s = matrix(512, 512, "i^-0.5")
+    found = randomized_svd(scale * 100 * a, 16, compute_dtype=torch.float16)[1]
+    torch.testing.assert_close(found.double(), scale * 100 * s[:16], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"oversample": -1}, "oversample -1"),
+        ({"power_iters": -1}, "power_iters -1"),
+        ({"compute_dtype": torch.int16}, "compute_dtype torch.int16"),
+    ],
+)
+def test_impossible_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        randomized_svd(torch.eye(4), 2, **options)
+    with pytest.raises(ValueError, match=message):
+        truncated_eigh(torch.eye(4), 2, **options)
+
+
+def test_an_empty_batch_stays_empty():
+    assert randomized_svd(torch.ones(0, 6, 4), tol=0.1)[1].shape == (0, 1)

@@ -34,6 +34,19 @@ def test_every_plan_fits_the_machine_and_obeys_the_roofline(
         assert m <= tiles.MOST_ROWS_SPLIT
 
 
+def test_a_matrix_that_is_all_pivots_costs_one_product():
+    for arch in ARCHS.values():
+        plan = tiles.plan(1, 0, 64, 32, 2, arch, True)
+        assert plan.seconds > 0
+
+
+@given(m=st.integers(1, 4096), rows=SIZES, k=SIZES, itemsize=st.sampled_from([2, 4]))
+def test_programs_on_amd_share_no_output_tile(m, rows, k, itemsize):
+    plan = tiles.plan(tiles.bucket(m), rows, k, min(rows, k), itemsize, ARCHS["gfx942"], False)
+    assert plan.kind != "rank_split"
+    assert all(tile.split == 1 for tile in plan.tiles)
+
+
 @given(m=st.integers(1, 16384))
 def test_buckets_hold_their_rows(m):
     assert m <= tiles.bucket(m)
