@@ -83,7 +83,7 @@ def correct(
                 parameters,
                 targets,
                 held_out,
-                learning_rate=recipe.learning_rate,
+                learning_rate=recipe.peak_learning_rate,
                 seed=recipe.seed,
                 store=store,
             )

@@ -37,7 +37,8 @@ class Recipe:
         block_learning_rate: Learning rate at the start of that training.
         correction_tokens: Tokens of text on which the compressed layers are trained to give the
             dense model's outputs again; 0: no training.
-        learning_rate: Peak learning rate of that training.
+        learning_rate: Peak learning rate of that training; by default 2.5e-4 (1 - keep), since a
+            model that lost more has farther to go.
         trainable: What it moves beside the norms: factors, all of every layer, or corrective, only
             the trailing terms of each, with the others frozen.
         corrective_share: Share of a layer's rank that these trailing terms are, in (0, 1].
@@ -62,7 +63,7 @@ class Recipe:
     block_epochs: int = 0
     block_learning_rate: float = 3e-4
     correction_tokens: int = 65_536
-    learning_rate: float = 5e-5
+    learning_rate: float | None = None
     trainable: Literal["factors", "corrective"] = "factors"
     corrective_share: float = 0.25
     gradient_checkpointing: bool = False
@@ -86,8 +87,9 @@ class Recipe:
             if getattr(self, name) < least:
                 raise CalrError(f"{name}={getattr(self, name)}: must be at least {least}")
         for name in ("learning_rate", "block_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise CalrError(f"{name}={getattr(self, name)}: must be above 0")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise CalrError(f"{name}={value}: must be above 0")
         if not 0 < self.corrective_share <= 1:
             raise CalrError(f"corrective_share={self.corrective_share}: must be in (0, 1]")
         for name, choices in (
@@ -99,6 +101,11 @@ class Recipe:
         ):
             if getattr(self, name) not in choices:
                 raise CalrError(f"{name}={getattr(self, name)!r}: must be one of {choices}")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate of the correction, asked for or by default."""
+        return self.learning_rate or 2.5e-4 * (1 - self.keep)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
