@@ -108,5 +108,8 @@ class Recipe:
         return self.learning_rate or 2.5e-4 * (1 - self.keep)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values."""
-        return dataclasses.asdict(self) | {"skip": list(self.skip)}
+        """Return the fields as plain JSON values, the learning rate as it is used."""
+        return dataclasses.asdict(self) | {
+            "skip": list(self.skip),
+            "learning_rate": self.peak_learning_rate,
+        }

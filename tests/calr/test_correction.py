@@ -205,6 +205,16 @@ def test_too_little_text_is_refused_and_leaves_the_model_dense(text):
     assert torch.equal(model(text[:2]).logits, tiny_llama()(text[:2]).logits)
 
 
+@pytest.mark.parametrize(("asked", "used"), [(None, 1e-4), (3e-4, 3e-4)])
+def test_the_learning_rate_that_was_used_is_recorded(asked, used, text):
+    recipe = calr.Recipe(
+        **(RECIPE | {"keep": 0.6, "correction_tokens": 32 * 8, "learning_rate": asked})
+    )
+    model = calr.compress(tiny_llama(), recipe, calibration=text)
+    found = model.config.quantization_config.recipe["learning_rate"]
+    assert found == pytest.approx(used)
+
+
 def test_a_loss_that_is_not_finite_is_an_error(text):
     model, layers, recipe = students(text, correction_tokens=32 * 32)
     broken = copy.deepcopy(model)
