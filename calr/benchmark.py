@@ -20,7 +20,8 @@ def bench(
     The models take turns within every round, after one round of warm-up; figures are medians with
     the fastest and slowest round. weight_bytes counts parameters and buffers once.
     """
-    long = torch.arange(1, prompt + 1)[None]
+    vocabulary = min(m.config.get_text_config().vocab_size for m in models.values())
+    long = torch.arange(1, prompt + 1)[None] % vocabulary
     short = long[:, :8]
     times: dict[tuple[str, str], list[float]] = {}
     for turn in logging.tqdm(range(rounds + 1), desc="timing", unit="round"):

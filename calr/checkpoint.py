@@ -73,7 +73,7 @@ def prepare(directory: Path, key: str, summary: dict[str, Any], *, overwrite: bo
         if found["key"] == key:
             logger.warning(f"{directory}: continuing the unfinished run found there")
             return work
-        if not overwrite:
+        if not overwrite and any(path.name != "run.json" for path in work.iterdir()):
             raise CalrError(
                 f"{directory}: holds an unfinished run of something else ({found['summary']}); "
                 "finish it with the same arguments, name another directory, or pass --overwrite"
@@ -150,7 +150,8 @@ def model_card(source: str, command: str, recipe_yaml: str, results: dict[str, A
 {data.to_yaml()}
 ---
 
-`pip install calr`, then `import calr` before loading this model with transformers.
+Install calr from its repository (the package of that name on PyPI is another project), and
+`import calr` before loading this model with transformers.
 
 # {name}, compressed
 

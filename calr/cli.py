@@ -1,5 +1,6 @@
 """The command line: arguments only, so that --help answers without loading torch."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done; 1: an error that its message tells how to mend; 2: wrong arguments; 130: interrupted.
     """
     parser = build_parser()
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_args(_config_first(sys.argv[1:] if arguments is None else arguments))
     warnings.filterwarnings("ignore", message=".*torchao.*")
     try:
         from calr import commands
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CalrError as error:
         print(f"calr: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # of a reader that has seen enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         resumes = "; the same command continues where it stopped"
         print(
@@ -43,6 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 130
     return 0
+
+
+def _config_first(arguments: Sequence[str]) -> list[str]:
+    """Move --config FILE behind the subcommand, so that what is typed wins over the file."""
+    words, files = list(arguments), list[str]()
+    for at in reversed([i for i, word in enumerate(words) if word.startswith("--config")]):
+        if words[at] == "--config" or words[at].startswith("--config="):
+            files = words[at : at + 1 + ("=" not in words[at])] + files
+            del words[at : at + 1 + ("=" not in words[at])]
+    return [*words[:1], *files, *words[1:]]
 
 
 def build_parser() -> ArgumentParser:
@@ -87,7 +101,11 @@ def _loading(parser: ArgumentParser) -> None:
 
 def _recipe(parser: ArgumentParser) -> None:
     parser.add_class_arguments(Recipe, help="recipe")
-    parser.add_argument("--config", action="config", help="YAML of any of these options.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML of any of these options; what is typed beside it wins.",
+    )
     parser.add_argument(
         "--statistics",
         type=str | None,
@@ -111,7 +129,7 @@ def _compress(parser: ArgumentParser) -> None:
         "--elastic",
         action="store_true",
         help="Write every layer whole, as ordered factors, for `calr resize` to cut to any size; "
-        "keep, layout and correction do not count then.",
+        "keep, layout, shifted_inputs, block_epochs and correction do not count then.",
     )
     _overwrite(parser)
     parser.add_argument(
@@ -166,7 +184,7 @@ def _eval(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--window", type=PositiveInt, default=512, help="Tokens in a window.")
     parser.add_argument(
-        "--tasks", type=list[str], default=[], help="lm-eval tasks, e.g. [arc_easy,piqa]."
+        "--tasks", type=list[str], default=[], help="lm-eval tasks, e.g. '[arc_easy,piqa]'."
     )
     parser.add_argument(
         "--task_data",

@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from calr import __version__, allocation, benchmark, checkpoint, elastic, models, planning
+from calr import __version__, allocation, benchmark, checkpoint, elastic, methods, models, planning
 from calr.calibration import check_finite, fingerprint
 from calr.cli import recipe_of
 from calr.compression import compress as compress_model
@@ -27,7 +27,7 @@ from calr.inference import optimize_for_inference
 from calr.integrations.lm_eval import evaluate, retention
 from calr.integrations.transformers import CalrConfig
 from calr.models import is_compressed
-from calr.structure import Structure, analyse
+from calr.structure import Structure, analyse, check_window
 from calr.text import evaluation_windows
 from calr_kernels.nn import Layout
 
@@ -75,6 +75,9 @@ def compress(arguments: Namespace) -> None:
     model, tokenizer = _load(arguments, arguments.model)
     structure = analyse(model, recipe.skip)
     check_finite(model)
+    methods.resolve(recipe.method, recipe.method_options)  # refuse before anything is sampled
+    if arguments.elastic:
+        elastic.whole(recipe)
     key = fingerprint(
         model, recipe, arguments.elastic, _content(arguments.calibration), __version__
     )
@@ -147,6 +150,7 @@ def eval(arguments: Namespace) -> None:
         row: dict[str, Any] = {"model": source}
         row["parameters"] = sum(p.numel() for p in model.parameters())
         if arguments.windows:
+            check_window(model, "window", arguments.window)
             ids = evaluation_windows(
                 arguments.text, tokenizer, windows=arguments.windows, window=arguments.window
             )
@@ -185,6 +189,8 @@ def bench(arguments: Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     sources = [arguments.model] + ([arguments.against] if arguments.against else [])
     timed = {source: _load(arguments, source)[0] for source in sources}
+    for model in timed.values():
+        check_window(model, "prompt_tokens", arguments.prompt_tokens)
     optimize_for_inference(timed[arguments.model])
     rows = benchmark.bench(
         timed,
@@ -220,6 +226,8 @@ def generate(arguments: Namespace) -> None:
     """Print a continuation of a prompt."""
     model, tokenizer = _load(arguments, arguments.model)
     optimize_for_inference(model)
+    if arguments.chat and not tokenizer.chat_template:
+        raise CalrError(f"{arguments.model}: has no chat template; leave --chat out")
     if arguments.chat:
         inputs: Any = tokenizer.apply_chat_template(
             [{"role": "user", "content": arguments.prompt}],
@@ -229,6 +237,8 @@ def generate(arguments: Namespace) -> None:
         )
     else:
         inputs = tokenizer(arguments.prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise CalrError("prompt: is empty, and the tokenizer adds no first token; give some text")
     inputs = inputs.to(model.device)
     torch.manual_seed(arguments.seed)
     sampling = {"do_sample": False}
@@ -330,6 +340,7 @@ def _measure(
     """Measure perplexity on built-in text that calibration never sees; nothing for no windows."""
     if not windows:
         return {}
+    check_window(model, "window", window)
     ids = evaluation_windows("builtin", tokenizer, windows=windows, window=window)
     result = perplexity(model, ids)
     return {
@@ -368,7 +379,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
     for name, value in facts.items():
         shown = (
             f"{value:,}"
-            if isinstance(value, int)
+            if type(value) is int
             else f"{value:.4g}"
             if isinstance(value, float)
             else str(value)

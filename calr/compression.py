@@ -29,7 +29,7 @@ from calr.integrations.transformers import CalrConfig, attach
 from calr.methods import Decomposition, Method, Moments
 from calr.recipe import Recipe
 from calr.store import Store
-from calr.structure import Layer, Structure, analyse
+from calr.structure import Layer, Structure, analyse, check_window
 from calr.teacher import collect_targets
 from calr.text import Source, calibration_windows
 from calr.training import Trained
@@ -72,6 +72,8 @@ def compress(
     if elastic:
         recipe = whole(recipe)
     keep_of_rest(structure, recipe)
+    if not isinstance(calibration, Tensor):
+        check_window(model, "window", recipe.window)
     check_finite(model)
     training, corrected = model.training, {}
     model.eval()
@@ -213,6 +215,8 @@ def open_statistics(directory: str | Path | None, key: str) -> Store:
     """Open a directory of calibration statistics, refusing one that holds those of another run."""
     if directory is None:
         return Store()
+    if Path(directory).is_file():
+        raise CalrError(f"{directory}: is a file; name a directory for the statistics")
     store = Store(Path(directory))
     name = Path(directory) / "fingerprint"
     if not name.exists():
@@ -221,8 +225,9 @@ def open_statistics(directory: str | Path | None, key: str) -> Store:
         temporary.rename(name)
     if name.read_text() != key:
         raise CalrError(
-            f"{directory}: holds statistics of another model, calibration text or seed; name "
-            "another directory or delete it"
+            f"{directory}: holds statistics of another model or of other calibration windows; "
+            "model, calibration, samples, gradient_samples, window, correction_tokens and seed "
+            "must be the same; name another directory or delete it"
         )
     return store
 
@@ -494,6 +499,7 @@ def parameter_report(structure: Structure, ranks: Ranks, layout: Any) -> dict[st
         "linear_parameters": dense,
         "kept_parameters": kept,
         "keep": kept / dense,
-        "model_parameters": structure.model_parameters,
+        "dense_model_parameters": structure.model_parameters,
+        "model_parameters": structure.model_parameters - (dense - kept),
         "removed_of_model": (dense - kept) / structure.model_parameters,
     }

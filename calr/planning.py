@@ -71,8 +71,8 @@ def plan(
     ranks, exact = _ranks(structure, recipe, statistics)
     element = _element_size(model, dtype)
     totals = parameter_report(structure, ranks, recipe.layout)
-    totals["bytes_before"] = element * totals["model_parameters"]
-    totals["bytes_after"] = element * totals["model_parameters"] * (1 - totals["removed_of_model"])
+    totals["bytes_before"] = element * totals["dense_model_parameters"]
+    totals["bytes_after"] = element * totals["model_parameters"]
     return Plan(
         model=source,
         layers=[

@@ -27,7 +27,7 @@ class Recipe:
             no backward pass) or none. The method calr needs none: its errors are already in units
             of loss.
         rank_step: Ranks are multiples of this.
-        skip: Patterns (fnmatch) of layer names that stay dense, for example "*.0.self_attn.*".
+        skip: Patterns (fnmatch) of layer names that stay dense; --skip '["*.0.self_attn.*"]'.
         samples: Calibration windows for the second moments of the inputs.
         gradient_samples: How many of them also serve the gradient statistics.
         window: Tokens in a calibration window.
@@ -76,6 +76,8 @@ class Recipe:
                 f"keep={self.keep}: must be in (0, 1], the fraction of the decoder's linear "
                 "parameters that is kept"
             )
+        if isinstance(self.skip, str):
+            raise CalrError(f"skip={self.skip!r}: must be a sequence of patterns, not one string")
         for name, least in (
             ("rank_step", 1),
             ("samples", 1),
@@ -111,5 +113,5 @@ class Recipe:
         """Return the fields as plain JSON values, the learning rate as it is used."""
         return dataclasses.asdict(self) | {
             "skip": list(self.skip),
-            "learning_rate": self.peak_learning_rate,
+            "learning_rate": self.peak_learning_rate or None,  # nothing to train at keep 1
         }

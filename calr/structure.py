@@ -126,6 +126,20 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, blocks
 
 
+def check_window(model: PreTrainedModel, name: str, tokens: int) -> None:
+    """Raise CalrError for an argument that asks for more tokens than the model has positions.
+
+    Only a table of learned positions ends; rotary ones go on.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    learned = any(
+        isinstance(module, nn.Embedding) and "position" in name
+        for name, module in model.named_modules()
+    )
+    if learned and positions is not None and tokens > positions:
+        raise CalrError(f"{name}={tokens}: the model has {positions} positions; lower it")
+
+
 def _refuse_compressed(model: PreTrainedModel) -> None:
     if any(isinstance(module, LowRankLinear) for module in model.modules()):
         raise CalrError("the model is compressed already; start from its dense original")

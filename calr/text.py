@@ -268,7 +268,7 @@ def _hub(name: str, field: str) -> list[str]:
         import datasets
     except ImportError as error:
         raise CalrError(
-            f"{name}: is no file; for a hub data set install datasets (pip install 'calr[eval]')"
+            f"{name}: is no file; for a hub data set install datasets (pip install datasets)"
         ) from error
     identifier, config, split = ([*name.split(":"), None, None])[:3]
     try:

@@ -48,7 +48,7 @@ def evaluate(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise CalrError("tasks need lm-evaluation-harness: pip install 'calr[eval]'") from error
+        raise CalrError("tasks need lm-evaluation-harness: pip install lm-eval") from error
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with tempfile.TemporaryDirectory() as folder:
         manager = TaskManager()
@@ -64,19 +64,24 @@ def evaluate(
             for task in tasks:
                 _write_local_task(manager, task, Path(data), Path(folder) / f"{task}.yaml")
             manager = TaskManager(include_path=folder)
-        results = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
-            tasks=list(names.values()),
-            task_manager=manager,
-            num_fewshot=0,
-            limit=limit,
-            bootstrap_iters=0,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-            log_samples=True,
-        )
+        try:
+            results = lm_eval.simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
+                tasks=list(names.values()),
+                task_manager=manager,
+                num_fewshot=0,
+                limit=limit,
+                bootstrap_iters=0,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+                log_samples=True,
+            )
+        except OSError as error:
+            raise CalrError(
+                f"tasks: their data cannot be loaded: {error}; --task_data takes local files"
+            ) from error
     return {task: _summary(task, results["samples"][name]) for task, name in names.items()}
 
 

@@ -159,6 +159,9 @@ def test_bench(source, compressed, capsys):
         (["eval", "{source}", "--text", "no.txt"], "no.txt: no such file"),
         (["eval", "{source}", "--dtype", "int7"], "dtype='int7'"),
         (["inspect", "{source}"], "is no checkpoint written by calr"),
+        (["compress", "{source}", "{out}", *SMALL, "--statistics", __file__], "is a file"),
+        (["generate", "{source}", "--chat"], "has no chat template"),
+        (["generate", "{source}", "--prompt", ""], "prompt: is empty"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_1(
@@ -171,6 +174,54 @@ def test_bad_input_is_one_sentence_and_exit_code_1(
     assert message in line
     assert "Traceback" not in errors
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_more_tokens_than_learned_positions_are_refused(tmp_path, capsys):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_attention_heads": 4}
+    OPTForCausalLM(
+        OPTConfig(vocab_size=258, num_hidden_layers=2, max_position_embeddings=64, **sizes)
+    ).save_pretrained(tmp_path / "opt")
+    byte_tokenizer().save_pretrained(tmp_path / "opt")
+    for name, arguments in {
+        "window": ["eval", tmp_path / "opt", "--window", "65"],
+        "prompt_tokens": ["bench", tmp_path / "opt", "--prompt_tokens", "65"],
+        "window ": ["compress", tmp_path / "opt", tmp_path / "out", "--window", "65"],
+    }.items():
+        assert main([str(argument) for argument in arguments]) == 1
+        assert f"{name.strip()}=65: the model has 64 positions" in capsys.readouterr().err
+    run(capsys, "eval", tmp_path / "opt", "--window", "64", "--windows", "2")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--method", "magic"], ["--calibration", "no.txt"], ["--elastic", "--method", "erc_svd"]],
+)
+def test_a_refused_command_does_not_block_the_corrected_one(wrong, source, tmp_path, capsys):
+    right = ["compress", source, tmp_path / "out", *SMALL, *BUILTIN, "--eval_windows", "0"]
+    main([str(argument) for argument in [*right, *wrong]])
+    run(capsys, *right, "--keep", "0.7")
+
+
+def test_what_is_typed_wins_over_the_config_file(source, tmp_path, capsys):
+    recipe = ["compress", source, tmp_path / "old", "--keep", "0.5", "--print_config"]
+    with pytest.raises(SystemExit):
+        main([str(argument) for argument in recipe])
+    (tmp_path / "recipe.yaml").write_text(capsys.readouterr().out)
+    for config in (["--config", tmp_path / "recipe.yaml"], [f"--config={tmp_path}/recipe.yaml"]):
+        typed = ["compress", source, tmp_path / "new", *SMALL, *BUILTIN, "--keep", "0.8"]
+        found = json.loads(run(capsys, *typed, *config, "--overwrite", "--json"))
+        assert found["keep"] == pytest.approx(0.8, abs=0.03)
+        assert Path(found["directory"]).name == "new"
+    assert not (tmp_path / "old").exists()
+
+
+def test_a_reader_that_stops_early_sees_no_traceback(source):
+    command = f"{sys.executable} -m calr plan {source} --json | head -1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in result.stderr
+    assert "BrokenPipe" not in result.stderr
 
 
 def test_nan_in_the_weights_is_named_before_anything_is_written(tmp_path, capsys):
