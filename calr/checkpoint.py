@@ -150,8 +150,8 @@ def model_card(source: str, command: str, recipe_yaml: str, results: dict[str, A
 {data.to_yaml()}
 ---
 
-Install calr from its repository (the package of that name on PyPI is another project), and
-`import calr` before loading this model with transformers.
+`import calr` before loading this model with transformers. It is installed from its repository: the
+package of that name on PyPI is another project.
 
 # {name}, compressed
 
