@@ -1,7 +1,9 @@
 """Calibration statistics: second moments of inputs, and of the loss's gradients at the outputs."""
 
 import hashlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -167,6 +169,27 @@ def gradients_name(store: Store, block: int, outputs: bool) -> str:
     """Name the gradient statistics of a block; those with output moments serve both needs."""
     full = f"curvature-{block:04d}"
     return full if outputs or full in store else f"gradients-{block:04d}"
+
+
+def open_statistics(directory: str | Path | None, key: str) -> Store:
+    """Open a directory of calibration statistics, refusing one that holds those of another run."""
+    if directory is None:
+        return Store()
+    if Path(directory).is_file():
+        raise CalrError(f"{directory}: is a file; name a directory for the statistics")
+    store = Store(Path(directory))
+    name = Path(directory) / "fingerprint"
+    if not name.exists():
+        temporary = name.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(key)
+        temporary.rename(name)
+    if name.read_text() != key:
+        raise CalrError(
+            f"{directory}: holds statistics of another model or of other calibration windows; "
+            "model, calibration, samples, gradient_samples, window, correction_tokens and seed "
+            "must be the same; name another directory or delete it"
+        )
+    return store
 
 
 def fingerprint(model: PreTrainedModel, *parts: Any) -> str:

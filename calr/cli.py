@@ -1,5 +1,6 @@
 """The command line: arguments only, so that --help answers without loading torch."""
 
+import argparse
 import os
 import sys
 import warnings
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done; 1: an error that its message tells how to mend; 2: wrong arguments; 130: interrupted.
     """
     parser = build_parser()
-    parsed = parser.parse_args(_config_first(sys.argv[1:] if arguments is None else arguments))
+    parsed = parser.parse_args(_config_first(arguments))
     warnings.filterwarnings("ignore", message=".*torchao.*")
     try:
         from calr import commands
@@ -49,14 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _config_first(arguments: Sequence[str]) -> list[str]:
+def _config_first(arguments: Sequence[str] | None) -> list[str]:
     """Move --config FILE behind the subcommand, so that what is typed wins over the file."""
-    words, files = list(arguments), list[str]()
-    for at in reversed([i for i, word in enumerate(words) if word.startswith("--config")]):
-        if words[at] == "--config" or words[at].startswith("--config="):
-            files = words[at : at + 1 + ("=" not in words[at])] + files
-            del words[at : at + 1 + ("=" not in words[at])]
-    return [*words[:1], *files, *words[1:]]
+    parser = argparse.ArgumentParser(prog="calr", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", default=[])
+    found, rest = parser.parse_known_args(arguments)
+    files = [word for file in found.config for word in ("--config", file)]
+    return [*rest[:1], *files, *rest[1:]]
 
 
 def build_parser() -> ArgumentParser:

@@ -1,7 +1,6 @@
 """Compress a model: calibrate, decompose, allocate ranks, replace the layers."""
 
 import dataclasses
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from calr.calibration import (
     check_finite,
     collect,
     fingerprint,
+    open_statistics,
 )
 from calr.correction import correct, norms, windows_needed, windows_used
 from calr.elastic import complete, whole
@@ -211,27 +211,6 @@ def curves_name(recipe: Recipe) -> str:
     return f"errors-{recipe.method}{options}-{recipe.sensitivity}"
 
 
-def open_statistics(directory: str | Path | None, key: str) -> Store:
-    """Open a directory of calibration statistics, refusing one that holds those of another run."""
-    if directory is None:
-        return Store()
-    if Path(directory).is_file():
-        raise CalrError(f"{directory}: is a file; name a directory for the statistics")
-    store = Store(Path(directory))
-    name = Path(directory) / "fingerprint"
-    if not name.exists():
-        temporary = name.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(key)
-        temporary.rename(name)
-    if name.read_text() != key:
-        raise CalrError(
-            f"{directory}: holds statistics of another model or of other calibration windows; "
-            "model, calibration, samples, gradient_samples, window, correction_tokens and seed "
-            "must be the same; name another directory or delete it"
-        )
-    return store
-
-
 @dataclass
 class _Run:
     """One compression: what its steps share."""
@@ -412,7 +391,7 @@ class _Run:
             else:
                 result = self._shifted(layer, shift, moment)
             self._kept.pop(layer.name, None)
-            return self._two_factor(layer, *balance(*result.factors(rank)))
+            return self._two_factor(layer, *layouts.balance(*result.factors(rank)))
 
         fit = None
         if self.recipe.shifted_inputs or self.recipe.block_epochs:
@@ -476,16 +455,6 @@ class _Run:
         return layouts.low_rank(
             up.to(device), down.to(device), dense.bias, "two_factor", torch.float32
         )
-
-
-def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale each rank-1 term so that its two vectors have one norm: up [N, r], down [r, K].
-
-    The product is unchanged; 16-bit storage and training both want comparable factors.
-    """
-    norms = up.norm(dim=0), down.norm(dim=1)
-    scale = torch.where((norms[0] > 0) & (norms[1] > 0), (norms[1] / norms[0]).sqrt(), 1.0)
-    return up * scale, down / scale[:, None]
 
 
 def parameter_report(structure: Structure, ranks: Ranks, layout: Any) -> dict[str, float]:

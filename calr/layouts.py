@@ -9,6 +9,16 @@ from calr_kernels.nn import Layout
 MAX_COEFFICIENT = 2.0  # always reachable by row swaps; keeps 16-bit coefficients accurate
 
 
+def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale each rank-1 term so that its two vectors have one norm: up [N, r], down [r, K].
+
+    The product is unchanged; 16-bit storage and training both want comparable factors.
+    """
+    norms = up.norm(dim=0), down.norm(dim=1)
+    scale = torch.where((norms[0] > 0) & (norms[1] > 0), (norms[1] / norms[0]).sqrt(), 1.0)
+    return up * scale, down / scale[:, None]
+
+
 def pivot(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rewrite `up @ down` as r of its own rows and the coefficients of the others.
 

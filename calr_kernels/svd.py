@@ -53,7 +53,8 @@ def randomized_svd(
     >>> randomized_svd(A, 2)[1].tolist()
     [3.0, 2.0]
     """
-    _check(A, rank, tol, oversample, power_iters, compute_dtype)
+    _check(A, rank, tol)
+    _check_options(oversample, power_iters, compute_dtype)
     generator = generator or torch.Generator().manual_seed(SEED)
     out = A.dtype if A.dtype in (torch.float32, torch.float64) else torch.float32
     A, scale = _scaled(A.to(out), 1.0 if compute_dtype is torch.float16 else SAFE)
@@ -91,7 +92,8 @@ def truncated_eigh(
     """
     if C.dim() < 2 or C.shape[-1] != C.shape[-2]:
         raise ValueError(f"C {list(C.shape)}: must be square in its last two dimensions")
-    _check(C, rank, None, oversample, power_iters, compute_dtype)
+    _check(C, rank, None)
+    _check_options(oversample, power_iters, compute_dtype)
     out = C.dtype if C.dtype in (torch.float32, torch.float64) else torch.float32
     C, scale = _scaled(C.to(out))
     n = C.shape[-1]
@@ -350,14 +352,7 @@ def _scaled(A: Tensor, safe: float = SAFE) -> tuple[Tensor, Tensor]:
     return (A if bool(fine.all()) else A / scale), scale
 
 
-def _check(
-    A: Tensor,
-    rank: int | None,
-    tol: float | None,
-    oversample: int | None,
-    power_iters: int | None,
-    compute_dtype: torch.dtype,
-) -> None:
+def _check(A: Tensor, rank: int | None, tol: float | None) -> None:
     if A.dim() < 2 or not A.is_floating_point() or 0 in A.shape[-2:]:
         raise ValueError(f"A {list(A.shape)} {A.dtype}: must be floating [..., m, n], m, n >= 1")
     if (rank is None) == (tol is None):
@@ -366,6 +361,11 @@ def _check(
         raise ValueError(f"rank {rank} of A {list(A.shape)}: must be in [1, {min(A.shape[-2:])}]")
     if tol is not None and not 0 < tol < 1:
         raise ValueError(f"tol {tol}: a relative error, must be in (0, 1)")
+
+
+def _check_options(
+    oversample: int | None, power_iters: int | None, compute_dtype: torch.dtype
+) -> None:
     for name, value in (("oversample", oversample), ("power_iters", power_iters)):
         if value is not None and value < 0:
             raise ValueError(f"{name} {value}: must not be negative")

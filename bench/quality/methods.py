@@ -17,8 +17,8 @@ import calr
 from calr.baselines.laco import laco
 from calr.baselines.losparse import LoSparse
 from calr.baselines.shortgpt import shortgpt
-from calr.calibration import fingerprint
-from calr.compression import open_statistics, spread
+from calr.calibration import fingerprint, open_statistics
+from calr.compression import spread
 from calr.correction import norms, windows_used
 from calr.structure import analyse, find_blocks
 from calr.teacher import collect_targets, logits_of
