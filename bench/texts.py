@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from calr.text import evaluation_windows, spread_windows
 
 WINDOW = 512
-WINDOWS = 804  # of the mixture: 409,600 tokens to train on, and four windows to choose by
+WINDOWS = 804  # of the mixture: 407,552 tokens to train on, and eight windows to choose by
 HELD_OUT_PAGES = 100
 
 
