@@ -56,11 +56,26 @@ def cost(shape: Shape, layout: Layout, rank: int | None) -> int:
     return parameters(layout, shape.out_features, shape.in_features, rank)
 
 
+def require_reachable(
+    shapes: Sequence[Shape], keep: float, layout: Layout, step: int, fixed: int = 0
+) -> None:
+    """Raise CalrError when even the smallest ranks keep more; fixed: as in `globally`."""
+    smallest = [min(cost(s, layout, r) for r in candidates(s, layout, step)) for s in shapes]
+    least = fixed + sum(smallest)
+    total = fixed + sum(shape.dense for shape in shapes)
+    if least > math.floor(keep * total + 1e-6):
+        raise CalrError(
+            f"keep={keep:.4g} is unreachable: the smallest ranks with this rank_step and skip keep "
+            f"{least / total:.4f}; raise keep, lower rank_step or skip less"
+        )
+
+
 def uniform(shapes: Sequence[Shape], keep: float, layout: Layout, step: int) -> Ranks:
     """Keep the same fraction of every layer, rounded down to the step.
 
     What rounding left over goes, step by step, to the layer that keeps the smallest fraction.
     """
+    require_reachable(shapes, keep, layout, step)
     budget = math.floor(keep * sum(shape.dense for shape in shapes) + 1e-6)
     choices = [candidates(shape, layout, step) for shape in shapes]
     at = []
@@ -72,7 +87,6 @@ def uniform(shapes: Sequence[Shape], keep: float, layout: Layout, step: int) -> 
         [cost(shape, layout, rank) for rank in options]
         for shape, options in zip(shapes, choices, strict=True)
     ]
-    _check_reachable(costs, budget, shapes)
     left = budget - sum(c[i] for c, i in zip(costs, at, strict=True))
     if left < 0:  # layers too small for one step took more than their share
         raise CalrError(
@@ -108,6 +122,7 @@ def globally(
     fixed: parameters of layers that must stay dense; they count in what `keep` is a fraction of.
     Lagrangian bisection, then greedy by gain per parameter; exact solves it with HiGHS instead.
     """
+    require_reachable(shapes, keep, layout, step, fixed)
     budget = math.floor(keep * (fixed + sum(shape.dense for shape in shapes)) + 1e-6) - fixed
     choices = [candidates(shape, layout, step) for shape in shapes]
     costs = [
@@ -118,7 +133,6 @@ def globally(
         np.array([0.0 if rank is None else float(curve[rank]) for rank in options])
         for curve, options in zip(errors, choices, strict=True)
     ]
-    _check_reachable(costs, budget, shapes, fixed)
     at = (_exact if exact else _lagrangian)(costs, values, budget)
     at = _spend(costs, values, at, budget)
     return {s.name: c[i] for s, c, i in zip(shapes, choices, at, strict=True)}
@@ -163,18 +177,6 @@ def feasible_last_k(
         except CalrError:
             continue
     return found
-
-
-def _check_reachable(
-    costs: list[list[int]], budget: int, shapes: Sequence[Shape], fixed: int = 0
-) -> None:
-    least = sum(min(c) for c in costs) + fixed
-    if least > budget + fixed:
-        total = sum(shape.dense for shape in shapes) + fixed
-        raise CalrError(
-            f"keep={(budget + fixed) / total:.4g} is unreachable: the smallest ranks with this "
-            f"rank_step and skip keep {least / total:.4f}; raise keep, lower rank_step or skip less"
-        )
 
 
 def _lagrangian(costs: list[list[int]], values: list[np.ndarray], budget: int) -> list[int]:

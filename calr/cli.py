@@ -92,8 +92,12 @@ def _model(parser: ArgumentParser, name: str = "model", **kwargs: Any) -> None:
 
 
 def _loading(parser: ArgumentParser) -> None:
-    parser.add_argument("--dtype", type=str, default="auto", help="Load weights in this dtype.")
+    _weights(parser)
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, ...")
+
+
+def _weights(parser: ArgumentParser) -> None:
+    parser.add_argument("--dtype", type=str, default="auto", help="Load weights in this dtype.")
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="Run code that comes with the model."
     )
@@ -117,7 +121,7 @@ def _recipe(parser: ArgumentParser) -> None:
 def _plan(parser: ArgumentParser) -> None:
     _model(parser)
     _recipe(parser)
-    _loading(parser)
+    _weights(parser)
 
 
 def _compress(parser: ArgumentParser) -> None:

@@ -16,11 +16,11 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from calr import __version__, allocation, benchmark, checkpoint, elastic, methods, models, planning
+from calr import __version__, allocation, benchmark, checkpoint, elastic, models, planning
 from calr.calibration import check_finite, fingerprint
 from calr.cli import recipe_of
 from calr.compression import compress as compress_model
-from calr.compression import parameter_report
+from calr.compression import parameter_report, require_reachable
 from calr.errors import CalrError
 from calr.evaluation import perplexity
 from calr.inference import optimize_for_inference
@@ -75,9 +75,7 @@ def compress(arguments: Namespace) -> None:
     model, tokenizer = _load(arguments, arguments.model)
     structure = analyse(model, recipe.skip)
     check_finite(model)
-    methods.resolve(recipe.method, recipe.method_options)  # refuse before anything is sampled
-    if arguments.elastic:
-        elastic.whole(recipe)
+    require_reachable(structure, elastic.whole(recipe) if arguments.elastic else recipe)
     key = fingerprint(
         model, recipe, arguments.elastic, _content(arguments.calibration), __version__
     )

@@ -71,7 +71,7 @@ def compress(
     structure = analyse(model, recipe.skip)
     if elastic:
         recipe = whole(recipe)
-    keep_of_rest(structure, recipe)
+    require_reachable(structure, recipe)
     if not isinstance(calibration, Tensor):
         check_window(model, "window", recipe.window)
     check_finite(model)
@@ -188,6 +188,15 @@ def keep_of_rest(structure: Structure, recipe: Recipe) -> float:
             f"{dense / total:.4f} of the linear parameters; skip less or raise keep"
         )
     return (recipe.keep * total - dense) / (total - dense)
+
+
+def require_reachable(structure: Structure, recipe: Recipe) -> None:
+    """Raise CalrError, before anything is calibrated, when no ranks keep so little."""
+    keep_of_rest(structure, recipe)
+    method = methods.resolve(recipe.method, recipe.method_options)
+    shapes = [shape_for(layer, method) for layer in structure.layers if not layer.skipped]
+    fixed = structure.linear_parameters - sum(shape.dense for shape in shapes)
+    allocation.require_reachable(shapes, recipe.keep, recipe.layout, recipe.rank_step, fixed)
 
 
 def global_ranks(

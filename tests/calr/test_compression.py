@@ -83,11 +83,22 @@ def test_skipped_layers_stay_dense_and_count_in_keep(ids):
         compressed(ids, keep=0.3, skip=("*.0.*",))
 
 
-def test_a_failed_compression_leaves_the_model_alone(ids):
+@pytest.mark.parametrize("allocation", ["global", "uniform", "last_k"])
+def test_an_unreachable_keep_is_refused_before_text_is_sampled(monkeypatch, allocation):
+    monkeypatch.setattr(calr.compression, "calibration_windows", None)
+    with pytest.raises(CalrError, match=r"unreachable: the smallest ranks .* keep 0\.\d+"):
+        calr.compress(tiny_llama(), calr.Recipe(keep=0.01, allocation=allocation))
+
+
+def test_a_failed_compression_leaves_the_model_alone(ids, monkeypatch):
+    def fail(*_: object) -> None:
+        raise CalrError("lost")
+
+    monkeypatch.setattr(calr.compression.layouts, "low_rank", fail)
     model = tiny_llama()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(CalrError, match="unreachable"):
-        calr.compress(model, calr.Recipe(keep=0.01), calibration=ids)
+    with pytest.raises(CalrError, match="lost"):
+        calr.compress(model, calr.Recipe(keep=0.5), calibration=ids)
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert len(before) == len(after)
