@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 def tables(rows: list[Row]) -> str:
-    """Format all rows as markdown, per size; retention where tasks were run."""
+    """Format all rows as markdown, per size; retention, and accuracy per task, where tasks ran."""
     dense = next(row for row in rows if row["method"] == "dense")
     texts = list(dense["perplexity"])
     header = ["method", "healed on", "removed of the model", *texts]
@@ -27,7 +27,24 @@ def tables(rows: list[Row]) -> str:
             cells = [row["method"], f"{row['healed_tokens']:,}", f"{removed:.2%}"]
             cells += [_number(row["perplexity"][text]) for text in texts]
             lines.append(_line(cells + _accuracy(row, dense)))
-    return "\n".join(lines)
+    return "\n".join([*lines, "\n### Accuracy per task\n", *_per_task(rows, dense)])
+
+
+def _per_task(rows: list[Row], dense: Row) -> list[str]:
+    """Format accuracies; the last column is the retention on tasks where dense exceeds chance."""
+    tasks = dense["accuracy"]
+    passed = {task: found for task, found in tasks.items() if found["accuracy"] > found["chance"]}
+    header = ["keep", "method", "healed on", *tasks, "retention where dense exceeds chance"]
+    lines = [_line(header), _line("---" for _ in header)]
+    for row in sorted(rows, key=lambda row: (-row["keep"], -row["healed_tokens"])):
+        found = row["accuracy"]
+        if not tasks.keys() <= found.keys():
+            continue
+        cells = [f"{row['keep']:g}", row["method"], f"{row['healed_tokens']:,}"]
+        cells += [f"{found[task]['accuracy']:.2f}" for task in tasks]
+        kept = retention({task: found[task] for task in passed}, passed)["retention"]
+        lines.append(_line([*cells, f"{kept:.1%}"]))
+    return lines
 
 
 def _accuracy(row: Row, dense: Row) -> list[str]:
