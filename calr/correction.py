@@ -84,6 +84,7 @@ def correct(
                 targets,
                 held_out,
                 learning_rate=recipe.peak_learning_rate,
+                step_tokens=recipe.step_tokens,
                 seed=recipe.seed,
                 store=store,
             )

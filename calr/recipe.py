@@ -39,6 +39,8 @@ class Recipe:
             dense model's outputs again; 0: no training.
         learning_rate: Peak learning rate of that training; by default 2.5e-4 (1 - keep), since a
             model that lost more has farther to go.
+        step_tokens: Tokens of one step of that training, at least a window; gradients are
+            accumulated, so that more takes no more memory.
         trainable: What it moves beside the norms: factors, all of every layer, or corrective, only
             the trailing terms of each, with the others frozen.
         corrective_share: Share of a layer's rank that these trailing terms are, in (0, 1].
@@ -64,6 +66,7 @@ class Recipe:
     block_learning_rate: float = 3e-4
     correction_tokens: int = 65_536
     learning_rate: float | None = None
+    step_tokens: int = 512
     trainable: Literal["factors", "corrective"] = "factors"
     corrective_share: float = 0.25
     gradient_checkpointing: bool = False
@@ -85,6 +88,7 @@ class Recipe:
             ("window", 4),
             ("block_epochs", 0),
             ("correction_tokens", 0),
+            ("step_tokens", 1),
         ):
             if getattr(self, name) < least:
                 raise CalrError(f"{name}={getattr(self, name)}: must be at least {least}")

@@ -22,7 +22,7 @@ CLIP = 1.0  # largest norm of a step's gradient
 BETAS = (0.9, 0.95)
 FINAL = 0.1  # learning rate at the end over its peak
 MEASURE_EVERY = 32  # steps between measurements on held-out windows, where the best is kept
-BATCH_TOKENS = 512  # tokens of a step
+STEP_TOKENS = 512  # of one step, by default
 STATE = "training"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 
@@ -43,14 +43,16 @@ def train(
     held_out: Targets,
     *,
     learning_rate: float,
+    step_tokens: int = STEP_TOKENS,
     seed: int = 0,
     store: Store | None = None,
     on_gradients: Callable[[int, int], None] | None = None,
 ) -> Trained:
     """Train parameters of a model, in place, to predict what the targets say.
 
-    Every window once, in an order drawn from seed. AdamW with warm-up and cosine, on a float32 copy
-    of the parameters, which is rounded at the end; nothing else moves. The state that did best on
+    Every window once, in an order drawn from seed; a step takes step_tokens, at least a window,
+    accumulated over PART_TOKENS at a time. AdamW with warm-up and cosine, on a float32 copy of the
+    parameters, which is rounded at the end; nothing else moves. The state that did best on
     held_out is kept, so that the result is never worse there than the start. on_gradients(step,
     steps) is called after every backward pass (a baseline prunes there; it has no state in store);
     with it the last state is kept, whatever its loss. Deterministic for a seed on one device;
@@ -64,6 +66,7 @@ def train(
             targets,
             held_out,
             learning_rate,
+            step_tokens,
             seed,
             store or Store(),
             on_gradients,
@@ -112,6 +115,7 @@ class _Run:
     targets: Targets
     held_out: Targets
     learning_rate: float
+    step_tokens: int
     seed: int
     store: Store
     on_gradients: Callable[[int, int], None] | None
@@ -120,7 +124,7 @@ class _Run:
         """Train, continuing where an interrupted run stopped, and leave the best weights."""
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(self.targets), generator=generator)
-        batches = order.split(max(1, BATCH_TOKENS // self.targets.ids.shape[1]))
+        batches = order.split(max(1, self.step_tokens // self.targets.ids.shape[1]))
         optimizer = torch.optim.AdamW(
             self.parameters, lr=self.learning_rate, betas=BETAS, weight_decay=0.0, fused=True
         )
@@ -156,10 +160,13 @@ class _Run:
         """Make one step and return its loss."""
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate * _schedule(step, len(batches))
-        with torch.enable_grad():
-            loss = divergence(self.model, self.targets[batches[step]])
-            loss.backward()
-        found = self._finite(float(loss.detach()))
+        batch, found = self.targets[batches[step]], 0.0
+        for part in batch.split(max(1, PART_TOKENS // batch.ids.shape[1])):
+            with torch.enable_grad():
+                loss = divergence(self.model, part) * (len(part) / len(batch))
+                loss.backward()
+            found += float(loss.detach())
+        self._finite(found)
         if self.on_gradients is not None:
             self.on_gradients(step, len(batches))
         nn.utils.clip_grad_norm_(self.parameters, CLIP)

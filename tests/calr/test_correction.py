@@ -122,6 +122,34 @@ def test_an_interrupted_run_continues_to_the_same_bits(text, tmp_path, monkeypat
     assert all(map(torch.equal, model.parameters(), expected))
 
 
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 6), (64, 3), (100, 2), (10**6, 1)])
+def test_a_step_accumulates_the_gradient_of_all_its_windows(tokens, steps, text, monkeypatch):
+    gradients = []
+    for at_once in (10**6, 40):
+        monkeypatch.setattr(training, "PART_TOKENS", at_once)
+        model, layers, _ = students(text)
+        parameters = [p for layer in layers.values() for p in layer.parameters()]
+        targets = collect_targets(tiny_llama(), text[:6], Store())
+        noted = []
+
+        def note(step, count, parameters=parameters, noted=noted):
+            assert count == steps
+            noted += [p.grad.clone() for p in parameters] if not step else []
+
+        training.train(
+            model,
+            parameters,
+            targets,
+            targets,
+            learning_rate=1e-3,
+            step_tokens=tokens,
+            on_gradients=note,
+        )
+        gradients.append(noted)
+    for whole, summed in zip(*gradients, strict=True):
+        torch.testing.assert_close(summed, whole, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("layout", ["pivoted", "two_factor"])
 def test_compress_corrects_and_packs(layout, text, device, monkeypatch):
     """The packed layers compute what the trained ones did, and the budget still holds."""
