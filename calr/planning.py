@@ -155,9 +155,9 @@ def _peak_memory(structure: Structure, recipe: Recipe, element: int, vocabulary:
     )
     hidden = layers[0].in_features
     boundary = 2 * tokens * hidden * element
+    features = sum(layer.in_features + layer.out_features for layer in layers)
     backward = 0
     if recipe.method == "calr" or recipe.sensitivity == "gradient":
-        features = sum(layer.in_features + layer.out_features for layer in layers)
         backward = recipe.window * (4 * vocabulary * 4 + features * element)
         if recipe.method == "calr":
             backward += 4 * sum(min(x.in_features, x.out_features) ** 2 for x in layers)
@@ -169,6 +169,8 @@ def _peak_memory(structure: Structure, recipe: Recipe, element: int, vocabulary:
     if recipe.correction_tokens:  # float32: values, gradients, two moments, start and best
         training = 6 * 4 * recipe.keep * structure.linear_parameters
         training += 4 * 4 * vocabulary * PART_TOKENS
+        step = max(recipe.window, min(recipe.step_tokens, PART_TOKENS))
+        training += 4 * step * features / (structure.blocks if recipe.gradient_checkpointing else 1)
     largest = max(moments + boundary, backward, decompositions + factors, training)
     return int(LIBRARY_BYTES + weights + largest)
 

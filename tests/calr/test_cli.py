@@ -77,6 +77,16 @@ def test_plan_shows_the_feasible_last_k(source, capsys):
     assert "k=2: 0.600 (ranks for each k: --json)" in text
 
 
+def test_plan_counts_activations_and_what_checkpointing_saves(source, capsys):
+    def memory(*options):
+        return json.loads(run(capsys, "plan", source, *options, "--json"))["peak_memory_bytes"]
+
+    forward_only = ["--method", "svd_llm", "--sensitivity", "none", "--samples", 1]
+    long = [*forward_only, "--window", 8192]
+    checkpointed = memory(*long, "--gradient_checkpointing", "true")
+    assert memory(*forward_only, "--window", 32) < checkpointed < memory(*long)
+
+
 def test_compress_writes_an_ordinary_checkpoint(compressed):
     names = {path.name for path in compressed.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "README.md"} <= names
