@@ -7,24 +7,28 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from calr.text import evaluation_windows, spread_windows
+from calr.text import evaluation_windows, hard_wrapped, spread_windows
 
 WINDOW = 512
 WINDOWS = 804  # of the mixture: 407,552 tokens to train on, and eight windows to choose by
 HELD_OUT_PAGES = 100
 
 
-def mixture(data: Path, tokenizer: PreTrainedTokenizerBase, windows: int = WINDOWS) -> Tensor:
+def mixture(
+    data: Path, tokenizer: PreTrainedTokenizerBase, windows: int = WINDOWS, *, wrapped: bool = False
+) -> Tensor:
     """Return shuffled windows [windows, 512]: three quarters web pages, the rest WikiText-2 train.
 
-    data is laid out as in bench/README.md.
+    data is laid out as in bench/README.md. wrapped: with the first quarter hard-wrapped.
     """
     wikitext = str(data / "wikitext2/wiki.train.tokens")
     shares = ((_pages(data)[:-HELD_OUT_PAGES], windows - windows // 4), (wikitext, windows // 4))
     ids = torch.cat(
         [spread_windows(text, tokenizer, count, WINDOW, seed=0) for text, count in shares]
     )
-    return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+    first = windows // 4 if wrapped else 0
+    return torch.cat([hard_wrapped(ids[:first], tokenizer), ids[first:]])
 
 
 def unseen_windows(

@@ -38,7 +38,8 @@ class Recipe:
         correction_tokens: Tokens of text on which the compressed layers are trained to give the
             dense model's outputs again; 0: no training.
         learning_rate: Peak learning rate of that training; by default 2.5e-4 (1 - keep), since a
-            model that lost more has farther to go.
+            model that lost more has farther to go, and beyond 81,920 tokens less, as their square
+            root.
         step_tokens: Tokens of one step of that training, at least a window; gradients are
             accumulated, so that more takes no more memory.
         trainable: What it moves beside the norms: factors, all of every layer, or corrective, only
@@ -111,7 +112,8 @@ class Recipe:
     @property
     def peak_learning_rate(self) -> float:
         """The learning rate of the correction, asked for or by default."""
-        return self.learning_rate or 2.5e-4 * (1 - self.keep)
+        longer = max(1.0, self.correction_tokens / 81_920) ** 0.5
+        return self.learning_rate or 2.5e-4 * (1 - self.keep) / longer
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values, the learning rate as it is used."""

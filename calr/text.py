@@ -1,13 +1,14 @@
 """Calibration and evaluation text: from a source to windows of token ids.
 
 A source is a text file, FILE.jsonl or a `datasets` hub id (NAME[:CONFIG][:SPLIT]), the latter two
-with an optional #field (default text); "sampled", text sampled from the model itself; "builtin",
-English reference text that every Python installation carries; or several of these separated by
-commas, in equal shares.
+with an optional #field (default text); "sampled", text sampled from the model itself, a quarter of
+it hard-wrapped; "builtin", English reference text that every Python installation carries; or
+several of these separated by commas, in equal shares.
 """
 
 import json
 import random
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from calr.errors import CalrError
 HELD_OUT = 5  # one fifth of the built-in text is kept from calibration, for evaluation
 CACHE_BYTES = 2 << 30
 CHARACTERS_PER_TOKEN = 8  # generous first guess of how much text a window needs
+LINES = (60, 80)  # shortest and longest lines, in characters, of hard-wrapped text
 Source = str | Path | Sequence[str] | Tensor
 
 logger = logging.get_logger(__name__)
@@ -59,7 +61,9 @@ def calibration_windows(
         if not count:
             continue
         if part == "sampled":
-            windows.append(sample_from(model, tokenizer, count, window, seed + i))
+            rows = sample_from(model, tokenizer, count, window, seed + i)
+            wrapped = count // 4
+            windows.append(torch.cat([hard_wrapped(rows[:wrapped], tokenizer), rows[wrapped:]]))
         else:
             windows.append(spread_windows(part, tokenizer, count, window, seed + i))
     return torch.cat(windows)
@@ -127,6 +131,29 @@ def sample_from(
         finally:
             model.generation_config = own
     return torch.cat(rows)
+
+
+def hard_wrapped(windows: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Break the lines of windows [S, T] at 60 to 80 characters, as books, mail and comments are.
+
+    Another length for each window, in turn. A window keeps its length: line breaks push text out at
+    its end. One that would become shorter stays as it is.
+    """
+    start = _adds_bos(tokenizer)
+    result = windows.clone()
+    for i, row in enumerate(windows):
+        wrap = textwrap.TextWrapper(
+            LINES[0] + i % (LINES[1] - LINES[0] + 1),
+            expand_tabs=False,
+            replace_whitespace=False,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        text = str(tokenizer.decode(row[start:]))
+        ids = _encode(tokenizer, "\n".join(wrap.fill(line) for line in text.split("\n")))
+        if len(ids) >= len(row) - start:
+            result[i, start:] = ids[: len(row) - start]
+    return result
 
 
 def _sampling_batch(model: PreTrainedModel, window: int) -> int:

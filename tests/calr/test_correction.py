@@ -243,6 +243,14 @@ def test_the_learning_rate_that_was_used_is_recorded(asked, used, text):
     assert found == pytest.approx(used)
 
 
+def test_a_longer_training_has_a_lower_peak_by_default():
+    tokens = 4 * 81_920
+    assert calr.Recipe(keep=0.6).peak_learning_rate == pytest.approx(1e-4)
+    assert calr.Recipe(keep=0.6, correction_tokens=tokens).peak_learning_rate == pytest.approx(5e-5)
+    asked = calr.Recipe(keep=0.6, correction_tokens=tokens, learning_rate=3e-4)
+    assert asked.peak_learning_rate == 3e-4
+
+
 def test_a_loss_that_is_not_finite_is_an_error(text):
     model, layers, recipe = students(text, correction_tokens=32 * 32)
     broken = copy.deepcopy(model)

@@ -7,7 +7,13 @@ import torch
 
 from calr.errors import CalrError
 from calr.testing import byte_tokenizer, tiny_llama
-from calr.text import calibration_windows, evaluation_windows, held_out_topics, read_text
+from calr.text import (
+    calibration_windows,
+    evaluation_windows,
+    hard_wrapped,
+    held_out_topics,
+    read_text,
+)
 
 TEXT = " ".join(f"word{i}" for i in range(2000))
 
@@ -69,6 +75,43 @@ def test_text_sampled_from_the_model_is_reproducible():
 
 def test_the_default_needs_no_network():
     assert windows(None, model=tiny_llama(), samples=4).shape == (4, 32)
+
+
+def _fit(tokenizer, text, size):
+    """The first tokens of a text, the last of which is no space."""
+    ids = tokenizer(text).input_ids[: size - 1]
+    return [*ids, *tokenizer("x", add_special_tokens=False).input_ids]
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_hard_wrapping_breaks_lines_between_words_and_keeps_the_text(add_bos):
+    tokenizer = byte_tokenizer(add_bos=add_bos)
+    texts = ["The cat\tsat on the mat. " * 40, "One\n\ntwo. " * 9 + "ünïcode-words " * 60]
+    encoded = [_fit(tokenizer, text, 600) for text in texts]
+    rows = torch.tensor(encoded)
+    wrapped = hard_wrapped(rows, tokenizer)
+    assert wrapped.shape == rows.shape
+    assert torch.equal(wrapped[:, :add_bos], rows[:, :add_bos])
+    for i, (before, after) in enumerate(zip(rows, wrapped, strict=True)):
+        found, lines = (tokenizer.decode(row[add_bos:]) for row in (before, after))
+        assert max(map(len, found.split("\n"))) > 80
+        assert max(map(len, lines.split("\n"))) <= 60 + i
+        assert "".join(found.split()).startswith("".join(lines.split()))
+    assert torch.equal(hard_wrapped(wrapped, tokenizer)[0], wrapped[0])
+
+
+def test_a_window_without_spaces_is_not_wrapped():
+    rows = windows(["x" * 5000], samples=2, window=300)
+    assert torch.equal(hard_wrapped(rows, byte_tokenizer()), rows)
+
+
+def test_a_quarter_of_sampled_text_is_hard_wrapped(monkeypatch):
+    rows = torch.full((9, 200), ord("x") + 2)
+    rows[:, ::10] = ord(" ") + 2
+    monkeypatch.setattr("calr.text.sample_from", lambda *arguments: rows)
+    found = windows("sampled", samples=9, window=200)
+    changed = [not torch.equal(row, before) for row, before in zip(found, rows, strict=True)]
+    assert changed == [True] * 2 + [False] * 7
 
 
 def test_evaluation_text_is_never_calibration_text():
