@@ -2,20 +2,21 @@
 
     python bench/calibration.py --model MODEL --data DIR
 
-Writes bench/results/calibration.json row by row and prints a table. DIR as in bench/README.md, and
-web/openwebtext_1000.jsonl, of whose pages the last 100 are used.
+Rows go to bench/results/calibration.json as they are measured and are reused. DIR as in
+bench/README.md.
 """
 
 import argparse
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
-from texts import unseen_windows
+from texts import WINDOW, unseen_windows, write_json
 
 import calr
 from calr.evaluation import perplexity
-from calr.text import evaluation_windows
+from calr.text import evaluation_windows, sample_from
 
 
 def main() -> None:
@@ -28,30 +29,33 @@ def main() -> None:
     arguments = parser.parse_args()
     dense, tokenizer = calr.load(arguments.model)
     windows = unseen_windows(arguments.data, tokenizer)
-    windows["builtin, held out"] = evaluation_windows("builtin", tokenizer, windows=20, window=512)
+    windows["builtin, held out"] = evaluation_windows(
+        "builtin", tokenizer, windows=20, window=WINDOW
+    )
     wikitext = str(arguments.data / "wikitext2/wiki.train.tokens")
+    recipe = calr.Recipe(keep=arguments.keep, correction_tokens=0)
+    sample = partial(sample_from, dense, tokenizer, recipe.samples, recipe.window, recipe.seed)
     sources = {
         "none (dense)": None,
         "WikiText-2 train": wikitext,
         "sampled": "sampled",
+        "sampled, no line wrapped": sample,
         "builtin": "builtin",
-        "builtin and sampled": "builtin,sampled",
     }
-    rows = []
+    rows = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     for name, source in sources.items():
+        if any(row["calibration"] == name for row in rows):
+            continue
         model = dense
         if source is not None:
+            text = source() if callable(source) else source
             model = calr.compress(
-                copy.deepcopy(dense),
-                calr.Recipe(keep=arguments.keep, correction_tokens=0),
-                calibration=source,
-                tokenizer=tokenizer,
+                copy.deepcopy(dense), recipe, calibration=text, tokenizer=tokenizer
             )
         found = {text: round(perplexity(model, ids).perplexity, 2) for text, ids in windows.items()}
         rows.append({"calibration": name, "perplexity": found})
         print("|", name, "|", " | ".join(map(str, found.values())), "|", flush=True)
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(rows, indent=1))
+        write_json(arguments.output, rows)
 
 
 if __name__ == "__main__":

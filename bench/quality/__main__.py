@@ -43,7 +43,6 @@ def grid(keeps: list[float]) -> list[tuple[str, float, int]]:
     cells += [(method, keep, 0) for keep in keeps for method in reversed(METHODS)]
     cells += [(method, keep, COMMON) for keep in (0.8, smallest) for method in reversed(METHODS)]
     cells += [("CALR", keep, LONG) for keep in (0.8, 0.6)]
-    cells += [("CALR", keep, COMMON) for keep in keeps if keep not in (0.8, smallest)]
     return cells
 
 
