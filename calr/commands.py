@@ -101,6 +101,8 @@ def compress(arguments: Namespace) -> None:
             results[f"correction_{name}"] = round(value, 4)
         results |= before
         results |= _measure("compressed", model, tokenizer, arguments.eval_windows, recipe.window)
+        if arguments.elastic:
+            results["cut_it_with"] = "calr resize DIRECTORY OUTPUT --keep 0.7"
         results["seconds"] = round(time.monotonic() - started, 1)
         command = "calr compress {model} OUTPUT --config recipe.yaml"
         card = checkpoint.model_card(arguments.model, command, recipe_yaml(arguments), results)

@@ -75,10 +75,16 @@ def evaluation_windows(
     """Return the first consecutive windows of a text, [at most windows, window] int64 token ids.
 
     "builtin" here is the part of the built-in text that calibration never sees. Windows start with
-    BOS where the tokenizer adds it, at the cost of one text token.
+    BOS where the tokenizer adds it, at the cost of one text token. Raises CalrError for "sampled"
+    and for less than one window of text.
     """
     if isinstance(source, Tensor):
         return source[:windows].long().cpu()
+    if source == "sampled":
+        raise CalrError(
+            "text: what the model samples says nothing about other text; name a file, a hub data "
+            "set or builtin"
+        )
     text = held_out_topics() if source == "builtin" else read_text(source)
     size = window - _adds_bos(tokenizer)
     length = windows * size * CHARACTERS_PER_TOKEN

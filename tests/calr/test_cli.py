@@ -281,6 +281,7 @@ def test_elastic_resizes_to_what_compress_writes(source, tmp_path, capsys):
     common = [*SMALL[:-2], *BUILTIN]
     out = run(capsys, "compress", source, tmp_path / "elastic", "--elastic", *common, "--json")
     assert json.loads(out)["dense_layers"] == 0
+    assert "calr resize DIRECTORY" in (tmp_path / "elastic" / "README.md").read_text()
     arguments = [tmp_path / "elastic", tmp_path / "small", "--keep", 0.5, "--json"]
     resized = json.loads(run(capsys, "resize", *arguments))
     direct = json.loads(

@@ -137,6 +137,8 @@ def test_little_text_warns_and_none_is_refused(caplog):
     assert "gives 2 windows of 32 tokens, not 6" in caplog.text
     with pytest.raises(CalrError, match="less than one window of 32"):
         windows([""])
+    with pytest.raises(CalrError, match="what the model samples"):
+        evaluation_windows("sampled", byte_tokenizer(), windows=1, window=32)
     with pytest.raises(CalrError, match="not one window of 32"):
         evaluation_windows(["short"], byte_tokenizer(), windows=1, window=32)
 
