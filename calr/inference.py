@@ -84,8 +84,9 @@ class _GatedForward:
 def _factors(layer: nn.Module | None, x: Tensor, in_features: int | None = None) -> Factors | None:
     """Return a layer's tensors if the kernel may read them for x, or for as many rows, and can."""
     if type(layer) is nn.Linear:
-        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if weight is None or not may_bypass(x, weight, bias):
+        own = layer._parameters
+        weight, bias = own.get("weight"), own.get("bias")
+        if weight is None or "bias" not in own or not may_bypass(x, weight, bias):
             return None
         factors = Factors(weight, bias=bias)
     elif type(layer) is LowRankLinear and layer.may_fuse(x):

@@ -32,14 +32,28 @@ def library() -> ctypes.CDLL | None:
     Raises ValueError when CALR_CPU_ISA names an instruction set that this machine lacks.
     """
     spec = importlib.util.find_spec("calr_kernels._cpu")
-    if spec is None or spec.origin is None:
+    try:
+        loaded = _load(spec.origin if spec else None)
+    except (OSError, AttributeError) as error:  # damaged, of another system, of another version
         warnings.warn(
-            "calr_kernels: no native CPU kernel (it needs a C++ compiler at installation); "
-            "small batches run in plain PyTorch, slower",
+            "calr_kernels: no native CPU kernel (it needs a C++ compiler at installation; "
+            f"{error}); small batches run in plain PyTorch, slower",
             stacklevel=2,
         )
         return None
-    loaded = ctypes.CDLL(spec.origin)
+    wanted = os.environ.get("CALR_CPU_ISA")
+    if wanted is not None and (
+        wanted not in ISAS or loaded.calr_select_isa(ISAS.index(wanted)) != 0
+    ):
+        raise ValueError(f"CALR_CPU_ISA={wanted!r}: this machine has {ISAS[: isa() + 1]}")
+    return loaded
+
+
+def _load(path: str | None) -> ctypes.CDLL:
+    """Open the library and declare its functions; OSError or AttributeError where it has none."""
+    if path is None:
+        raise OSError("it was not built")
+    loaded = ctypes.CDLL(path)
     pointer: Any = ctypes.c_void_p
     size: Any = ctypes.c_int64
     code: Any = ctypes.c_int32
@@ -53,11 +67,6 @@ def library() -> ctypes.CDLL | None:
     loaded.calr_complement.restype = code
     loaded.calr_interleave.argtypes = [pointer] * 4 + [size] * 3 + [code] * 2
     loaded.calr_interleave.restype = code
-    wanted = os.environ.get("CALR_CPU_ISA")
-    if wanted is not None and (
-        wanted not in ISAS or loaded.calr_select_isa(ISAS.index(wanted)) != 0
-    ):
-        raise ValueError(f"CALR_CPU_ISA={wanted!r}: this machine has {ISAS[: isa() + 1]}")
     return loaded
 
 
@@ -66,6 +75,11 @@ def isa() -> int:
     spec = importlib.util.find_spec("calr_kernels._cpu")
     assert spec is not None and spec.origin is not None
     return int(ctypes.CDLL(spec.origin).calr_isa())
+
+
+def is_plain(x: Tensor) -> bool:
+    """Tell whether a tensor has its numbers at its address: no subclass, not sparse, not nested."""
+    return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested
 
 
 def usable(x: Tensor, down: Tensor, up: Tensor) -> bool:
@@ -79,6 +93,7 @@ def usable(x: Tensor, down: Tensor, up: Tensor) -> bool:
         and x.shape[-1:] == down.shape[1:]
         and up.dtype is down.dtype
         and (x.dtype is down.dtype or x.dtype is torch.float32)
+        and is_plain(x)
         and x.is_cpu
         and down.is_cpu
         and up.is_cpu
@@ -137,14 +152,26 @@ def lowrank_linear(
 
 def eager() -> bool:
     """Tell whether nobody watches the operations: a kernel called directly is not seen by
-    torch.compile, torch.jit.trace, forward-mode differentiation and the transforms of torch.func.
+    torch.compile, torch.jit.trace, make_fx and other dispatch modes, forward-mode differentiation
+    and the transforms of torch.func.
     """
     return not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or transformed()
     )
+
+
+def transformed() -> bool:
+    """Tell whether forward-mode differentiation or a transform of torch.func is at work."""
+    return bool(
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+# torch.compiler.assume_constant_result does this, but would load all of torch._dynamo here
+vars(transformed)["_dynamo_marked_constant"] = True
 
 
 class Factors(NamedTuple):
@@ -167,9 +194,10 @@ class Factors(NamedTuple):
 
 
 def bindable(x: Tensor, factors: Factors, in_features: int | None = None) -> bool:
-    """Tell whether `Bound` computes this: few rows, plain contiguous CPU tensors of x's type.
+    """Tell whether `Bound` computes this: few rows, contiguous CPU tensors.
 
-    in_features: of what the layer gets, where that is not x itself.
+    For tensors that may be read (`nn.may_bypass`): plain, of x's type. in_features: of what the
+    layer gets, where that is not x itself.
     """
     return (
         eager()
@@ -255,7 +283,8 @@ class Bound:
 
 
 class _Binding:
-    """What calls with these factors need. Raises ValueError for pivots that are not distinct."""
+    """What calls with these factors need. Raises ValueError for shapes that do not fit one another,
+    tensors elsewhere than on the CPU, and pivots that are not distinct."""
 
     def __init__(self, factors: Sequence[Factors], tensors: list[Tensor | None]) -> None:
         loaded = library()
@@ -270,6 +299,18 @@ class _Binding:
     def _layer(self, layer: Factors, n: int) -> "_Layer":
         """Describe one layer to the kernel."""
         rank, pivots, others = 0 if layer.down is None else layer.down.shape[0], None, None
+        for name, tensor, shape in (
+            ("up", layer.up, (n - (rank if layer.pivots is not None else 0), rank)),
+            ("pivots", layer.pivots, (rank,)),
+            ("bias", layer.bias, (n,)),
+        ):
+            if name == "up" and layer.down is None:
+                continue
+            if tensor is not None and (tuple(tensor.shape) != shape or not tensor.is_cpu):
+                raise ValueError(
+                    f"{name}: is {list(tensor.shape)} on {tensor.device}, must be {list(shape)} "
+                    "on the CPU"
+                )
         if layer.pivots is not None:
             pivots, others = layer.pivots.clone(), torch.empty(n - rank, dtype=torch.int32)
             loaded = library()

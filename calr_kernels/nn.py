@@ -1,14 +1,14 @@
 """The drop-in module of a linear layer compressed to low rank."""
 
 import math
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from calr_kernels import ops
-from calr_kernels.cpu import Bound, Factors, bindable
+from calr_kernels.cpu import Bound, Factors, bindable, is_plain
 from calr_kernels.reference import pivot_source
 
 Layout = Literal["two_factor", "pivoted"]
@@ -64,8 +64,11 @@ class LowRankLinear(nn.Linear):
             factors = self.factors()
             if not torch.is_grad_enabled() and bindable(input, factors):
                 return self._bound.linears(input, (factors,))[0]
-            up, down, pivots, bias = factors
-            return ops.apply(input, cast(Tensor, down), up, pivots, bias)
+            if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:
+                up, down, places, bias = cast(tuple[Tensor, Tensor, Tensor | None, Any], factors)
+                if places is None:
+                    return ops.lowrank_linear(input, down, up, bias)
+                return ops.pivoted_linear(input, down, up, places, bias)
         pivots = cast(Tensor, self.pivots) if self.layout == "pivoted" else None
         t = self.down(input)  # [..., r]
         if pivots is None:
@@ -83,7 +86,8 @@ class LowRankLinear(nn.Linear):
 
     def may_fuse(self, input: Tensor) -> bool:
         """Tell whether reading `down.weight` bypasses nobody: offloading, tensor parallelism, hooks
-        and wrapped weights all act when `down` itself is called."""
+        and wrapped weights all act when `down` itself is called. Wrapped inputs act on operations.
+        """
         down = self._modules["down"]
         if type(down) is not nn.Linear or "forward" in down.__dict__:
             return False
@@ -91,9 +95,11 @@ class LowRankLinear(nn.Linear):
         if hooked or down._backward_hooks or down._backward_pre_hooks:
             return False
         parameters = self._parameters
+        if "bias" not in parameters:
+            return False
         down_weight, weight = down._parameters.get("weight"), parameters.get("weight")
-        bias = parameters.get("bias")
-        return may_bypass(input, down_weight, bias) and may_bypass(input, weight, None)
+        bias = parameters["bias"]
+        return may_bypass(input, weight, bias) and _readable(input, down_weight)
 
     def dense_weight(self) -> Tensor:
         """Return the equivalent weight matrix [out_features, in_features] in the factors' dtype."""
@@ -111,11 +117,18 @@ class LowRankLinear(nn.Linear):
 def may_bypass(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Tell whether a weight may be read without its module: plain, of input's type, where it is."""
     return (
+        _readable(input, weight)
+        and (bias is None or (bias.dtype is input.dtype and bias.device == input.device))
+        and is_plain(input)
+        and not torch.is_autocast_enabled(input.device.type)
+    )
+
+
+def _readable(input: Tensor, weight: Tensor | None) -> bool:
+    return (
         type(weight) is nn.Parameter
         and weight.device == input.device
         and weight.dtype is input.dtype
-        and (bias is None or bias.dtype is input.dtype)
-        and not torch.is_autocast_enabled(input.device.type)
     )
 
 

@@ -149,11 +149,13 @@ def apply(
 
     Tracers, forward-mode differentiation and torch.func get plain PyTorch.
     """
-    if not torch.compiler.is_compiling():
-        if not cpu.eager():
+    if torch.compiler.is_compiling():
+        if cpu.transformed():
             return _plain(x, down, up, pivots, bias)
-        if not _needs_gradients(x, down, up, bias):
-            return _forward(x, down, up, pivots, bias)
+    elif not cpu.eager():
+        return _plain(x, down, up, pivots, bias)
+    elif not _needs_gradients(x, down, up, bias):
+        return _forward(x, down, up, pivots, bias)
     result: Tensor = torch.ops.calr.lowrank_linear(x, down, up, pivots, bias)
     return result
 
@@ -167,6 +169,8 @@ def check(
     prefix: str = "",
 ) -> None:
     """Raise ValueError naming the first argument that does not fit the others."""
+    if x.is_nested or x.layout is not torch.strided:
+        raise ValueError("x: is nested or sparse, must be a dense tensor")
     if down.dim() != 2 or up.dim() != 2 or x.dim() < 1:
         raise ValueError(
             f"x {list(x.shape)}, {prefix}down {list(down.shape)}, {prefix}up {list(up.shape)}: "
@@ -222,7 +226,7 @@ def _forward(
     if cpu.usable(x, down, up):
         return cpu.lowrank_linear(x, down, up, pivots, bias)
     native = pivots is not None and x.is_cpu and x.dtype in cpu.TYPES and len(pivots)
-    if native and cpu.library() is not None:
+    if native and cpu.is_plain(x) and cpu.library() is not None:
         assert pivots is not None
         t = linear(x, down.to(x.dtype)).contiguous()
         y = cpu.interleave(t, linear(t, up.to(x.dtype)).contiguous(), pivots)
@@ -239,9 +243,18 @@ def _plain(
     return reference.pivoted_linear(x, down, up, pivots, bias)
 
 
+def _checked(
+    x: Tensor, down: Tensor, up: Tensor, pivots: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """The operator itself: anyone may call it, and backends trust shapes."""
+    check(x, down, up, pivots, bias)
+    return _forward(x, down, up, pivots, bias)
+
+
 def _fake(
     x: Tensor, down: Tensor, up: Tensor, pivots: Tensor | None, bias: Tensor | None
 ) -> Tensor:
+    check(x, down, up, pivots, bias)
     n = up.shape[0] + (0 if pivots is None else down.shape[0])
     return x.new_empty(*x.shape[:-1], n)
 
@@ -289,6 +302,6 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
 
 
-torch.library.impl(NAME, "default", _forward)
+torch.library.impl(NAME, "default", _checked)
 torch.library.register_fake(NAME, _fake)
 torch.library.register_autograd(NAME, _backward, setup_context=_setup)

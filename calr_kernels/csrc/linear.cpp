@@ -93,6 +93,7 @@ inline void narrow(float value, float16* out) {  // to nearest even
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define CALR_X86 1
 }  // namespace
+#include <cpuid.h>
 #include <immintrin.h>
 namespace {
 
@@ -136,7 +137,9 @@ Isa best_isa() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     return kAvx512;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+  unsigned a, b, c = 0, d;  // older compilers know no "f16c"
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c) return kAvx2;
 #endif
   return kScalar;
 }

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import calr
 from calr.inference import _DenseForward, _GatedForward, optimize_for_inference
@@ -36,6 +37,18 @@ def test_outputs_are_equal(compressed, dtype, ids):
         assert torch.equal(
             fast.generate(ids[:1, :4], **options), plain.generate(ids[:1, :4], **options)
         )
+
+
+@torch.no_grad()
+def test_a_pruned_bias_is_applied(ids):
+    model, x = tiny_llama(mlp_bias=True), torch.randn(1, 32)
+    gate = model.model.layers[0].mlp.gate_proj
+    nn.init.ones_(gate.bias)
+    prune.custom_from_mask(gate, "bias", torch.arange(80) % 2)
+    mlp = model.model.layers[0].mlp
+    expected = gate(x), mlp(x)
+    optimize_for_inference(model)
+    torch.testing.assert_close((gate(x), mlp(x)), expected)
 
 
 def test_what_is_replaced(ids):

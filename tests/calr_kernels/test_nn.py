@@ -1,12 +1,18 @@
 """The module: layouts, storage names, errors."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import prune
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
-from calr_kernels import LowRankLinear
+from calr_kernels import LowRankLinear, lowrank_linear
 
 LAYOUTS = ["two_factor", "pivoted"]
 
@@ -98,6 +104,102 @@ def test_tracers_and_transforms_see_the_layer(layout):
     torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
     traced = torch.jit.trace(layer, x, check_trace=False)
     torch.testing.assert_close(traced(tangent), layer(tangent))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_compiled_transforms_see_the_layer(layout, rows):
+    layer, x, tangent = LowRankLinear(6, 4, 2, layout), torch.randn(rows, 6), torch.randn(rows, 6)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def pushed(x, tangent):
+        return torch.func.jvp(layer, (x,), (tangent,))[1]
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def pulled(x):
+        return torch.func.grad(lambda x: layer(x).square().sum())(x)
+
+    with torch.no_grad():
+        torch.testing.assert_close(pushed(x, tangent), layer(tangent) - layer.bias)
+    expected = 2 * layer(x) @ layer.dense_weight()
+    torch.testing.assert_close(pulled(x), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", [1, 40])
+@torch.no_grad()
+def test_dispatch_modes_see_the_layer(layout, rows):
+    layer, x = LowRankLinear(6, 4, 2, layout), torch.randn(rows, 6)
+    graph = make_fx(layer)(x)
+    other = torch.randn(rows, 6)
+    torch.testing.assert_close(graph(other), layer(other))
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * rows * (6 * 2 + 2 * layer.weight.shape[0])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x)).shape == (rows, 4)
+
+
+class Wrapped(torch.Tensor):
+    """Numbers that are elsewhere: nothing may read at its address."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments, options=None):
+        unwrap = partial(tree_map_only, cls, lambda t: t.inner)
+        return function(*unwrap(arguments), **unwrap(options or {}))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", [1, 40])
+@torch.no_grad()
+def test_inputs_that_are_not_plain_run_in_torch(layout, rows):
+    layer, x = LowRankLinear(6, 4, 2, layout), torch.randn(rows, 6)
+    torch.testing.assert_close(layer(Wrapped(x)), layer(x))
+    nested = torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged)
+    if layout == "two_factor":  # torch has no index_select of one
+        torch.testing.assert_close(layer(nested).values(), layer(torch.cat([x, x[:1]])))
+    with pytest.raises(ValueError, match="x: is nested or sparse"):
+        lowrank_linear(x.to_sparse(), layer.down.weight, layer.weight)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("weight", lambda t: t[:, :-1]),
+        ("down.weight", lambda t: t[:-1]),
+        ("bias", lambda t: t[:-1]),
+        ("bias", lambda t: t.to("meta")),
+        ("pivots", lambda t: t[:-1]),
+        ("pivots", lambda t: t.to("meta")),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(name, change, gradients, rows):
+    layer = LowRankLinear(12, 10, 4, "pivoted")
+    home, _, last = name.rpartition(".")
+    module = layer.get_submodule(home)
+    old = getattr(module, last)
+    new = change(old.detach())
+    setattr(module, last, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+    with torch.set_grad_enabled(gradients), pytest.raises((ValueError, RuntimeError)):
+        layer(torch.randn(rows, 12))
+
+
+def test_a_pruned_bias_is_applied():
+    layer, x = LowRankLinear(6, 4, 2), torch.randn(1, 6)
+    nn.init.ones_(layer.bias)
+    with torch.no_grad():
+        expected = layer(x)
+        prune.custom_from_mask(layer, "bias", torch.tensor([1, 0, 1, 0]))
+        torch.testing.assert_close(layer(x), expected - torch.tensor([0.0, 1, 0, 1]))
 
 
 @torch.inference_mode()

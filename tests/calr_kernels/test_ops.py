@@ -233,6 +233,10 @@ def test_malformed_calls_are_refused_by_name(change, message):
         tensors[name] = torch.ones(value) if isinstance(value, tuple) else tensors[name].to(value)
     with pytest.raises(ValueError, match=message):
         lowrank_linear(**tensors)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.calr.lowrank_linear(
+            *(tensors[n] for n in ("x", "down", "up")), None, tensors["bias"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -270,6 +274,18 @@ def test_without_the_native_kernel_there_is_one_warning_and_the_same_result(monk
         found = [run(*arguments) for _ in range(3)]
     assert len(caught) == 1
     torch.testing.assert_close(found[0], expected)
+    monkeypatch.undo()
+    cpu.library.cache_clear()
+
+
+def test_a_damaged_native_kernel_is_as_none(monkeypatch, tmp_path):
+    broken = tmp_path / "_cpu.so"
+    broken.write_bytes(b"not a library")
+    spec = type("Spec", (), {"origin": str(broken)})
+    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: spec)
+    cpu.library.cache_clear()
+    with pytest.warns(UserWarning, match=r"no native CPU kernel .*_cpu\.so"):
+        assert cpu.library() is None
     monkeypatch.undo()
     cpu.library.cache_clear()
 

@@ -98,6 +98,31 @@ def test_rank_by_tolerance_is_nearly_the_smallest(spectrum, tol):
     assert smallest <= len(found) <= 1.05 * smallest + 1
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tol"),
+    [(torch.float32, 3e-4), (torch.float32, 1e-5), (torch.float64, 1e-5), (torch.float64, 1e-11)],
+)
+@pytest.mark.parametrize(("m", "n"), [(300, 400), (100, 120)], ids=["sketched", "exact"])
+def test_a_tolerance_near_the_rounding_is_kept(m, n, dtype, tol):
+    s = torch.exp(-torch.arange(1.0, min(m, n) + 1, dtype=torch.float64) / 5)
+    u, v = (torch.linalg.qr(torch.randn(k, len(s), dtype=torch.float64))[0] for k in (m, n))
+    a = ((u * s) @ v.mT).to(dtype)
+    u, found, vh = (t.double() for t in randomized_svd(a, tol=tol))
+    assert (a.double() - (u * found) @ vh).norm() <= 1.001 * tol * s.norm()
+    smallest = int((s.square().flip(0).cumsum(0).flip(0).sqrt() > tol * s.norm()).sum())
+    assert smallest <= len(found) <= smallest + 2
+
+
+@pytest.mark.parametrize("rank", [60, 100])
+def test_float64_is_right_far_below_the_largest_singular_value(rank):
+    i = torch.arange(300, dtype=torch.float64)
+    u, v = (torch.linalg.qr(torch.randn(k, 300, dtype=torch.float64))[0] for k in (300, 400))
+    s = 10 ** (-i / 8)
+    _, found, _ = randomized_svd((u * s) @ v.mT, rank)
+    torch.testing.assert_close(found, s[:rank], rtol=0.01, atol=1e-14)
+    assert (found.diff() <= 0).all()
+
+
 def test_posterior_error_is_the_error(device):
     a, _ = matrix(400, 300, "i^-1")
     u, s, vh = (t.cpu() for t in randomized_svd(a.to(device), 40))
