@@ -28,7 +28,7 @@ from calr.integrations.lm_eval import evaluate, retention
 from calr.integrations.transformers import CalrConfig
 from calr.models import is_compressed
 from calr.structure import Structure, analyse, check_window
-from calr.text import evaluation_windows
+from calr.text import evaluation_windows, parts_of
 from calr_kernels.nn import Layout
 
 LOADING = ("dtype", "device", "trust_remote_code")
@@ -191,6 +191,7 @@ def bench(arguments: Namespace) -> None:
     timed = {source: _load(arguments, source)[0] for source in sources}
     for model in timed.values():
         check_window(model, "prompt_tokens", arguments.prompt_tokens)
+        check_window(model, "new_tokens", benchmark.START + arguments.new_tokens - 1)
     optimize_for_inference(timed[arguments.model])
     rows = benchmark.bench(
         timed,
@@ -239,6 +240,8 @@ def generate(arguments: Namespace) -> None:
         inputs = tokenizer(arguments.prompt, return_tensors="pt")
     if not inputs["input_ids"].numel():
         raise CalrError("prompt: is empty, and the tokenizer adds no first token; give some text")
+    fed = inputs["input_ids"].shape[1] + arguments.max_new_tokens - 1
+    check_window(model, "prompt and max_new_tokens", fed)
     inputs = inputs.to(model.device)
     torch.manual_seed(arguments.seed)
     sampling = {"do_sample": False}
@@ -353,7 +356,7 @@ def _measure(
 def _content(calibration: str) -> str:
     """Identify calibration text by content where it is a file, by name otherwise."""
     digests = []
-    for part in calibration.split(","):
+    for part in map(str, parts_of(calibration)):
         path = Path(part.partition("#")[0])
         digests.append(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else part)
     return f"{calibration} {digests} {sys.version_info[:2]}"

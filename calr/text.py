@@ -23,6 +23,7 @@ from calr.errors import CalrError
 HELD_OUT = 5  # one fifth of the built-in text is kept from calibration, for evaluation
 CACHE_BYTES = 2 << 30
 CHARACTERS_PER_TOKEN = 8  # generous first guess of how much text a window needs
+FILES = {".txt", ".json", ".jsonl", ".md", ".raw", ".tokens", ".text"}  # hub ids have dots, too
 LINES = (60, 80)  # shortest and longest lines, in characters, of hard-wrapped text
 Source = str | Path | Sequence[str] | Tensor
 
@@ -42,8 +43,9 @@ def calibration_windows(
 
     source: a source string or path (see the module), a list of texts, or ids [S, T], which are used
     as they are. None is "sampled". Windows are spread evenly over the text, each at a seeded offset
-    in its part; no padding; each starts with BOS where the tokenizer adds it. Raises CalrError when
-    there is no window's worth of text; warns when there are fewer windows than samples.
+    in its part, and shuffled, so that any few of them are of all sources; no padding; each starts
+    with BOS where the tokenizer adds it. Raises CalrError when there is no window's worth of text;
+    warns when there are fewer windows than samples.
     """
     if isinstance(source, Tensor):
         shaped = source.dim() == 2 and source.shape[0] >= 1 and source.shape[1] >= 2
@@ -54,7 +56,7 @@ def calibration_windows(
             )
         return source.long().cpu()
     tokenizer = tokenizer or _tokenizer_of(model)
-    parts = _parts(source)
+    parts = parts_of(source)
     counts = [samples // len(parts) + (i < samples % len(parts)) for i in range(len(parts))]
     windows = []
     for i, (part, count) in enumerate(zip(parts, counts, strict=True)):
@@ -66,7 +68,8 @@ def calibration_windows(
             windows.append(torch.cat([hard_wrapped(rows[:wrapped], tokenizer), rows[wrapped:]]))
         else:
             windows.append(spread_windows(part, tokenizer, count, window, seed + i))
-    return torch.cat(windows)
+    ids = torch.cat(windows)
+    return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
 
 
 def evaluation_windows(
@@ -87,6 +90,8 @@ def evaluation_windows(
         )
     text = held_out_topics() if source == "builtin" else read_text(source)
     size = window - _adds_bos(tokenizer)
+    if size < 1 or window < 2:
+        raise CalrError(f"window={window}: too few tokens to predict one; raise it")
     length = windows * size * CHARACTERS_PER_TOKEN
     ids = _encode(tokenizer, text[:length])
     while len(ids) < windows * size and length < len(text):
@@ -188,7 +193,7 @@ def read_text(source: str | Path | Sequence[str]) -> str:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CalrError(f"{source}: cannot be read as text: {error}") from error
-    if path.suffix or name.startswith((".", "/")):
+    if path.suffix in FILES or name.startswith((".", "/")):
         raise CalrError(f"{source}: no such file")
     return "\n\n".join(_hub(name, field or "text"))
 
@@ -213,7 +218,8 @@ def _topics() -> list[str]:
     return list(dict.fromkeys(paragraphs))
 
 
-def _parts(source: str | Path | Sequence[str] | None) -> list[str | Path | Sequence[str]]:
+def parts_of(source: str | Path | Sequence[str] | None) -> list[str | Path | Sequence[str]]:
+    """Split a source string at its commas, unless it is a file's name; None is "sampled"."""
     if source is None:
         return ["sampled"]
     if isinstance(source, str) and "," in source and not Path(source).exists():
