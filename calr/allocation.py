@@ -70,17 +70,21 @@ def require_reachable(
         )
 
 
-def uniform(shapes: Sequence[Shape], keep: float, layout: Layout, step: int) -> Ranks:
-    """Keep the same fraction of every layer, rounded down to the step.
+def uniform(
+    shapes: Sequence[Shape], keep: float, layout: Layout, step: int, fixed: int = 0
+) -> Ranks:
+    """Keep the same fraction of every layer, rounded down to the step; fixed: as in `globally`.
 
     What rounding left over goes, step by step, to the layer that keeps the smallest fraction.
     """
-    require_reachable(shapes, keep, layout, step)
-    budget = math.floor(keep * sum(shape.dense for shape in shapes) + 1e-6)
+    require_reachable(shapes, keep, layout, step, fixed)
+    total = sum(shape.dense for shape in shapes)
+    budget = math.floor(keep * (fixed + total) + 1e-6) - fixed
+    share = min(1.0, (keep * (fixed + total) - fixed) / total)
     choices = [candidates(shape, layout, step) for shape in shapes]
     at = []
     for shape, options in zip(shapes, choices, strict=True):
-        rank = rank_at(layout, shape.out_features, shape.in_features, keep)
+        rank = rank_at(layout, shape.out_features, shape.in_features, share)
         fitting = [i for i, r in enumerate(options) if r is not None and r <= rank + 1e-9]
         at.append(len(options) - 1 if keep == 1 else fitting[-1] if fitting else 0)
     costs = [

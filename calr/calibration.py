@@ -1,7 +1,6 @@
 """Calibration statistics: second moments of inputs, and of the loss's gradients at the outputs."""
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from calr import __version__
 from calr.blocks import BlockRunner
 from calr.errors import CalrError
 from calr.methods import Moments
-from calr.store import Store
+from calr.store import Store, claim
 from calr.structure import Layer, Structure
 from calr_kernels import gram
 
@@ -177,31 +177,27 @@ def open_statistics(directory: str | Path | None, key: str) -> Store:
         return Store()
     if Path(directory).is_file():
         raise CalrError(f"{directory}: is a file; name a directory for the statistics")
-    store = Store(Path(directory))
-    name = Path(directory) / "fingerprint"
-    if not name.exists():
-        temporary = name.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(key)
-        temporary.rename(name)
-    if name.read_text() != key:
-        raise CalrError(
-            f"{directory}: holds statistics of another model or of other calibration windows; "
-            "model, calibration, samples, gradient_samples, window, correction_tokens and seed "
-            "must be the same; name another directory or delete it"
-        )
-    return store
+    return claim(
+        Path(directory),
+        key,
+        "holds statistics of another model, of other calibration windows or of another version; "
+        "model, calibration, samples, gradient_samples, window, correction_tokens and seed must be "
+        "the same; name another directory or delete it",
+    )
 
 
 def fingerprint(model: PreTrainedModel, *parts: Any) -> str:
-    """Hash a model's configuration and weights together with anything that prints faithfully."""
-    digest = hashlib.sha256(model.config.to_json_string().encode())
+    """Hash a model's configuration and weights, this version, and what prints faithfully."""
+    digest = hashlib.sha256(__version__.encode() + model.config.to_json_string().encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        raw = parameter.detach().cpu().contiguous().view(torch.uint8)
+        raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(raw.numpy().data)
     for part in parts:
-        data = part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode()
-        digest.update(data)
+        if isinstance(part, Tensor):
+            digest.update(f"{list(part.shape)} {part.dtype}".encode() + part.numpy().tobytes())
+        else:
+            digest.update(repr(part).encode())
     return digest.hexdigest()
 
 

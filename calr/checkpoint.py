@@ -37,6 +37,7 @@ CHECKPOINT_FILES = (  # what an old checkpoint leaves behind; other files are no
     "additional_chat_templates",
     "README.md",
 )
+NAMES = {"run.json", "fingerprint"}  # all that a run has which has finished nothing
 logger = logging.get_logger(__name__)
 
 
@@ -73,13 +74,16 @@ def prepare(directory: Path, key: str, summary: dict[str, Any], *, overwrite: bo
         if found["key"] == key:
             logger.warning(f"{directory}: continuing the unfinished run found there")
             return work
-        if not overwrite and any(path.name != "run.json" for path in work.iterdir()):
+        if not overwrite and {path.name for path in work.iterdir()} - NAMES:
             raise CalrError(
                 f"{directory}: holds an unfinished run of something else ({found['summary']}); "
                 "finish it with the same arguments, name another directory, or pass --overwrite"
             )
+    torn = (work / MOVING).exists()  # what lies beside is still ours to replace
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    if torn:
+        (work / MOVING).touch()
     temporary = work / "run.json.tmp"
     temporary.write_text(json.dumps({"key": key, "summary": summary}, indent=2))
     temporary.rename(work / "run.json")
@@ -115,10 +119,11 @@ def writing(directory: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        cause = "the disk is full" if full else str(error)
+        place = getattr(error, "filename", None) or directory
+        cause = "the disk is full; make room" if full else str(error)
         raise CalrError(
-            f"{directory}: cannot be written: {cause}. Nothing half-written will be loaded; make "
-            "room and run the same command again to continue"
+            f"{place}: cannot be written: {cause}. Nothing half-written will be loaded; the same "
+            "command continues where it stopped"
         ) from error
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from calr import __version__, allocation, benchmark, checkpoint, elastic, models, planning
+from calr import allocation, benchmark, checkpoint, elastic, models, planning
 from calr.calibration import check_finite, fingerprint
 from calr.cli import recipe_of
 from calr.compression import compress as compress_model
@@ -49,7 +49,7 @@ def plan(arguments: Namespace) -> None:
         return
     _print_layers(result.layers)
     if result.ranks_follow_calibration:
-        print("Ranks follow calibration under this allocation; shown are uniform ones.")
+        print("Ranks follow calibration under this allocation; shown are nearly uniform ones.")
     if result.feasible_last_k:
         print("How many last blocks, k, follows calibration; each layer of theirs keeps:")
         shown = (f"k={k}: {c['keep_per_layer']:.3f}" for k, c in result.feasible_last_k.items())
@@ -76,9 +76,7 @@ def compress(arguments: Namespace) -> None:
     structure = analyse(model, recipe.skip)
     check_finite(model)
     require_reachable(structure, elastic.whole(recipe) if arguments.elastic else recipe)
-    key = fingerprint(
-        model, recipe, arguments.elastic, _content(arguments.calibration), __version__
-    )
+    key = fingerprint(model, recipe, arguments.elastic, _content(arguments.calibration))
     with checkpoint.writing(directory):
         work = checkpoint.prepare(
             directory,
@@ -123,7 +121,7 @@ def resize(arguments: Namespace) -> None:
     elastic.resize(model, **options)
     results = _outcome(model, structure)
     with checkpoint.writing(directory):
-        key = fingerprint(model, options, __version__)
+        key = fingerprint(model, options)
         checkpoint.prepare(
             directory,
             key,

@@ -28,7 +28,7 @@ from calr.errors import CalrError
 from calr.integrations.transformers import CalrConfig, attach
 from calr.methods import Decomposition, Method, Moments
 from calr.recipe import Recipe
-from calr.store import Store
+from calr.store import Store, claim
 from calr.structure import Layer, Structure, analyse, check_window
 from calr.teacher import collect_targets
 from calr.text import Source, calibration_windows
@@ -49,7 +49,7 @@ def compress(
     calibration: Source | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     statistics: str | Path | None = None,
-    work: Path | None = None,
+    work: str | Path | None = None,
     elastic: bool = False,
 ) -> PreTrainedModel:
     """Compress a dense causal language model in place and return it.
@@ -57,7 +57,8 @@ def compress(
     calibration: a path or source (see calr.text), a list of texts, or token ids [S, T]; None is
     text sampled from the model itself. tokenizer: needed for text; by default that of
     model.name_or_path. statistics: a directory in which calibration statistics are kept and found
-    again. work: a directory for finished parts, so that a killed run can continue. elastic: keep
+    again. work: a directory for finished parts, so that a killed run can continue (another one is
+    refused there). elastic: keep
     every layer whole, as ordered factors with their error curves, for `resize`; keep, layout and
     training do not count then. The model is changed only after everything has been computed;
     CalrError says what is wrong otherwise.
@@ -72,9 +73,11 @@ def compress(
     if elastic:
         recipe = whole(recipe)
     require_reachable(structure, recipe)
-    if not isinstance(calibration, Tensor):
-        check_window(model, "window", recipe.window)
     check_finite(model)
+    if work is not None:
+        work = Path(work)
+        key = fingerprint(model, recipe, elastic, _identity(calibration))
+        claim(work, key, "holds parts of another run; name another directory or delete it")
     training, corrected = model.training, {}
     model.eval()
     try:
@@ -109,6 +112,8 @@ def _windows(
 ) -> Tensor:
     """Draw all windows of text [S, T] that the run needs, once."""
     kept = Store(work)
+    if not isinstance(calibration, Tensor):
+        check_window(model, "window", recipe.window)
     if "calibration" not in kept:
         windows = calibration_windows(
             calibration,
@@ -120,6 +125,7 @@ def _windows(
         )
         kept.save("calibration", {"ids": windows})
     ids = kept.load("calibration")["ids"]
+    check_window(model, "window", ids.shape[1])
     embeddings: Any = model.get_input_embeddings()
     if int(ids.max()) >= embeddings.num_embeddings:
         raise CalrError(
@@ -127,6 +133,10 @@ def _windows(
             f"{embeddings.num_embeddings}; is it another model's tokenizer?"
         )
     return ids
+
+
+def _identity(calibration: Source | None) -> Source:
+    return calibration if isinstance(calibration, Tensor) else repr(calibration)
 
 
 def spread(ids: Tensor, count: int) -> Tensor:
@@ -197,6 +207,13 @@ def require_reachable(structure: Structure, recipe: Recipe) -> None:
     shapes = [shape_for(layer, method) for layer in structure.layers if not layer.skipped]
     fixed = structure.linear_parameters - sum(shape.dense for shape in shapes)
     allocation.require_reachable(shapes, recipe.keep, recipe.layout, recipe.rank_step, fixed)
+    if recipe.allocation == "uniform":
+        uniform_ranks(shapes, recipe, fixed)
+
+
+def uniform_ranks(shapes: list[allocation.Shape], recipe: Recipe, fixed: int) -> Ranks:
+    """Give every layer the same fraction; fixed: parameters that stay dense."""
+    return allocation.uniform(shapes, recipe.keep, recipe.layout, recipe.rank_step, fixed)
 
 
 def global_ranks(
@@ -287,11 +304,10 @@ class _Run:
     def allocate(self) -> Ranks:
         """Choose the rank of every layer; None leaves it dense."""
         recipe, shapes = self.recipe, [self._shape(layer) for layer in self.layers]
-        keep = keep_of_rest(self.structure, recipe)
         if recipe.allocation == "uniform":
-            return allocation.uniform(shapes, keep, recipe.layout, recipe.rank_step)
+            return uniform_ranks(shapes, recipe, self.fixed)
         if recipe.allocation == "last_k":
-            return self._last_k(keep)
+            return self._last_k(keep_of_rest(self.structure, recipe))
         return global_ranks(shapes, self.curves(), recipe, self.fixed)
 
     def curves(self) -> dict[str, Tensor]:
@@ -418,7 +434,7 @@ class _Run:
                 tensors = {f"{n}.up": m.weight for n, m in made.items()}
                 tensors |= {f"{n}.down": m.down.weight for n, m in made.items()}
                 self.finished.save(f"block-{block:04d}", tensors)
-            built |= made
+            built |= {layer.name: made[layer.name] for layer in layers}  # however they were found
         return built
 
     def _finished(self, block: int, layers: list[Layer]) -> dict[str, LowRankLinear]:

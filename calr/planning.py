@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from calr import allocation, methods
 from calr.allocation import Ranks
@@ -17,6 +18,7 @@ from calr.compression import (
     keep_of_rest,
     parameter_report,
     shape_for,
+    uniform_ranks,
 )
 from calr.errors import CalrError
 from calr.models import load_skeleton, resolve_dtype
@@ -62,8 +64,8 @@ def plan(
     """Plan a compression without weights in memory and without writing anything.
 
     Ranks are exact for allocation=uniform, and for global when statistics names the directory of an
-    earlier run with the same method; otherwise they follow calibration, and what is shown are the
-    uniform ones, with the same totals to within one rank step.
+    earlier run with the same method; otherwise they follow calibration, and what is shown are
+    nearly uniform ones, with the same totals to within one rank step.
     """
     recipe = recipe or Recipe()
     model = load_skeleton(source, trust_remote_code=trust_remote_code)
@@ -99,7 +101,6 @@ def _ranks(
     structure: Structure, recipe: Recipe, statistics: str | Path | None
 ) -> tuple[Ranks, bool]:
     method = methods.resolve(recipe.method, recipe.method_options)
-    keep = keep_of_rest(structure, recipe)
     shapes = [shape_for(layer, method) for layer in structure.layers if not layer.skipped]
     fixed = structure.linear_parameters - sum(shape.dense for shape in shapes)
     if statistics is not None and recipe.allocation == "global":
@@ -116,8 +117,17 @@ def _ranks(
                     f"{statistics}: has no curve of {shape.name}; it is another model's"
                 )
         return global_ranks(shapes, curves, recipe, fixed), True
-    ranks = allocation.uniform(shapes, keep, recipe.layout, recipe.rank_step)
-    return ranks, recipe.allocation == "uniform"
+    if recipe.allocation == "uniform":
+        return uniform_ranks(shapes, recipe, fixed), True
+    shown = dataclasses.replace(recipe, solver="lagrangian")
+    return global_ranks(shapes, {s.name: _even(s, recipe) for s in shapes}, shown, fixed), False
+
+
+def _even(shape: allocation.Shape, recipe: Recipe) -> Tensor:
+    """Return an error curve under which all layers keep the same fraction, as nearly as can be."""
+    ranks = range(min(shape.out_features, shape.in_features) + 1)
+    kept = [allocation.cost(shape, recipe.layout, rank) / shape.dense for rank in ranks]
+    return torch.tensor([shape.dense * max(0.0, 1 - k) ** 2 for k in kept], dtype=torch.float64)
 
 
 def _feasible_last_k(structure: Structure, recipe: Recipe) -> dict[int, dict[str, Any]]:

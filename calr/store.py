@@ -6,6 +6,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from calr.errors import CalrError
+
 
 class Store:
     """Keep sets of tensors by name: in memory, or in a directory of safetensors files.
@@ -49,3 +51,18 @@ class Store:
     def _path(self, name: str) -> Path:
         assert self.directory is not None
         return self.directory / f"{name}.safetensors"
+
+
+def claim(directory: Path, key: str, refusal: str) -> Store:
+    """Open a store for what key stands for; CalrError with the refusal when it is of another key.
+
+    The key is in the file fingerprint, which is written here when there is none.
+    """
+    store, name = Store(directory), directory / "fingerprint"
+    if not name.exists():
+        temporary = name.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(key)
+        temporary.rename(name)
+    if name.read_text() != key:
+        raise CalrError(f"{directory}: {refusal}")
+    return store

@@ -54,7 +54,9 @@ def collect_targets(model: PreTrainedModel, ids: Tensor, store: Store) -> Target
     """
     log_probabilities, tokens = [], []
     for chunk in logging.tqdm(ids.split(CHUNK), desc="dense outputs", unit="chunk"):
-        digest = hashlib.sha256(f"{TOP} {narrow(model)}".encode() + chunk.numpy().tobytes())
+        digest = hashlib.sha256(
+            f"{TOP} {narrow(model)} {list(chunk.shape)}".encode() + chunk.numpy().tobytes()
+        )
         name = f"targets-{digest.hexdigest()[:16]}"
         if name not in store:
             store.save(name, _most_probable(model, chunk))

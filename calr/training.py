@@ -17,11 +17,11 @@ from calr.errors import CalrError
 from calr.store import Store
 from calr.teacher import PART_TOKENS, Targets, divergence
 
-WARM_UP = 8  # steps
+WARM_UP = 8  # steps, or a quarter of them
 CLIP = 1.0  # largest norm of a step's gradient
 BETAS = (0.9, 0.95)
 FINAL = 0.1  # learning rate at the end over its peak
-MEASURE_EVERY = 32  # steps between measurements on held-out windows, where the best is kept
+MEASURE_TOKENS = 16_384  # between measurements on held-out windows, where the best is kept
 STEP_TOKENS = 512  # of one step, by default
 STATE = "training"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
@@ -128,6 +128,7 @@ class _Run:
         optimizer = torch.optim.AdamW(
             self.parameters, lr=self.learning_rate, betas=BETAS, weight_decay=0.0, fused=True
         )
+        every = max(1, MEASURE_TOKENS // batches[0].numel() // self.targets.ids.shape[1])
         first, losses, best = self._resume(optimizer)
         if not losses:
             losses, best = [self.measure()], [p.detach().clone() for p in self.parameters]
@@ -143,7 +144,7 @@ class _Run:
                 loss = self._step(step, batches, optimizer)
                 progress.set_postfix(kl=f"{loss:.3f}", held_out=f"{losses[-1]:.3f}")
                 progress.update(self.targets.ids.shape[1] * len(batches[step]))
-                if (step + 1) % MEASURE_EVERY == 0 or step + 1 == len(batches):
+                if (step + 1) % every == 0 or step + 1 == len(batches):
                     losses.append(self.measure())
                     if losses[-1] <= min(losses) or self.on_gradients is not None:
                         best = [p.detach().clone() for p in self.parameters]
@@ -223,8 +224,11 @@ def _schedule(step: int, steps: int) -> float:
 
     >>> [round(_schedule(step, 100), 2) for step in (0, 7, 99)]
     [0.12, 1.0, 0.1]
+    >>> [round(_schedule(step, 4), 2) for step in range(4)]
+    [1.0, 1.0, 0.55, 0.1]
     """
-    if step < WARM_UP:
-        return (step + 1) / WARM_UP
-    progress = (step - WARM_UP) / max(1, steps - 1 - WARM_UP)
+    warm_up = min(WARM_UP, max(1, steps // 4))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, steps - 1 - warm_up)
     return FINAL + (1 - FINAL) * (1 + math.cos(math.pi * progress)) / 2

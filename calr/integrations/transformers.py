@@ -95,10 +95,20 @@ class CalrQuantizer(HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, layer in self.quantization_config.layers.items():
-            replace_with_low_rank(model, name, **layer)
-        if checkpoint_files:
-            _check_files(model, checkpoint_files, self.quantization_config.layers)
+        try:
+            for name, layer in self.quantization_config.layers.items():
+                replace_with_low_rank(model, name, **layer)
+            if checkpoint_files:
+                _check_files(model, checkpoint_files, self.quantization_config.layers)
+        except CalrError as error:
+            written = getattr(model.config, "architectures", None) or []
+            if type(model).__name__ in written or not written:
+                raise
+            raise CalrError(
+                f"this checkpoint is of {', '.join(written)} and cannot be loaded as "
+                f"{type(model).__name__} ({error}); load it as it is, or call dequantize() on it "
+                "and save a dense one"
+            ) from error
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         vars(model)["is_quantized"] = (

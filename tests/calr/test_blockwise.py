@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+import transformers
 
 import calr
-from calr import blockwise
+from calr import blockwise, training
 from calr.blockwise import choose_shift
 from calr.testing import tiny_llama
 
@@ -112,6 +113,33 @@ def test_an_interrupted_run_continues_to_the_same_bits(biases, text, tmp_path, m
     found = calr.compress(model, recipe, calibration=text, work=tmp_path)
     assert all(map(torch.equal, found.parameters(), expected.parameters()))
     assert all(p.requires_grad and p.grad is None for p in found.parameters())
+
+
+def test_layers_keep_their_order_when_a_run_continues(text, tmp_path, monkeypatch):
+    """Attention and feed-forward of Phi share one input, so groups come in another order."""
+
+    def dense():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2}
+        config = transformers.PhiConfig(vocab_size=258, num_attention_heads=4, **sizes)
+        return transformers.PhiForCausalLM(config).eval()
+
+    training_too = RECIPE | {"correction_tokens": 32 * 40, "step_tokens": 32}
+    recipe = calr.Recipe(**training_too, block_epochs=1)
+    monkeypatch.setattr(training, "MEASURE_TOKENS", 32 * 16)
+    expected = calr.compress(dense(), recipe, calibration=text)
+    save = training._Run._save
+
+    def killed(self, *state):
+        save(self, *state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "_save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            calr.compress(dense(), recipe, calibration=text, work=tmp_path)
+    found = calr.compress(dense(), recipe, calibration=text, work=tmp_path)
+    assert all(map(torch.equal, found.parameters(), expected.parameters()))
 
 
 @pytest.mark.parametrize("stage", [{"shifted_inputs": True}, {"block_epochs": 2}])

@@ -135,8 +135,12 @@ def test_fingerprints_tell_models_and_inputs_apart(ids):
         fingerprint(changed, ids, 3),
         fingerprint(tiny_llama(), ids + 1, 3),
         fingerprint(tiny_llama(), ids, 4),
+        fingerprint(tiny_llama(), ids.view(2 * len(ids), -1), 3),
     ]
-    assert len({key, *others}) == 5
+    assert len({key, *others}) == 6
+    scalar = tiny_llama()
+    scalar.register_parameter("scale", torch.nn.Parameter(torch.ones(())))
+    assert fingerprint(scalar) != fingerprint(tiny_llama())
 
 
 def test_a_store_never_holds_half_a_file(tmp_path, monkeypatch):

@@ -272,7 +272,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(source, uninterrupted, 
 
 def test_no_space_is_called_a_full_disk(tmp_path):
     with (
-        pytest.raises(CalrError, match=r"the disk is full\. Nothing half-written"),
+        pytest.raises(CalrError, match=r"the disk is full; make room\. Nothing"),
         writing(tmp_path),
     ):
         raise OSError(28, "No space left on device")

@@ -72,6 +72,17 @@ def test_plan_is_exact_for_global_given_statistics(source, tmp_path, capsys):
     assert {name: layer["rank"] for name, layer in found.layers.items()} == planned
 
 
+def test_plan_accepts_what_compress_does(tmp_path, capsys):
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 1}
+    small = tiny_llama(hidden_size=64, intermediate_size=160, **heads)
+    small.save_pretrained(tmp_path)
+    for keep in (0.47, 0.48, 0.6):  # some of them out of reach of uniform ranks
+        plan = json.loads(run(capsys, "plan", tmp_path, "--keep", keep, "--json"))
+        assert keep - 0.05 < plan["totals"]["keep"] <= keep
+    with pytest.raises(calr.CalrError, match=r"keep=0\.2 is unreachable"):
+        calr.plan(str(tmp_path), calr.Recipe(keep=0.2, skip=("*.0.*",), allocation="uniform"))
+
+
 def test_plan_shows_the_feasible_last_k(source, capsys):
     text = run(capsys, "plan", source, "--keep", 0.6, "--allocation", "last_k", *SMALL)
     assert "k=2: 0.600 (ranks for each k: --json)" in text

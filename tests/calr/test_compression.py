@@ -90,6 +90,28 @@ def test_an_unreachable_keep_is_refused_before_text_is_sampled(monkeypatch, allo
         calr.compress(tiny_llama(), calr.Recipe(keep=0.01, allocation=allocation))
 
 
+def test_uniform_ranks_that_cannot_be_are_refused_before_text_is_sampled(monkeypatch):
+    monkeypatch.setattr(calr.compression, "calibration_windows", None)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 1}
+    model = tiny_llama(hidden_size=64, intermediate_size=160, **heads)
+    recipe = calr.Recipe(keep=0.47, allocation="uniform")
+    with pytest.raises(CalrError, match=r"keep=0\.47 with rank_step=8: uniform ranks"):
+        calr.compress(model, recipe)
+
+
+@pytest.mark.parametrize("change", [{"keep": 0.5}, {"method": "svd"}, {"ids": 1}, {"seed": 1}])
+def test_finished_parts_of_another_run_are_refused(change, ids, tmp_path):
+    def run(keep=0.6, method="svd_llm", ids=ids, seed=0):
+        recipe = calr.Recipe(keep=keep, method=method, rank_step=2, correction_tokens=0)
+        return calr.compress(tiny_llama(seed), recipe, calibration=ids, work=str(tmp_path))
+
+    first = run()
+    assert torch.equal(run()(ids).logits, first(ids).logits)
+    changed = {"ids": ids + 1} if "ids" in change else change
+    with pytest.raises(CalrError, match="holds parts of another run"):
+        run(**changed)
+
+
 def test_a_failed_compression_leaves_the_model_alone(ids, monkeypatch):
     def fail(*_: object) -> None:
         raise CalrError("lost")
@@ -112,8 +134,9 @@ def test_statistics_are_reused_and_those_of_another_run_refused(ids, tmp_path):
     compressed(ids, statistics=tmp_path, method="calr", keep=0.5)
     assert stamps == {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("inputs-*")}
     assert torch.equal(first(ids).logits, again(ids).logits)
-    with pytest.raises(CalrError, match="statistics of another model"):
-        compressed(ids.flip(0), statistics=tmp_path)
+    for others in (ids.flip(0), ids.view(2 * len(ids), -1)):
+        with pytest.raises(CalrError, match="statistics of another model"):
+            compressed(others, statistics=tmp_path)
 
 
 def test_erc_svd_never_gets_a_rank_that_it_cannot_make(ids):

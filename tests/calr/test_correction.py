@@ -99,7 +99,7 @@ def test_the_same_seed_gives_the_same_bits(text):
 
 
 def test_an_interrupted_run_continues_to_the_same_bits(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "MEASURE_EVERY", 1)
+    monkeypatch.setattr(training, "MEASURE_TOKENS", 1)
     model, layers, recipe = students(text, correction_tokens=32 * 160)
     corrected(model, layers, text, recipe)
     expected = [p.clone() for p in model.parameters()]

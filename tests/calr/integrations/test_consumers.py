@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import calr
 from calr.testing import tiny_llama
@@ -19,6 +19,12 @@ def saved(request, tmp_path_factory, ids):
     directory = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(directory)
     return model, directory, request.param
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
+def test_another_class_is_refused_with_the_reason(kind, saved):
+    with pytest.raises(calr.CalrError, match="is of LlamaForCausalLM and cannot be loaded as"):
+        kind.from_pretrained(saved[1])
 
 
 def test_peft_lora_trains_one_step_on_top(saved, ids):
