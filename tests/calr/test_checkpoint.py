@@ -202,6 +202,16 @@ def test_files_that_are_not_ours_survive(tmp_path):
     assert not (tmp_path / "additional_chat_templates").exists()
 
 
+def test_a_torn_checkpoint_stays_ours_to_overwrite(tmp_path):
+    prepare(tmp_path, "k", {}, overwrite=False)
+    (tmp_path / ".calr" / "moving").touch()  # killed while files were moved up
+    (tmp_path / "model.safetensors").write_text("half")
+    for key in ("second", "third"):
+        prepare(tmp_path, key, {}, overwrite=True)
+    write(tiny_llama(), byte_tokenizer(), tmp_path, CARD)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.hidden_size == 32
+
+
 def test_overwriting_leaves_nothing_of_the_old_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model-00001-of-00002.safetensors").write_text("old")
