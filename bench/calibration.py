@@ -48,9 +48,9 @@ def main() -> None:
             continue
         model = dense
         if source is not None:
-            text = source() if callable(source) else source
+            calibration = source() if callable(source) else source
             model = calr.compress(
-                copy.deepcopy(dense), recipe, calibration=text, tokenizer=tokenizer
+                copy.deepcopy(dense), recipe, calibration=calibration, tokenizer=tokenizer
             )
         found = {text: round(perplexity(model, ids).perplexity, 2) for text, ids in windows.items()}
         rows.append({"calibration": name, "perplexity": found})

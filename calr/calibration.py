@@ -175,8 +175,6 @@ def open_statistics(directory: str | Path | None, key: str) -> Store:
     """Open a directory of calibration statistics, refusing one that holds those of another run."""
     if directory is None:
         return Store()
-    if Path(directory).is_file():
-        raise CalrError(f"{directory}: is a file; name a directory for the statistics")
     return claim(
         Path(directory),
         key,

@@ -76,7 +76,8 @@ def compress(
     check_finite(model)
     if work is not None:
         work = Path(work)
-        key = fingerprint(model, recipe, elastic, _identity(calibration))
+        given = calibration if isinstance(calibration, Tensor) else repr(calibration)
+        key = fingerprint(model, recipe, elastic, given)
         claim(work, key, "holds parts of another run; name another directory or delete it")
     training, corrected = model.training, {}
     model.eval()
@@ -133,10 +134,6 @@ def _windows(
             f"{embeddings.num_embeddings}; is it another model's tokenizer?"
         )
     return ids
-
-
-def _identity(calibration: Source | None) -> Source:
-    return calibration if isinstance(calibration, Tensor) else repr(calibration)
 
 
 def spread(ids: Tensor, count: int) -> Tensor:

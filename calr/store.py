@@ -54,10 +54,12 @@ class Store:
 
 
 def claim(directory: Path, key: str, refusal: str) -> Store:
-    """Open a store for what key stands for; CalrError with the refusal when it is of another key.
+    """Open a store for what key stands for, noted in its file fingerprint.
 
-    The key is in the file fingerprint, which is written here when there is none.
+    Raises CalrError when directory is a file and, with the refusal, when it is of another key.
     """
+    if directory.is_file():
+        raise CalrError(f"{directory}: is a file; name a directory")
     store, name = Store(directory), directory / "fingerprint"
     if not name.exists():
         temporary = name.with_suffix(f".{os.getpid()}.tmp")

@@ -299,17 +299,16 @@ class _Binding:
     def _layer(self, layer: Factors, n: int) -> "_Layer":
         """Describe one layer to the kernel."""
         rank, pivots, others = 0 if layer.down is None else layer.down.shape[0], None, None
+        width = layer.in_features if layer.down is None else rank
         for name, tensor, shape in (
-            ("up", layer.up, (n - (rank if layer.pivots is not None else 0), rank)),
-            ("pivots", layer.pivots, (rank,)),
-            ("bias", layer.bias, (n,)),
+            ("up", layer.up, [layer.up.shape[0], width]),
+            ("pivots", layer.pivots, [rank]),
+            ("bias", layer.bias, [n]),
         ):
-            if name == "up" and layer.down is None:
-                continue
-            if tensor is not None and (tuple(tensor.shape) != shape or not tensor.is_cpu):
+            if tensor is not None and (list(tensor.shape) != shape or not tensor.is_cpu):
                 raise ValueError(
-                    f"{name}: is {list(tensor.shape)} on {tensor.device}, must be {list(shape)} "
-                    "on the CPU"
+                    f"{name}: is {list(tensor.shape)} on {tensor.device}, must be {shape} on the "
+                    "CPU"
                 )
         if layer.pivots is not None:
             pivots, others = layer.pivots.clone(), torch.empty(n - rank, dtype=torch.int32)

@@ -1,7 +1,7 @@
 """The drop-in module of a linear layer compressed to low rank."""
 
 import math
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,10 +65,10 @@ class LowRankLinear(nn.Linear):
             if not torch.is_grad_enabled() and bindable(input, factors):
                 return self._bound.linears(input, (factors,))[0]
             if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:
-                up, down, places, bias = cast(tuple[Tensor, Tensor, Tensor | None, Any], factors)
-                if places is None:
-                    return ops.lowrank_linear(input, down, up, bias)
-                return ops.pivoted_linear(input, down, up, places, bias)
+                down = cast(Tensor, factors.down)
+                if factors.pivots is None:
+                    return ops.lowrank_linear(input, down, factors.up, factors.bias)
+                return ops.pivoted_linear(input, down, factors.up, factors.pivots, factors.bias)
         pivots = cast(Tensor, self.pivots) if self.layout == "pivoted" else None
         t = self.down(input)  # [..., r]
         if pivots is None:
