@@ -38,6 +38,7 @@ STEPS = [  # what it adds, its text, options of the recipe, whether it is healed
     ("mixed calibration + distillation of all factors", "mixture", {}, True),
     ("mixed calibration + distillation of a quarter", "mixture", {"trainable": "corrective"}, True),
     ("mixed calibration + block-wise training", "mixture", TRAINED, False),
+    ("+ distillation of all factors", "mixture", TRAINED, True),
     ("shifted inputs + block-wise training", "mixture", SHIFTED | TRAINED, False),
     ("both of them + distillation of all factors", "mixture", SHIFTED | TRAINED, True),
 ]
