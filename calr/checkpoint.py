@@ -37,7 +37,7 @@ CHECKPOINT_FILES = (  # what an old checkpoint leaves behind; other files are no
     "additional_chat_templates",
     "README.md",
 )
-NAMES = {"run.json", "fingerprint"}  # all that a run has which has finished nothing
+BOOKKEEPING = {"run.json", "fingerprint"}  # all that is there before a part is finished
 logger = logging.get_logger(__name__)
 
 
@@ -74,7 +74,7 @@ def prepare(directory: Path, key: str, summary: dict[str, Any], *, overwrite: bo
         if found["key"] == key:
             logger.warning(f"{directory}: continuing the unfinished run found there")
             return work
-        if not overwrite and {path.name for path in work.iterdir()} - NAMES:
+        if not overwrite and {path.name for path in work.iterdir()} - BOOKKEEPING:
             raise CalrError(
                 f"{directory}: holds an unfinished run of something else ({found['summary']}); "
                 "finish it with the same arguments, name another directory, or pass --overwrite"

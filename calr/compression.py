@@ -58,10 +58,9 @@ def compress(
     text sampled from the model itself. tokenizer: needed for text; by default that of
     model.name_or_path. statistics: a directory in which calibration statistics are kept and found
     again. work: a directory for finished parts, so that a killed run can continue (another one is
-    refused there). elastic: keep
-    every layer whole, as ordered factors with their error curves, for `resize`; keep, layout and
-    training do not count then. The model is changed only after everything has been computed;
-    CalrError says what is wrong otherwise.
+    refused there). elastic: keep every layer whole, as ordered factors with their error curves, for
+    `resize`; keep, layout and training do not count then. The model is changed only after
+    everything has been computed; CalrError says what is wrong otherwise.
 
     >>> from calr.testing import tiny_llama
     >>> model = compress(tiny_llama(), Recipe(keep=0.5), calibration=torch.ones(2, 8).long())
