@@ -85,6 +85,7 @@ def correct(
                 held_out,
                 learning_rate=recipe.peak_learning_rate,
                 step_tokens=recipe.step_tokens,
+                cross_entropy=recipe.cross_entropy,
                 seed=recipe.seed,
                 store=store,
             )

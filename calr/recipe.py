@@ -42,6 +42,9 @@ class Recipe:
             root.
         step_tokens: Tokens of one step of that training, at least a window; gradients are
             accumulated, so that more takes no more memory.
+        cross_entropy: Weight, in [0, 1], of the text's own next tokens beside the dense model's
+            outputs in that training. Of use with text that people wrote: text that the model
+            sampled holds nothing that its outputs do not.
         trainable: What it moves beside the norms: factors, all of every layer, or corrective, only
             the trailing terms of each, with the others frozen.
         corrective_share: Share of a layer's rank that these trailing terms are, in (0, 1].
@@ -68,6 +71,7 @@ class Recipe:
     correction_tokens: int = 65_536
     learning_rate: float | None = None
     step_tokens: int = 512
+    cross_entropy: float = 0.0
     trainable: Literal["factors", "corrective"] = "factors"
     corrective_share: float = 0.25
     gradient_checkpointing: bool = False
@@ -97,6 +101,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise CalrError(f"{name}={value}: must be above 0")
+        if not 0 <= self.cross_entropy <= 1:
+            raise CalrError(f"cross_entropy={self.cross_entropy}: must be in [0, 1]")
         if not 0 < self.corrective_share <= 1:
             raise CalrError(f"corrective_share={self.corrective_share}: must be in (0, 1]")
         for name, choices in (

@@ -66,17 +66,24 @@ def collect_targets(model: PreTrainedModel, ids: Tensor, store: Store) -> Target
     return Targets(ids, torch.cat(log_probabilities), torch.cat(tokens))
 
 
-def divergence(model: PreTrainedModel, targets: Targets) -> Tensor:
+def divergence(model: PreTrainedModel, targets: Targets, *, cross_entropy: float = 0.0) -> Tensor:
     """Return KL(dense || model) in nats per token, the tokens outside the top k taken as one.
 
     That is the divergence of two coarser distributions, so a lower bound of the whole one (Cover
-    and Thomas, Elements of Information Theory, section 2.8).
+    and Thomas, Elements of Information Theory, section 2.8). cross_entropy: weight, in [0, 1], of
+    the cross-entropy with the text's own next token, which takes that much of the divergence's
+    place (Hinton et al., arXiv 1503.02531, section 2); a window's last position has no next token.
     """
     logits = logits_of(model, targets.ids)
     top = targets.tokens.shape[-1]
     log_probabilities = targets.log_probabilities.to(logits.device).float().view(-1, top)
     tokens = targets.tokens.to(logits.device).long().view(-1, top)
-    loss: Tensor = cast(Any, _Divergence).apply(logits, log_probabilities, tokens)
+    following = targets.ids.to(logits.device).roll(-1, dims=1)
+    share = torch.full_like(following, cross_entropy, dtype=torch.float32)
+    share[:, -1] = 0
+    loss: Tensor = cast(Any, _Divergence).apply(
+        logits, log_probabilities, tokens, following.view(-1, 1), share.view(-1, 1)
+    )
     return loss
 
 
@@ -88,32 +95,41 @@ def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """Mean over positions of the coarse KL, without keeping a float32 copy of the logits.
+    """Mean over positions of the coarse KL and the cross-entropy, without float32 logits.
 
-    With t, T the dense model's probabilities of the top tokens and of all others together, and p, P
-    the student's: Σ t log(t / p) + T log(T / P). Its gradient is p - t at a top token, and
-    p (1 - T / P) at any other.
+    With t, T the dense model's probabilities of the top tokens and of all others together, p, P the
+    student's, and s the share of the cross-entropy with the token y that follows:
+    (1 - s) (Σ t log(t / p) + T log(T / P)) - s log p_y. Its gradient is p - (1 - s) t at a top
+    token and p (1 - (1 - s) T / P) at any other, at y less s.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, log_t: Tensor, tokens: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, log_t: Tensor, tokens: Tensor, following: Tensor, share: Tensor
+    ) -> Tensor:
         totals = torch.cat([_wide(part).logsumexp(-1, keepdim=True) for part in logits.split(ROWS)])
         log_p = logits.gather(-1, tokens).to(totals) - totals  # [n, k]
-        t, rest_t = log_t.exp(), _rest(log_t)
+        t, rest_t, kept = log_t.exp(), _rest(log_t), (1 - share).to(totals)
         ratio = rest_t / _rest(log_p)
-        ctx.save_for_backward(logits, totals, tokens, log_p.exp() - t, ratio)
+        ctx.save_for_backward(
+            logits, totals, tokens, log_p.exp() - kept * t, 1 - kept * ratio, following, share
+        )
         losses = (t * (log_t - log_p)).sum(-1, keepdim=True) + rest_t * ratio.log()
-        return losses.mean()
+        log_y = logits.gather(-1, following).to(totals) - totals
+        return (kept * losses - share * log_y).mean()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        logits, totals, tokens, top, ratio = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, totals, tokens, top, others, following, share = ctx.saved_tensors
         gradient, scale = torch.empty_like(logits), grad / len(logits)
         for start in range(0, len(logits), ROWS):
             part = slice(start, start + ROWS)
-            others = (_wide(logits[part]) - totals[part]).exp_().mul_((1 - ratio[part]) * scale)
-            gradient[part] = others.scatter_(-1, tokens[part], top[part] * scale)
-        return gradient, None, None
+            found = (_wide(logits[part]) - totals[part]).exp_().mul_(others[part] * scale)
+            found.scatter_(-1, tokens[part], top[part] * scale)
+            gradient[part] = found.scatter_add_(
+                -1, following[part], (-scale * share[part]).to(found)
+            )
+        return gradient, None, None, None, None
 
 
 def _wide(logits: Tensor) -> Tensor:

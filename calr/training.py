@@ -44,6 +44,7 @@ def train(
     *,
     learning_rate: float,
     step_tokens: int = STEP_TOKENS,
+    cross_entropy: float = 0.0,
     seed: int = 0,
     store: Store | None = None,
     on_gradients: Callable[[int, int], None] | None = None,
@@ -67,6 +68,7 @@ def train(
             held_out,
             learning_rate,
             step_tokens,
+            cross_entropy,
             seed,
             store or Store(),
             on_gradients,
@@ -116,6 +118,7 @@ class _Run:
     held_out: Targets
     learning_rate: float
     step_tokens: int
+    cross_entropy: float
     seed: int
     store: Store
     on_gradients: Callable[[int, int], None] | None
@@ -164,7 +167,7 @@ class _Run:
         batch, found = self.targets[batches[step]], 0.0
         for part in batch.split(max(1, PART_TOKENS // batch.ids.shape[1])):
             with torch.enable_grad():
-                loss = divergence(self.model, part) * (len(part) / len(batch))
+                loss = self._loss(part) * (len(part) / len(batch))
                 loss.backward()
             found += float(loss.detach())
         self._finite(found)
@@ -177,11 +180,14 @@ class _Run:
 
     @torch.no_grad()
     def measure(self) -> float:
-        """Return the mean KL to the dense model on the held-out windows, nats per token."""
+        """Return the mean loss on the held-out windows, nats per token."""
         size = max(1, PART_TOKENS // self.held_out.ids.shape[1])
         parts = self.held_out.split(size)
-        total = sum(float(divergence(self.model, part)) * len(part) for part in parts)
+        total = sum(float(self._loss(part)) * len(part) for part in parts)
         return self._finite(total / len(self.held_out))
+
+    def _loss(self, part: Targets) -> Tensor:
+        return divergence(self.model, part, cross_entropy=self.cross_entropy)
 
     def _finite(self, loss: float) -> float:
         if math.isfinite(loss):
