@@ -29,7 +29,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 
 @dataclass(frozen=True)
 class Trained:
-    """What training did: tokens, and KL to the dense model in nats per token on held-out text."""
+    """What training did: tokens, and the loss on held-out text, nats per token.
+
+    That is the KL from the dense model, unless some of it is cross-entropy.
+    """
 
     tokens: int
     loss_before: float
@@ -49,7 +52,7 @@ def train(
     store: Store | None = None,
     on_gradients: Callable[[int, int], None] | None = None,
 ) -> Trained:
-    """Train parameters of a model, in place, to predict what the targets say.
+    """Train parameters of a model, in place, to predict what the targets say; see `divergence`.
 
     Every window once, in an order drawn from seed; a step takes step_tokens, at least a window,
     accumulated over PART_TOKENS at a time. AdamW with warm-up and cosine, on a float32 copy of the
@@ -145,7 +148,7 @@ class _Run:
         ) as progress:
             for step in range(first, len(batches)):
                 loss = self._step(step, batches, optimizer)
-                progress.set_postfix(kl=f"{loss:.3f}", held_out=f"{losses[-1]:.3f}")
+                progress.set_postfix(loss=f"{loss:.3f}", held_out=f"{losses[-1]:.3f}")
                 progress.update(self.targets.ids.shape[1] * len(batches[step]))
                 if (step + 1) % every == 0 or step + 1 == len(batches):
                     losses.append(self.measure())

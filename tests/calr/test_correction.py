@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy as cross_entropy_of
 
 import calr
 from calr import correction, teacher, training
@@ -67,6 +68,21 @@ def test_the_reported_loss_is_the_divergence(text, monkeypatch):
     done = corrected(model, layers, text, recipe)
     assert done.loss_before == pytest.approx(expected, rel=1e-4)
     assert done.loss_after == pytest.approx(kl(model, text[-correction.HELD_OUT :]), rel=1e-4)
+
+
+def test_cross_entropy_lowers_that_of_unseen_text_further(text):
+    """Text in which every token is the one before plus one, which the dense model does not know."""
+    steps = torch.arange(32) + torch.randint(0, 256, (200, 1), generator=torch.manual_seed(5))
+    counting, found = 2 + steps % 256, []
+    for cross_entropy in (0.0, 0.5):
+        model, layers, recipe = students(
+            text, correction_tokens=32 * 160, cross_entropy=cross_entropy
+        )
+        corrected(model, layers, counting, recipe)
+        with torch.no_grad():
+            logits = model(counting[-4:]).logits[:, :-1].flatten(0, 1)
+        found.append(float(cross_entropy_of(logits, counting[-4:, 1:].flatten())))
+    assert found[1] < found[0] - 0.1
 
 
 def test_a_ruinous_learning_rate_returns_the_start(text):
@@ -271,11 +287,11 @@ def test_gradient_checkpointing_saves_activations_and_changes_no_bit(text):
         model, layers, recipe = students(text, **options)
         forward, sizes = training.divergence, []
 
-        def counted(*arguments, forward=forward, sizes=sizes):
+        def counted(*arguments, forward=forward, sizes=sizes, **options):
             with torch.autograd.graph.saved_tensors_hooks(
                 lambda x: sizes.append(x.numel()) or x, _same
             ):
-                return forward(*arguments)
+                return forward(*arguments, **options)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(training, "divergence", counted)
