@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from methods import METHODS, Bench, stored_parameters
+from methods import LONGER, METHODS, Bench, stored_parameters
 from report import draw, tables
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -42,7 +42,7 @@ def grid(keeps: list[float]) -> list[tuple[str, float, int]]:
     cells = [("dense", 1.0, 0)]
     cells += [(method, keep, 0) for keep in keeps for method in reversed(METHODS)]
     cells += [(method, keep, COMMON) for keep in (0.8, smallest) for method in reversed(METHODS)]
-    cells += [("CALR", keep, LONG) for keep in (0.8, 0.6)]
+    cells += [(method, keep, LONG) for keep in (0.8, 0.6) for method in LONGER]
     return cells
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100, help="first rows of a task; 0: all")
     parser.add_argument("--windows", type=int, default=20, help="windows of 512 of a text; 0: all")
     parser.add_argument("--tasks", nargs="*", default=TASKS)
-    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--methods", nargs="*", default=sorted({*METHODS, *LONGER}))
     parser.add_argument("--healed", type=int, nargs="*", help="only cells with so many tokens")
     parser.add_argument("--keep", type=float, nargs="*", help="only cells nearest to these")
     parser.add_argument("--work", type=Path, default=Path("bench/quality/work"))

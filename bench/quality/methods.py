@@ -31,9 +31,11 @@ RECIPES = {  # as their papers have them, up to rank rules that those leave open
     "SVD-LLM": FACTORS | {"method": "svd_llm", "allocation": "uniform"},
     "ERC-SVD": FACTORS | {"method": "erc_svd", "allocation": "last_k"},
     "CALR": {},
+    "CALR + cross-entropy": {"cross_entropy": 0.5},
 }
 BLOCKS = {"ShortGPT": shortgpt, "LaCo": laco}
 METHODS = ["SVD", "SVD-LLM", "ERC-SVD", "ShortGPT", "LaCo", "LoSparse", "CALR"]
+LONGER = ["CALR", "CALR + cross-entropy"]  # those that get a longer correction, too
 MATRICES_LEARNING_RATE = 5e-5  # of the methods that train whole matrices
 
 
