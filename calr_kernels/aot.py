@@ -171,7 +171,7 @@ def compile_launch(launch: Launch, arch: Arch) -> dict[str, Any]:
     compiled = triton.compile(
         source,
         target=GPUTarget(arch.backend, arch.version, arch.warp),
-        options={"num_warps": launch.warps, "num_stages": launch.stages},
+        options=gpu.options(launch.warps, launch.stages),
     )
     found = _amd(compiled.asm["amdgcn"]) if arch.backend == "hip" else _nvidia(compiled.asm)
     return found | {"shared": compiled.metadata.shared, "threads": launch.warps * arch.warp}

@@ -6,6 +6,7 @@ The counterpart of `calr_kernels.cpu`. Shapes are trusted: `calr_kernels.ops` ch
 import contextlib
 import dataclasses
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def gram(x: Tensor, out: Tensor | None = None, *, arch: Arch | None = None) -> T
     with _on(x.device):
         kernels.gram[(side, side)](
             x, result, m, k, x.stride(0), ADD=out is not None, BLOCK=block, BLOCK_M=depth,
-            num_warps=8 if block == 128 else 4, num_stages=stages,
+            **options(8 if block == 128 else 4, stages),
         )  # fmt: skip
     return result
 
@@ -179,7 +180,7 @@ def product(
         PLACE=place.value if placed is None else kernels.PIVOTS.value, HAS_BIAS=bias is not None,
         SPLIT=split, STEPS=0 if pivots is None else pivots.shape[0].bit_length(),
         EMULATE_BF16=emulate_bf16, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k, GROUP=8, UNIT=unit, num_warps=tile.warps, num_stages=tile.stages,
+        BLOCK_K=tile.block_k, GROUP=8, UNIT=unit, **options(tile.warps, tile.stages),
     )  # fmt: skip
 
 
@@ -205,7 +206,7 @@ def _one_launch(
         "PIVOTED": pivots is not None, "HAS_BIAS": bias is not None, "STEPS": r.bit_length(),
         "EMULATE_BF16": emulate_bf16, "BLOCK_M": tile.block_m, "BLOCK_R": plan.rank_block,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "UNIT": unit,
-        "num_warps": tile.warps, "num_stages": tile.stages,
+        **options(tile.warps, tile.stages),
     }  # fmt: skip
     if plan.kind == "on_chip":
         grid = (triton.cdiv(m, tile.block_m),)
@@ -214,6 +215,11 @@ def _one_launch(
     slices = triton.cdiv(r, plan.rank_block)
     scratch, counters = _shared(slices, m, n, triton.cdiv(n, tile.block_n), y)
     kernels.rank_split[(slices,)](x, down, up, y, *optional, scratch, counters, *sizes, **constants)
+
+
+def options(warps: int, stages: int) -> dict[str, Any]:
+    """Return the options of a launch. Triton 3.10 no longer fuses multiply-adds unless asked to."""
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def _unit(*sizes: int) -> int:

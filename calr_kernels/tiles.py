@@ -134,6 +134,7 @@ def candidates(m: int, k: int, itemsize: int, arch: Arch) -> list[Tiles]:
         fits = stage * (height + width) * depth * itemsize <= arch.shared
         spills = itemsize == 4 and height >= 64 > 2 * width  # on sm_100
         spills |= split > 1 and (height, width) == (64, 128)  # in bfloat16 on sm_90 and sm_100
+        spills |= split > 1 and itemsize == 4 and (height, width) == (64, 32)  # on sm_90
         if fits and (height, width) != (128, 256) and not spills and split * depth <= max(k, depth):
             found.append(Tiles(height, width, depth, split, warps, stage))
     return found

@@ -34,10 +34,17 @@ def test_every_plan_fits_the_machine_and_obeys_the_roofline(
         assert m <= tiles.MOST_ROWS_SPLIT
 
 
-@pytest.mark.parametrize(("arch", "n", "k"), [("sm_90", 2456, 12288), ("sm_100", 1304, 8192)])
-def test_tiles_that_spilled_when_compiled_are_not_chosen(arch, n, k):
-    chosen, _ = tiles.product_tiles(64, n, k, 2, ARCHS[arch])
-    assert chosen.split == 1 or (chosen.block_m, chosen.block_n) != (64, 128)
+@pytest.mark.parametrize(
+    ("arch", "n", "k", "itemsize", "spilled"),
+    [
+        ("sm_90", 2456, 12288, 2, (64, 128)),
+        ("sm_100", 1304, 8192, 2, (64, 128)),
+        ("sm_90", 1024, 4096, 4, (64, 32)),
+    ],
+)
+def test_tiles_that_spilled_when_compiled_are_not_chosen(arch, n, k, itemsize, spilled):
+    chosen, _ = tiles.product_tiles(64, n, k, itemsize, ARCHS[arch])
+    assert chosen.split == 1 or (chosen.block_m, chosen.block_n) != spilled
 
 
 def test_a_matrix_that_is_all_pivots_costs_one_product():
