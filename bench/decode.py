@@ -5,7 +5,7 @@
 DIR is a compressed checkpoint of MODEL, which is a directory with a GGUF file; llama.cpp gets that
 file as F16 and as Q8_0, through llama-cpp-python if it is installed (`pip install
 llama-cpp-python`, built for this machine). All continue a prompt of 8 tokens by 32 within one
-process. Writes bench/results/decode.json, rows per number of threads, and prints a table.
+process. Writes bench/results/decode.json, rows per size and number of threads, and prints a table.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from calr.inference import optimize_for_inference
 PROMPT, NEW, ROUNDS = list(range(1, 9)), 32, 9
 
 
-def torch_side(source: str, dtype: torch.dtype, optimized: bool) -> Callable[[], None]:
+def torch_side(source: Path, dtype: str, optimized: bool) -> Callable[[], None]:
     """Return a function that decodes once with a model of transformers."""
-    model, _ = calr.load(source, dtype=dtype)
+    model, _ = calr.load(str(source), dtype=dtype)
     if optimized:
         optimize_for_inference(model)
     prompt = torch.tensor([PROMPT])
@@ -58,6 +58,7 @@ def llama_side(source: Path, kind: int, threads: int, directory: str) -> Callabl
     )
 
     def run() -> None:
+        model.reset()  # else it keeps the prompt
         made = sum(1 for _ in itertools.islice(model.generate(PROMPT, temp=0.0), NEW))
         assert made == NEW
 
@@ -74,8 +75,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     sides = {
-        f"{name} {str(dtype).removeprefix('torch.')}": torch_side(str(source), dtype, optimized)
-        for dtype in (torch.float32, torch.bfloat16)
+        f"{name} {dtype}": torch_side(source, dtype, optimized)
+        for dtype in ("float32", "bfloat16")
         for name, source, optimized in (
             ("calr", arguments.directory, True),
             ("dense", arguments.model, False),
@@ -87,10 +88,15 @@ def main() -> None:
             for name, kind in (("F16", 1), ("Q8_0", 7)):  # llama_ftype
                 sides[f"llama.cpp {name}"] = llama_side(file, kind, arguments.threads, directory)
         times = rounds(sides)
+    config = json.loads((arguments.directory / "config.json").read_text())
+    cell = {
+        "keep": config["quantization_config"]["recipe"]["keep"],
+        "threads": arguments.threads,
+    }
     rows = [
-        {
+        cell
+        | {
             "model": name,
-            "threads": arguments.threads,
             "tokens_per_second": NEW / statistics.median(found),
             "slowest": NEW / max(found),
             "fastest": NEW / min(found),
@@ -103,9 +109,8 @@ def main() -> None:
             f"({row['slowest']:.1f}-{row['fastest']:.1f}), {row['threads']} threads"
         )
     kept = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
-    write_json(
-        arguments.output, [row for row in kept if row["threads"] != arguments.threads] + rows
-    )
+    others = [row for row in kept if not cell.items() <= row.items()]
+    write_json(arguments.output, others + rows)
 
 
 def rounds(sides: dict[str, Callable[[], None]]) -> dict[str, list[float]]:

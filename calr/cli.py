@@ -65,7 +65,10 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"calr {__version__}")
     commands = parser.add_subcommands(required=True)
     for name, (describe, text) in {
-        "plan": (_plan, "Show ranks, parameters, memory and time of a compression; write nothing."),
+        "plan": (
+            _plan,
+            "Show ranks, parameters, memory and time of a compression; write nothing.",
+        ),
         "compress": (_compress, "Compress a model and write an ordinary checkpoint."),
         "resize": (_resize, "Cut an elastic checkpoint to a size, without calibration."),
         "eval": (_eval, "Measure token perplexity and zero-shot tasks."),
@@ -116,6 +119,19 @@ def _recipe(parser: ArgumentParser) -> None:
         default=None,
         help="Directory that keeps calibration statistics for further runs.",
     )
+    parser.add_argument("--calibration", type=str, default="sampled", help=CALIBRATION)
+    parser.add_argument(
+        "--elastic",
+        action="store_true",
+        help="Write every layer whole, as ordered factors, for `calr resize` to cut to any size; "
+        "keep, layout, shifted_inputs, block_epochs and correction do not count then.",
+    )
+    parser.add_argument(
+        "--eval_windows",
+        type=NonNegativeInt,
+        default=8,
+        help="Windows of held-out built-in text to measure perplexity on, for the card; 0: none.",
+    )
 
 
 def _plan(parser: ArgumentParser) -> None:
@@ -128,20 +144,7 @@ def _compress(parser: ArgumentParser) -> None:
     _model(parser)
     parser.add_argument("directory", type=str, help="Where to write the checkpoint.")
     _recipe(parser)
-    parser.add_argument("--calibration", type=str, default="sampled", help=CALIBRATION)
-    parser.add_argument(
-        "--elastic",
-        action="store_true",
-        help="Write every layer whole, as ordered factors, for `calr resize` to cut to any size; "
-        "keep, layout, shifted_inputs, block_epochs and correction do not count then.",
-    )
     _overwrite(parser)
-    parser.add_argument(
-        "--eval_windows",
-        type=NonNegativeInt,
-        default=8,
-        help="Windows of held-out built-in text to measure perplexity on, for the card; 0: none.",
-    )
     _loading(parser)
 
 

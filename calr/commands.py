@@ -1,8 +1,6 @@
 """The commands behind the command line."""
 
-import hashlib
 import json
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,10 +23,10 @@ from calr.errors import CalrError
 from calr.evaluation import perplexity
 from calr.inference import optimize_for_inference
 from calr.integrations.lm_eval import evaluate, retention
-from calr.integrations.transformers import CalrConfig
+from calr.integrations.transformers import CalrConfig, replace_with_low_rank
 from calr.models import is_compressed
 from calr.structure import Structure, analyse, check_window
-from calr.text import evaluation_windows, parts_of
+from calr.text import content_of, evaluation_windows
 from calr_kernels.nn import Layout
 
 LOADING = ("dtype", "device", "trust_remote_code")
@@ -37,6 +35,8 @@ logger = logging.get_logger(__name__)
 
 def plan(arguments: Namespace) -> None:
     """Print ranks, parameters, bytes, memory and time of a compression."""
+    if arguments.elastic:
+        raise CalrError("elastic: has nothing to plan, every layer is kept whole; leave it out")
     result = planning.plan(
         arguments.model,
         recipe_of(arguments),
@@ -76,7 +76,7 @@ def compress(arguments: Namespace) -> None:
     structure = analyse(model, recipe.skip)
     check_finite(model)
     require_reachable(structure, elastic.whole(recipe) if arguments.elastic else recipe)
-    key = fingerprint(model, recipe, arguments.elastic, _content(arguments.calibration))
+    key = fingerprint(model, recipe, arguments.elastic, content_of(arguments.calibration))
     with checkpoint.writing(directory):
         work = checkpoint.prepare(
             directory,
@@ -266,7 +266,10 @@ def inspect(arguments: Namespace) -> None:
         raise CalrError(f"{directory}: is no checkpoint written by calr")
     block = json.loads((directory / "config.json").read_text())["quantization_config"]
     config = CalrConfig(**block)
-    structure = analyse(models.load_skeleton(arguments.model, dense=True))
+    skeleton = models.load_skeleton(arguments.model, dense=True)
+    structure = analyse(skeleton)
+    for name, stated in config.layers.items():  # refuses what the model cannot hold
+        replace_with_low_rank(skeleton, name, **stated)
     rows: list[dict[str, Any]] = []
     kept = 0
     for layer in structure.layers:
@@ -311,6 +314,9 @@ def _destination(arguments: Namespace) -> Path:
     home = source.parent if source.is_file() else source
     if home.exists() and directory.resolve() == home:
         raise CalrError(f"{directory}: is the model itself; name another directory")
+    kept = arguments.get("statistics")
+    if kept and Path(kept).resolve().is_relative_to(directory.resolve()):
+        raise CalrError(f"statistics={kept}: lies in {directory}, which holds only the checkpoint")
     checkpoint.refuse(directory, overwrite=arguments.overwrite)
     return directory
 
@@ -349,15 +355,6 @@ def _measure(
         "perplexity_windows": result.windows,
         f"perplexity_{name}": round(result.perplexity, 3),
     }
-
-
-def _content(calibration: str) -> str:
-    """Identify calibration text by content where it is a file, by name otherwise."""
-    digests = []
-    for part in map(str, parts_of(calibration)):
-        path = Path(part.partition("#")[0])
-        digests.append(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else part)
-    return f"{calibration} {digests} {sys.version_info[:2]}"
 
 
 def _gigabytes(count: float) -> str:

@@ -31,7 +31,7 @@ from calr.recipe import Recipe
 from calr.store import Store, claim
 from calr.structure import Layer, Structure, analyse, check_window
 from calr.teacher import collect_targets
-from calr.text import Source, calibration_windows
+from calr.text import Source, calibration_windows, content_of
 from calr.training import Trained
 from calr_kernels import LowRankLinear
 from calr_kernels.nn import Layout
@@ -75,7 +75,7 @@ def compress(
     check_finite(model)
     if work is not None:
         work = Path(work)
-        given = calibration if isinstance(calibration, Tensor) else repr(calibration)
+        given = calibration if isinstance(calibration, Tensor) else content_of(calibration)
         key = fingerprint(model, recipe, elastic, given)
         claim(work, key, "holds parts of another run; name another directory or delete it")
     training, corrected = model.training, {}
@@ -123,6 +123,8 @@ def _windows(
             window=recipe.window,
             seed=recipe.seed,
         )
+        if recipe.correction_tokens:  # says what is too little before anything is kept
+            windows_used(windows, recipe)
         kept.save("calibration", {"ids": windows})
     ids = kept.load("calibration")["ids"]
     check_window(model, "window", ids.shape[1])

@@ -48,7 +48,7 @@ def windows_used(ids: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     held_out = min(HELD_OUT, -(-len(ids) // 4))
     windows = min(len(ids) - held_out, -(-recipe.correction_tokens // ids.shape[1]))
     if windows * ids.shape[1] < recipe.correction_tokens:
-        logger.warning(
+        logger.warning_once(
             f"correction trains on {windows * ids.shape[1]} tokens instead of "
             f"{recipe.correction_tokens}: there is no more text"
         )

@@ -36,9 +36,12 @@ def resize(
         )
     known = {field.name for field in dataclasses.fields(Recipe)}
     made = {name: value for name, value in config.recipe.items() if name in known}
-    made |= {"keep": keep, "layout": layout, "solver": solver, "skip": tuple(made["skip"])}
+    made |= {"keep": keep, "layout": layout, "solver": solver, "skip": tuple(made.get("skip", ()))}
     recipe = Recipe(**made)
-    modules = {name: model.get_submodule(name) for name in errors}
+    try:
+        modules = {name: model.get_submodule(name) for name in errors}
+    except AttributeError as error:
+        raise CalrError(f"config.json: errors of a layer that the model lacks: {error}") from error
     shapes = {n: Shape(n, m.out_features, m.in_features) for n, m in modules.items()}  # type: ignore[arg-type]
     ranks = allocation.globally(
         [shapes[name] for name in config.layers],

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -18,7 +19,7 @@ from transformers import (
 from calr.errors import CalrError
 from calr.integrations.transformers import QUANT_METHOD
 
-# what transformers, torch and safetensors raise for bad paths, devices, memory and files
+# what the libraries below raise for bad paths, devices, memory, configurations and files
 LOADING_ERRORS = (
     OSError,
     ValueError,
@@ -28,6 +29,8 @@ LOADING_ERRORS = (
     ImportError,
     AssertionError,
     SafetensorError,
+    AttributeError,
+    StrictDataclassError,
 )
 
 
@@ -81,8 +84,8 @@ def is_compressed(directory: Path) -> bool:
         config = json.loads((directory / "config.json").read_text())
     except (OSError, json.JSONDecodeError):
         return False
-    quantization = config.get("quantization_config") or {}
-    return bool(quantization.get("quant_method") == QUANT_METHOD)
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(quantization, dict) and bool(quantization.get("quant_method") == QUANT_METHOD)
 
 
 def _arguments(source: str) -> dict[str, Any]:

@@ -6,8 +6,10 @@ it hard-wrapped; "builtin", English reference text that every Python installatio
 several of these separated by commas, in equal shares.
 """
 
+import hashlib
 import json
 import random
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -228,6 +230,16 @@ def parts_of(source: str | Path | Sequence[str] | None) -> list[str | Path | Seq
             raise CalrError(f"calibration={source!r}: names no text")
         return list(parts)
     return [source]
+
+
+def content_of(source: str | Path | Sequence[str] | None) -> str:
+    """Identify text by what its files hold; by name where it is no file (builtin is Python's)."""
+    digests = []
+    for part in parts_of(source):
+        path = Path(str(part).partition("#")[0])
+        if isinstance(part, str | Path) and path.is_file():
+            digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    return f"{source} {digests} {sys.version_info[:2]}"
 
 
 def spread_windows(

@@ -11,6 +11,7 @@ for what the grid costs.
 import argparse
 import gc
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ from calr.precision import mixed
 from calr.structure import analyse
 
 TASKS = ["arc_easy", "arc_challenge", "piqa", "hellaswag", "lambada_openai", "boolq", "sciq"]
+EVERY = list(dict.fromkeys([*METHODS, *LONGER]))
 REMOVED = (0.2693, 0.5177)  # of the whole model: the points of CALR's paper
 COMMON = 81_920  # tokens on which every method is healed
 LONG = 409_600  # and CALR's own, longer, correction: a quarter of its text is hard-wrapped
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100, help="first rows of a task; 0: all")
     parser.add_argument("--windows", type=int, default=20, help="windows of 512 of a text; 0: all")
     parser.add_argument("--tasks", nargs="*", default=TASKS)
-    parser.add_argument("--methods", nargs="*", default=sorted({*METHODS, *LONGER}))
+    parser.add_argument("--methods", nargs="*", choices=EVERY, default=EVERY)
     parser.add_argument("--healed", type=int, nargs="*", help="only cells with so many tokens")
     parser.add_argument("--keep", type=float, nargs="*", help="only cells nearest to these")
     parser.add_argument("--work", type=Path, default=Path("bench/quality/work"))
@@ -69,6 +71,8 @@ def main() -> None:
     common = Bench(dense, mixture(arguments.data, tokenizer), arguments.work / "statistics")
     wrapped = mixture(arguments.data, tokenizer, wrapped=True)
     own = Bench(dense, wrapped, arguments.work / "statistics-wrapped")
+    same = {name: getattr(arguments, name) for name in ("rows", "windows")}
+    same["model"] = Path(arguments.model).name
     texts = unseen_windows(arguments.data, tokenizer, arguments.windows or 10**6)
     for method, keep, tokens in grid(keeps):
         if method not in ["dense", *arguments.methods]:
@@ -77,16 +81,13 @@ def main() -> None:
             continue
         if method != "dense" and keep not in wanted:
             continue
-        key = {"model": Path(arguments.model).name, "method": method, "healed_tokens": tokens}
-        key |= {"keep": keep, "rows": arguments.rows, "windows": arguments.windows}
+        key = same | {"method": method, "healed_tokens": tokens, "keep": keep}
         row = next((row for row in read(arguments.output) if key.items() <= row.items()), None)
         if row is not None and set(arguments.tasks) <= set(row["accuracy"]):
             continue
-        started = time.monotonic()
         bench = own if tokens == LONG else common
-        model = dense if method == "dense" else built(bench, key, arguments.work)
+        model, seconds = (dense, 0) if method == "dense" else built(bench, key, arguments.work)
         if row is None:
-            seconds = round(time.monotonic() - started, 1)
             row = key | {"params": stored_parameters(model), "seconds": seconds, "accuracy": {}}
             with mixed(model):
                 row["perplexity"] = {t: perplexity(model, w).perplexity for t, w in texts.items()}
@@ -106,8 +107,9 @@ def main() -> None:
         print(method, keep, tokens, row["perplexity"], flush=True)
         del model
         gc.collect()
-    print(tables(read(arguments.output)))
-    draw(read(arguments.output), arguments.output.with_suffix(".png"))
+    rows = [row for row in read(arguments.output) if same.items() <= row.items()]
+    print(tables(rows))
+    draw(rows, arguments.output.with_suffix(".png"))
 
 
 def read(path: Path) -> list[dict]:
@@ -125,17 +127,24 @@ def record(path: Path, row: dict) -> None:
         write_json(path, [*others, row])
 
 
-def built(bench: Bench, key: dict, work: Path) -> torch.nn.Module:
-    """Build a model; one that was trained is kept, since that takes minutes."""
+def built(bench: Bench, key: dict, work: Path) -> tuple[torch.nn.Module, float | None]:
+    """Build a model; what is trained is kept, since that takes minutes, and continues.
+
+    Also returns the seconds it took, None where an earlier run did some of the work.
+    """
     method, keep, tokens = key["method"], key["keep"], key["healed_tokens"]
     kept = work / f"{key['model']}-{method}-{keep}-{tokens}.pt"
     if kept.exists():
-        return torch.load(kept, weights_only=False)
-    model = bench.build(method, keep, tokens).eval()
+        return torch.load(kept, weights_only=False), None
+    unfinished, started = kept.with_suffix(""), time.monotonic()
+    continued = unfinished.exists()
+    model = bench.build(method, keep, tokens, work=unfinished if tokens else None).eval()
+    seconds = None if continued else round(time.monotonic() - started, 1)
     if tokens:
         torch.save(model, kept.with_suffix(".tmp"))
         kept.with_suffix(".tmp").rename(kept)
-    return model
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return model, seconds
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from calr.baselines.shortgpt import shortgpt
 from calr.calibration import fingerprint, open_statistics
 from calr.compression import spread
 from calr.correction import norms, windows_used
+from calr.store import Store
 from calr.structure import analyse, find_blocks
 from calr.teacher import collect_targets, logits_of
 from calr.training import train
@@ -31,11 +32,11 @@ RECIPES = {  # as their papers have them, up to rank rules that those leave open
     "SVD-LLM": FACTORS | {"method": "svd_llm", "allocation": "uniform"},
     "ERC-SVD": FACTORS | {"method": "erc_svd", "allocation": "last_k"},
     "CALR": {},
-    "CALR + cross-entropy": {"cross_entropy": 0.5},
+    "CALR + 0.5 cross-entropy": {"cross_entropy": 0.5},
 }
 BLOCKS = {"ShortGPT": shortgpt, "LaCo": laco}
 METHODS = ["SVD", "SVD-LLM", "ERC-SVD", "ShortGPT", "LaCo", "LoSparse", "CALR"]
-LONGER = ["CALR", "CALR + cross-entropy"]  # those that get a longer correction, too
+LONGER = ["CALR", "CALR + 0.5 cross-entropy"]  # those that get a longer correction, too
 MATRICES_LEARNING_RATE = 5e-5  # of the methods that train whole matrices
 
 
@@ -47,10 +48,13 @@ class Bench:
     ids: Tensor
     statistics: Path
 
-    def build(self, name: str, keep: float, tokens: int, **options: object) -> PreTrainedModel:
+    def build(
+        self, name: str, keep: float, tokens: int, *, work: Path | None = None, **options: object
+    ) -> PreTrainedModel:
         """Return a copy of the dense model at keep of its linear parameters, healed on tokens.
 
-        options: of the recipe, for variants of the methods that have one.
+        work: where a killed run continues (not LoSparse's, which prunes as it trains). options: of
+        the recipe, for variants of the methods that have one.
         """
         model = copy.deepcopy(self.dense)
         if name in RECIPES:
@@ -61,13 +65,15 @@ class Bench:
                 correction_tokens=tokens,
                 **(RECIPES[name] | options),
             )
-            return calr.compress(model, recipe, calibration=self.ids, statistics=self.statistics)
+            return calr.compress(
+                model, recipe, calibration=self.ids, statistics=self.statistics, work=work
+            )
         if name in BLOCKS:
             blocks = analyse(model).blocks
             BLOCKS[name](model, self._calibration, round_down((1 - keep) * blocks))
             if tokens:
                 inside = model.get_submodule(find_blocks(model)[0]).parameters()
-                self._heal(model, list(dict.fromkeys([*inside, *norms(model)])), tokens)
+                self._heal(model, list(dict.fromkeys([*inside, *norms(model)])), tokens, work)
             return model
         return self._losparse(model, keep, tokens)
 
@@ -84,13 +90,13 @@ class Bench:
         if tokens:
             pruner.observe()
             model.zero_grad()
-            self._heal(model, [*pruner.parameters, *norms(model)], tokens, pruner.update)
+            self._heal(model, [*pruner.parameters, *norms(model)], tokens, None, pruner.update)
         else:
             pruner.update(0, 1)
             model.zero_grad()
         return model
 
-    def _heal(self, model, parameters, tokens, on_gradients=None) -> None:
+    def _heal(self, model, parameters, tokens, work, on_gradients=None) -> None:
         recipe = calr.Recipe(correction_tokens=tokens)
         used = windows_used(self.ids, recipe)
         key = fingerprint(self.dense, self._calibration, GRADIENT_SAMPLES, recipe.seed)
@@ -102,6 +108,7 @@ class Bench:
             targets,
             held_out,
             learning_rate=MATRICES_LEARNING_RATE,
+            store=Store(work),
             on_gradients=on_gradients,
         )
 

@@ -38,11 +38,11 @@ METHODS = ["SVD", "SVD-LLM", "ERC-SVD", "ShortGPT", "LaCo", "LoSparse", "CALR"]
 
 @pytest.mark.parametrize("tokens", [0, 32 * 32])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_meets_the_size_and_runs(method, tokens, bench, quality):
+def test_every_method_meets_the_size_and_runs(method, tokens, bench, quality, tmp_path):
     methods, _ = quality
     assert methods.METHODS == METHODS
     dense = bench.dense
-    model = bench.build(method, 0.75, tokens)
+    model = bench.build(method, 0.75, tokens, work=tmp_path / "work")
     structure = analyse(dense)
     removed = structure.model_parameters - methods.stored_parameters(model)
     assert removed == pytest.approx(0.25 * structure.linear_parameters, rel=0.1)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +182,8 @@ def test_bench(source, compressed, capsys):
         (["eval", "{source}", "--dtype", "int7"], "dtype='int7'"),
         (["inspect", "{source}"], "is no checkpoint written by calr"),
         (["compress", "{source}", "{out}", *SMALL, "--statistics", __file__], "is a file"),
+        (["compress", "{source}", "{out}", "--statistics", "{out}/statistics"], "lies in"),
+        (["plan", "{source}", "--elastic"], "nothing to plan"),
         (["generate", "{source}", "--chat"], "has no chat template"),
         (["generate", "{source}", "--prompt", ""], "prompt: is empty"),
     ],
@@ -217,9 +220,16 @@ def test_more_tokens_than_learned_positions_are_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "wrong",
-    [["--method", "magic"], ["--calibration", "no.txt"], ["--elastic", "--method", "erc_svd"]],
+    [
+        ["--method", "magic"],
+        ["--calibration", "no.txt"],
+        ["--calibration", "{short}", "--samples", "1", "--window", "64"],
+        ["--elastic", "--method", "erc_svd"],
+    ],
 )
 def test_a_refused_command_does_not_block_the_corrected_one(wrong, source, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("Too little to train on. " * 4)
+    wrong = [argument.format(short=tmp_path / "short.txt") for argument in wrong]
     right = ["compress", source, tmp_path / "out", *SMALL, *BUILTIN, "--eval_windows", "0"]
     main([str(argument) for argument in [*right, *wrong]])
     run(capsys, *right, "--keep", "0.7")
@@ -236,6 +246,37 @@ def test_what_is_typed_wins_over_the_config_file(source, tmp_path, capsys):
         assert found["keep"] == pytest.approx(0.8, abs=0.03)
         assert Path(found["directory"]).name == "new"
     assert not (tmp_path / "old").exists()
+
+
+def test_plan_takes_the_recipe_of_a_model_card(source, compressed, tmp_path, capsys):
+    card = (compressed / "README.md").read_text()
+    (tmp_path / "recipe.yaml").write_text(card.split("```yaml\n")[1].split("```")[0])
+    plan = json.loads(run(capsys, "plan", source, "--config", tmp_path / "recipe.yaml", "--json"))
+    assert plan["totals"]["keep"] == pytest.approx(0.6, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: [],
+        lambda config: config | {"quantization_config": "calr"},
+        lambda config: config | {"hidden_size": "wide"},
+        lambda config: _with_layer(config, "model.layers.0.mlp.up_proj", 999),
+        lambda config: _with_layer(config, "model.layers.9.mlp.up_proj", 2),
+    ],
+)
+def test_a_malformed_configuration_is_one_sentence(change, compressed, tmp_path, capsys):
+    shutil.copytree(compressed, tmp_path / "bad")
+    path = tmp_path / "bad/config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    for command in ("inspect", "eval"):
+        assert main([command, str(tmp_path / "bad")]) == 1
+        assert "calr: " in capsys.readouterr().err
+
+
+def _with_layer(config, name, rank):
+    config["quantization_config"]["layers"][name] = {"layout": "pivoted", "rank": rank}
+    return config
 
 
 def test_a_reader_that_stops_early_sees_no_traceback(source):

@@ -112,6 +112,18 @@ def test_finished_parts_of_another_run_are_refused(change, ids, tmp_path):
         run(**changed)
 
 
+def test_other_text_in_the_same_file_is_another_run(tmp_path):
+    recipe = calr.Recipe(keep=0.5, samples=2, window=16, gradient_samples=1, correction_tokens=0)
+    options = {"tokenizer": byte_tokenizer(), "work": tmp_path / "work"}
+    for words, known in (("one two ", True), ("three four ", False)):
+        (tmp_path / "t.txt").write_text(words * 40)
+        options["calibration"] = str(tmp_path / "t.txt")
+        if known:
+            calr.compress(tiny_llama(), recipe, **options)
+    with pytest.raises(CalrError, match="holds parts of another run"):
+        calr.compress(tiny_llama(), recipe, **options)
+
+
 def test_a_failed_compression_leaves_the_model_alone(ids, monkeypatch):
     def fail(*_: object) -> None:
         raise CalrError("lost")

@@ -110,6 +110,13 @@ def test_skipped_layers_stay_dense_and_count(text):
     assert not any(".0.self_attn." in name for name in layers)
 
 
+def test_errors_of_an_absent_layer_are_refused(directory):
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model.config.quantization_config.errors["model.layers.9.mlp.up_proj"] = [1.0]
+    with pytest.raises(CalrError, match="errors of a layer that the model lacks"):
+        calr.resize(model, 0.5)
+
+
 @pytest.mark.parametrize("culprit", ["low_rank", "_dense"])
 def test_an_interrupted_resize_changes_nothing(culprit, directory, ids, monkeypatch):
     def killed(*arguments):
