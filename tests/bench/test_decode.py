@@ -27,7 +27,7 @@ def test_sizes_and_threads_are_kept_side_by_side(source, ids, tmp_path, monkeypa
         byte_tokenizer().save_pretrained(small)
         words = [str(small), "--model", str(source), "--threads", "1", "--output", str(found)]
         monkeypatch.setattr(sys, "argv", ["decode.py", *words])
-        monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setitem(sys.modules, "llama_cpp", None)  # as if it were not installed
         decode.main()
     rows = json.loads(found.read_text())
     assert [row["keep"] for row in rows] == [0.8] * 4 + [0.5] * 4
