@@ -63,6 +63,8 @@ def _load(path: str | None) -> ctypes.CDLL:
     loaded.calr_linears.restype = None
     loaded.calr_gated.argtypes = [pointer] * 3 + [size] * 2 + [code] * 4
     loaded.calr_gated.restype = None
+    loaded.calr_rms_norm.argtypes = [pointer] * 3 + [size] * 2 + [ctypes.c_float] + [code] * 2
+    loaded.calr_rms_norm.restype = None
     loaded.calr_complement.argtypes = [pointer, pointer, size, size]
     loaded.calr_complement.restype = code
     loaded.calr_interleave.argtypes = [pointer] * 4 + [size] * 3 + [code] * 2
@@ -378,4 +380,46 @@ def interleave(t: Tensor, rest: Tensor, pivots: Tensor) -> Tensor:
     )
     if status:
         raise ValueError(f"pivots: must be {r} distinct rows below {n}")
+    return y
+
+
+def norms(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether `rms_norm` computes this, no slower than torch.
+
+    For tensors that may be read (`nn.may_bypass`): plain, of one type.
+    """
+    return (
+        eager()
+        and x.is_cpu
+        and x.dim() > 0
+        and x.shape[-1:] == weight.shape
+        and x.dtype in TYPES
+        and x.numel() > 0
+        and (x.dtype is not torch.float16 or x.numel() <= MAX_ROWS[x.dtype] * x.shape[-1])
+        and weight.is_contiguous()
+        and library() is not None
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Compute weight * x / sqrt(mean(x²) + epsilon) over the last dimension, in float32.
+
+    x [..., K] and weight [K], contiguous CPU tensors of one type in TYPES. What is multiplied by
+    the weight is rounded to that type first, as the norms of transformers' Llama family do.
+    """
+    loaded = library()
+    assert loaded is not None
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    k = x.shape[-1]
+    loaded.calr_rms_norm(
+        x.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        x.numel() // k,
+        k,
+        epsilon,
+        TYPES[x.dtype],
+        torch.get_num_threads(),
+    )
     return y

@@ -1,4 +1,5 @@
-// Dot products of weight rows with inputs, for one instruction set (CALR_NAMESPACE, CALR_LANES).
+// Dot products of weight rows with inputs, and what goes with them, for one instruction set
+// (CALR_NAMESPACE, CALR_LANES).
 //
 // A tile of ROWS weight rows and COLUMNS inputs keeps ROWS * COLUMNS accumulators in registers; a
 // weight vector is loaded once and used for every input. The sum of a row does not depend on the
@@ -148,6 +149,32 @@ void dots(const W* weight, const float* x, float* out, int64_t m, int64_t k, int
   }
   for (; row + 4 <= end; row += 4) rows<4>(weight + row * k, x, out + row, m, k, out_stride);
   for (; row < end; ++row) rows<1>(weight + row * k, x, out + row, m, k, out_stride);
+}
+
+// The root mean square of a row is taken in float32; what the weight multiplies rounds to X first.
+template <typename X>
+void rms_norm(const X* x, const X* weight, X* y, int64_t k, float epsilon, int64_t begin,
+              int64_t end) {
+  const int64_t whole = k - k % CALR_LANES;
+  for (int64_t row = begin; row < end; ++row) {
+    const X* in = x + row * k;
+    X* out = y + row * k;
+    Vector squares[1] = {zero()};
+    for (int64_t at = 0; at < whole; at += CALR_LANES) {
+      const Vector v = load(in + at);
+      *squares = multiply_add(v, v, *squares);
+    }
+    if (whole < k) {
+      const Vector v = load_part(in + whole, k - whole);
+      *squares = multiply_add(v, v, *squares);
+    }
+    float total;
+    sums<1>(squares, &total);
+    const float scale = 1.0f / std::sqrt(total / static_cast<float>(k) + epsilon);
+    for (int64_t i = 0; i < k; ++i) {
+      narrow(rounded<X>(widen(in[i]) * scale) * widen(weight[i]), out + i);
+    }
+  }
 }
 
 // exp for |x| < 87 to two units in the last place: 2^n times a polynomial on [-ln2/2, ln2/2].

@@ -7,6 +7,7 @@
 // the intermediate rounds to x's type once. The instruction set is chosen at run time.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -83,7 +84,26 @@ inline void narrow(float value, float16* out) {  // to nearest even
   }
 }
 
-// One implementation per instruction set: dot products of ROWS weight rows with COLUMNS inputs.
+template <typename X>
+inline float rounded(float value) {  // to X and back
+  X narrowed;
+  narrow(value, &narrowed);
+  return widen(narrowed);
+}
+
+// Call run with a value of the type that a code stands for.
+template <typename Run>
+void typed(int32_t type, const Run& run) {
+  if (type == kFloat32) {
+    run(float{});
+  } else if (type == kBFloat16) {
+    run(bfloat16{});
+  } else {
+    run(float16{});
+  }
+}
+
+// One implementation per instruction set.
 #define CALR_NAMESPACE scalar
 #define CALR_LANES 4
 #include "dots.inl"
@@ -159,13 +179,20 @@ void dots(const W* weight, const float* x, float* out, int64_t m, int64_t k, int
 
 void dots_any(int32_t type, const void* weight, const float* x, float* out, int64_t m, int64_t k,
               int64_t out_stride, int64_t begin, int64_t end) {
-  if (type == kFloat32) {
-    dots(static_cast<const float*>(weight), x, out, m, k, out_stride, begin, end);
-  } else if (type == kBFloat16) {
-    dots(static_cast<const bfloat16*>(weight), x, out, m, k, out_stride, begin, end);
-  } else {
-    dots(static_cast<const float16*>(weight), x, out, m, k, out_stride, begin, end);
-  }
+  typed(type, [&](auto w) {
+    dots(static_cast<const decltype(w)*>(weight), x, out, m, k, out_stride, begin, end);
+  });
+}
+
+// y = weight * x / sqrt(mean(x^2) + epsilon), rows [begin, end) of x [M, K].
+template <typename X>
+void rms_norm(const X* x, const X* weight, X* y, int64_t k, float epsilon, int64_t begin,
+              int64_t end) {
+#ifdef CALR_X86
+  if (chosen == kAvx512) return avx512::rms_norm(x, weight, y, k, epsilon, begin, end);
+  if (chosen == kAvx2) return avx2::rms_norm(x, weight, y, k, epsilon, begin, end);
+#endif
+  scalar::rms_norm(x, weight, y, k, epsilon, begin, end);
 }
 
 // In place: SiLU x / (1 + exp(-x)), or GELU by tanh, which is x times a sigmoid too.
@@ -177,35 +204,11 @@ void activate_any(int32_t activation, float* values, int64_t count) {
   scalar::activate(activation, values, count);
 }
 
-template <typename X>
-void widen_rows(const X* x, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = widen(x[i]);
-}
-
 void widen_any(int32_t type, const void* x, float* out, int64_t count) {
-  if (type == kFloat32) {
-    std::memcpy(out, x, count * sizeof(float));
-  } else if (type == kBFloat16) {
-    widen_rows(static_cast<const bfloat16*>(x), out, count);
-  } else {
-    widen_rows(static_cast<const float16*>(x), out, count);
-  }
-}
-
-void store(int32_t type, float value, void* y, int64_t index) {
-  if (type == kFloat32) {
-    narrow(value, static_cast<float*>(y) + index);
-  } else if (type == kBFloat16) {
-    narrow(value, static_cast<bfloat16*>(y) + index);
-  } else {
-    narrow(value, static_cast<float16*>(y) + index);
-  }
-}
-
-float load(int32_t type, const void* x, int64_t index) {
-  if (type == kFloat32) return static_cast<const float*>(x)[index];
-  if (type == kBFloat16) return widen(static_cast<const bfloat16*>(x)[index]);
-  return widen(static_cast<const float16*>(x)[index]);
+  typed(type, [&](auto value) {
+    const auto* in = static_cast<const decltype(value)*>(x);
+    for (int64_t i = 0; i < count; ++i) out[i] = widen(in[i]);
+  });
 }
 
 // Write into `others` the rows below n that are not pivots, ascending; false for bad pivots.
@@ -233,12 +236,6 @@ void interleave(const Element* t, const Element* rest, const int32_t* pivots,
     for (int64_t i = 0; i < r; ++i) out[pivots[i]] = t[row * r + i];
     for (int64_t i = 0; i < n - r; ++i) out[others[i]] = rest[row * (n - r) + i];
   }
-}
-
-float rounded(int32_t type, float value) {  // through x's type and back
-  char buffer[4];
-  store(type, value, buffer, 0);
-  return load(type, buffer, 0);
 }
 
 }  // namespace
@@ -272,23 +269,36 @@ struct Call {
   int32_t x_type, weight_type, threads;
 };
 
+// Put values [begin, end) of one row in their places, value i at places[i], or at i without.
+template <typename X>
+void place(const float* values, const float* extra, const void* bias, const int32_t* places, X* y,
+           int64_t begin, int64_t end) {
+  const X* biases = static_cast<const X*>(bias);
+  if (!extra && !bias && !places) {
+    for (int64_t i = begin; i < end; ++i) narrow(values[i], y + i);
+    return;
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t column = places ? places[i] : i;
+    float value = values[i];
+    if (extra) value += extra[i];
+    if (bias) value += widen(biases[column]);
+    narrow(value, y + column);
+  }
+}
+
+template <typename X>
 void write(const Call& call, const Segment& s, int64_t begin, int64_t end) {
   const calr_layer& layer = *s.layer;
   for (int64_t row = 0; row < call.m; ++row) {
     float* out = s.out + row * s.stride;
     if (!s.y) {
-      if (call.x_type != kFloat32) {
-        for (int64_t i = begin; i < end; ++i) out[i] = rounded(call.x_type, out[i]);
-      }
+      for (int64_t i = begin; i < end; ++i) out[i] = rounded<X>(out[i]);
       continue;
     }
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t column = layer.r && layer.pivots ? layer.others[i] : i;
-      float value = out[i];
-      if (s.extra) value += s.extra_out[row * s.stride + i];
-      if (layer.bias) value += load(call.x_type, layer.bias, column);
-      store(call.x_type, value, s.y, row * layer.n + column);
-    }
+    const float* extra = s.extra ? s.extra_out + row * s.stride : nullptr;
+    const int32_t* places = layer.r && layer.pivots ? layer.others : nullptr;
+    place(out, extra, layer.bias, places, static_cast<X*>(s.y) + row * layer.n, begin, end);
   }
 }
 
@@ -310,7 +320,7 @@ void run(const Call& call, const std::vector<Segment>& segments) {
           dots_any(call.weight_type, s.extra, s.extra_input, s.extra_out, call.m, s.extra_k,
                    s.stride, first, last);
         }
-        write(call, s, first, last);
+        typed(call.x_type, [&](auto x) { write<decltype(x)>(call, s, first, last); });
       }
       start += s.rows * cost;
     }
@@ -364,14 +374,12 @@ void linears(const Call& call, const float* x, int64_t k, const calr_layer* laye
   for (const Segment& s : first) {
     const calr_layer& layer = *s.layer;
     if (!layer.r || !layer.pivots) continue;
-    void* y = ys[&layer - layers];
-    for (int64_t row = 0; row < call.m; ++row) {
-      for (int64_t i = 0; i < layer.r; ++i) {
-        const int64_t column = layer.pivots[i];
-        const float b = layer.bias ? load(call.x_type, layer.bias, column) : 0.0f;
-        store(call.x_type, s.out[row * layer.r + i] + b, y, row * layer.n + column);
+    typed(call.x_type, [&](auto value) {
+      auto* y = static_cast<decltype(value)*>(ys[&layer - layers]);
+      for (int64_t row = 0; row < call.m; ++row) {
+        place(s.out + row * layer.r, nullptr, layer.bias, layer.pivots, y + row * layer.n, 0, layer.r);
       }
-    }
+    });
   }
 }
 
@@ -445,10 +453,26 @@ void calr_gated(const void* x, const calr_layer* layers, void* y, int64_t m, int
   widen_any(x_type, ys[0], gate, m * hidden);
   widen_any(x_type, ys[1], wide, m * hidden);
   activate_any(activation, gate, m * hidden);
-  for (int64_t i = 0; i < m * hidden; ++i) {
-    wide[i] = rounded(x_type, rounded(x_type, gate[i]) * wide[i]);
-  }
+  typed(x_type, [&](auto value) {
+    using X = decltype(value);
+    for (int64_t i = 0; i < m * hidden; ++i) {
+      wide[i] = rounded<X>(rounded<X>(gate[i]) * wide[i]);
+    }
+  });
   linears(call, wide, hidden, layers + 2, 1, &y, scratch);
+}
+
+// y [M, K] = weight [K] * x / sqrt(mean(x^2) + epsilon) by rows: what is multiplied by the weight is
+// rounded first. All of one type, contiguous.
+void calr_rms_norm(const void* x, const void* weight, void* y, int64_t m, int64_t k, float epsilon,
+                   int32_t type, int32_t threads) {
+  typed(type, [&](auto value) {
+    using X = decltype(value);
+    calr::parallel(threads, m, k, [&](int64_t begin, int64_t end) {
+      rms_norm(static_cast<const X*>(x), static_cast<const X*>(weight), static_cast<X*>(y), k,
+               epsilon, begin, end);
+    });
+  });
 }
 
 // y [M, N]: t [M, r] at the columns pivots [r], rest [M, N - r] at the others in ascending order, for

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import calr
-from calr.inference import _DenseForward, _GatedForward, optimize_for_inference
+from calr.inference import _DenseForward, _GatedForward, _NormForward, optimize_for_inference
 from calr.testing import tiny_llama
 
 
@@ -55,6 +55,7 @@ def test_what_is_replaced(ids):
     _, fast = prepared(ids)
     for block in fast.model.layers:
         assert isinstance(vars(block.mlp)["forward"], _GatedForward)
+        assert isinstance(vars(block.input_layernorm)["forward"], _NormForward)
         for linear in block.self_attn.children():
             assert "forward" not in vars(getattr(linear, "down", nn.Identity()))
     assert isinstance(vars(fast.lm_head)["forward"], _DenseForward)
@@ -122,6 +123,46 @@ def test_another_activation_is_used(ids):
         model.model.layers[0].mlp.act_fn = nn.ReLU()
     expected = plain(ids[:1, :2]).logits
     torch.testing.assert_close(fast(ids[:1, :2]).logits, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["offset", "subclass", "other epsilon"])
+def test_a_norm_of_another_form_is_left_alone(form):
+    model, x = tiny_llama(), torch.randn(2, 32)
+    norm = model.model.norm
+
+    class Offset(type(norm)):  # as Gemma's
+        def forward(self, x):
+            return super().forward(x) + nn.functional.normalize(x, dim=-1) * 32**0.5
+
+    if form == "offset":
+        norm.__class__ = Offset
+    elif form == "subclass":
+        norm.__class__ = type("Bare", (type(norm),), {"forward": lambda self, x: x * self.weight})
+    else:
+        norm.variance_epsilon = torch.tensor(norm.variance_epsilon)
+    expected = norm(x)
+    optimize_for_inference(model)
+    assert "forward" not in vars(norm)
+    assert torch.equal(norm(x), expected)
+
+
+@torch.no_grad()
+def test_what_a_norm_cannot_bypass_runs_as_before():
+    norm, x = tiny_llama().model.norm, torch.randn(1, 2, 32)
+    plain = copy.deepcopy(norm)
+    fast = optimize_for_inference(nn.Sequential(norm))[0]
+    assert "forward" in vars(fast)
+    fast.variance_epsilon = plain.variance_epsilon = 0.5
+    torch.testing.assert_close(fast(x), plain(x))
+    assert torch.equal(fast(x.double()), plain(x.double()))
+    with torch.enable_grad():
+        fast(x).sum().backward()
+    assert fast.weight.grad is not None
+    fast.register_forward_hook(lambda module, arguments, output: output + 1)
+    torch.testing.assert_close(fast(x), plain(x) + 1)
+    with pytest.raises(RuntimeError):
+        fast(torch.randn(1, 33))
 
 
 def test_a_block_that_clamps_is_left_alone():

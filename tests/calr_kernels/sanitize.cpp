@@ -3,7 +3,6 @@
 
 #include "../../calr_kernels/csrc/linear.cpp"
 
-#include <cmath>
 #include <cstdio>
 #include <random>
 
@@ -11,6 +10,18 @@ namespace {
 
 std::mt19937 generator(0);
 int failures = 0;
+
+void store(int32_t type, float value, void* y, int64_t index) {
+  typed(type, [&](auto x) { narrow(value, static_cast<decltype(x)*>(y) + index); });
+}
+
+float load(int32_t type, const void* x, int64_t index) {
+  float value = 0;
+  typed(type, [&](auto element) {
+    value = widen(static_cast<const decltype(element)*>(x)[index]);
+  });
+  return value;
+}
 
 // `count` values of a type, in a buffer of exactly their size.
 struct Array {
@@ -73,6 +84,20 @@ void layer(int32_t x_type, int32_t type, int64_t m, int64_t k, int64_t n, int64_
   }
 }
 
+void norm(int32_t type, int64_t m, int64_t k) {
+  Array x(type, m * k), weight(type, k), y(type, m * k);
+  calr_rms_norm(x.data(), weight.data(), y.data(), m, k, 1e-5f, type, 3);
+  for (int64_t row = 0; row < m; ++row) {
+    double squares = 0;
+    for (int64_t i = 0; i < k; ++i) squares += x[row * k + i] * x[row * k + i];
+    const double scale = 1 / std::sqrt(squares / k + 1e-5);
+    for (int64_t i = 0; i < k; ++i) {
+      const double tolerance = type == kFloat32 ? 1e-6 : 1e-2;
+      expect(y[row * k + i], x[row * k + i] * scale * weight[i], tolerance, "norm");
+    }
+  }
+}
+
 void gated(int32_t type, int64_t m, int64_t k, int64_t hidden, int32_t activation) {
   Array x(type, m * k), gate(type, hidden * k), up(type, hidden * k), down(type, k * hidden);
   Array y(type, m * k);
@@ -112,6 +137,7 @@ int main() {
         }
         layer(type, type, s[0], s[1], s[2], s[3], 3, false);
         gated(type, s[0], s[1], s[2], type % 2);
+        norm(type, s[0], s[1]);
       }
     }
   }

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from calr_kernels import LowRankLinear, gram, grouped_linear, lowrank_linear, reference
-from calr_kernels.cpu import Bound, Factors
+from calr_kernels.cpu import Bound, Factors, rms_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -93,6 +93,22 @@ def test_activations_over_the_whole_range():
         found = Bound().gated(torch.ones(1, 1), [gate, up, down], activation)[0]
         exact = function(x.double())
         assert float((found - exact).abs().div(exact.abs().clamp(min=1e-6)).max()) < 2e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 576), (3, 41), (65, 7), (2, 5, 128), (1,)], ids=str)
+def test_rms_norm(shape, dtype):
+    torch.manual_seed(0)
+    x, weight = (3 * torch.randn(shape)).to(dtype), torch.randn(shape[-1]).to(dtype)
+    x.view(-1, shape[-1])[-1] *= 1e-3  # where epsilon counts
+    wide = x.double()
+    exact = weight.double() * wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    relative = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    found = rms_norm(x, weight, 1e-5)
+    torch.testing.assert_close(found.double(), exact, rtol=relative, atol=1e-6)
+    transposed = x.expand(2, *shape).mT.contiguous().mT
+    assert torch.equal(rms_norm(transposed, weight, 1e-5)[0], found)
 
 
 @torch.no_grad()
