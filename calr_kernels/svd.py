@@ -1,9 +1,9 @@
 """Batched randomized SVD and truncated eigendecomposition.
 
-A Gaussian sketch, power iterations orthonormalised by CholeskyQR2, and one small eigenproblem
-(Halko, Martinsson & Tropp, arXiv 0909.4061). Nearly all work is matrix products, on the CPU and on
-a GPU alike; finite input never gives a NaN. Where a sketch does not pay, an exact method is used:
-`sketch_pays` is the one place that knows.
+A Gaussian sketch (Halko, Martinsson & Tropp, arXiv 0909.4061), power iterations with dynamic
+shifts (Feng, Yu & Xie, arXiv 2404.09276), bases by CholeskyQR, and one small eigenproblem. Nearly
+all work is matrix products, on the CPU and on a GPU alike; finite input never gives a NaN. Where a
+sketch does not pay, an exact method is used: `sketch_pays` is the one place that knows.
 """
 
 import math
@@ -17,6 +17,8 @@ SMALL = 256  # rows and columns below which an exact decomposition takes a few m
 LEAST_DIAGONAL = 0.02  # of the Cholesky factor of normalised columns, for a single pass
 ORTHOGONAL = 1e-8  # inner products of columns that need no further orthonormalisation
 SAFE = 2.0**20  # magnitudes within this need no scaling
+POWER_ITERS = 2  # by default
+INVERSE_STEPS = 4  # towards the smallest eigenvalue, which may be overestimated a little
 FIRST_RANK = 64  # first guess under a tolerance; doubled until it is met
 Triplets = tuple[Tensor, Tensor, Tensor]
 COMPUTE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -39,12 +41,11 @@ def randomized_svd(
 
     Give rank, or tol: the smallest rank whose relative Frobenius error is at most tol (for a batch,
     the largest of these). oversample: extra sketch columns, default max(32, rank / 4). power_iters:
-    default 2, or 3 where rank exceeds 12 % of min(m, n); the error is then within 1 % of the
-    optimum for spectra that fall like i^-0.5 or faster. compute_dtype: float32 or float64
-    throughout, or a 16-bit type for the products inside the power iterations only, which leaves an
-    error of about that type's rounding (2^-9 of bfloat16) of A's norm at least. One sketch per
-    shape is drawn from generator, on the CPU (seed 0 by default), and shared by the batch, so that
-    devices agree; a batch gives the bits of its members one by one (on the CPU).
+    default 2; the error is then within 1 % of the optimum for spectra that fall like i^-0.5 or
+    faster. compute_dtype: float32 or float64 throughout, or a 16-bit type for all products but the
+    last two, which bring back most of what the first ones round away. One sketch per shape is drawn
+    from generator, on the CPU (seed 0 by default), and shared by the batch, so that devices agree;
+    a batch gives the bits of its members one by one (on the CPU).
 
     Results have A's dtype (float32 for 16-bit input). Signs: in every column of U the entry of
     largest magnitude is positive. Raises ValueError for a wrong shape, rank or tolerance, and
@@ -98,7 +99,8 @@ def truncated_eigh(
     out = C.dtype if C.dtype in (torch.float32, torch.float64) else torch.float32
     C, scale = _scaled(C.to(out))
     n = C.shape[-1]
-    sketch, iterations = _sketch_size(n, rank, oversample), _power_iters(n, rank, power_iters)
+    sketch = _sketch_size(n, rank, oversample)
+    iterations = POWER_ITERS if power_iters is None else power_iters
     work = _work_dtype(C, compute_dtype)
     generator = generator or torch.Generator().manual_seed(SEED)
     omega = _gaussian(n, sketch, C, generator).to(work)
@@ -109,9 +111,14 @@ def truncated_eigh(
             values, vectors = torch.linalg.eigh(c.double())
             values, vectors = values.flip(-1)[..., :rank], vectors.flip(-1)[..., :rank]
             return values.to(work), vectors.to(work)
-        q = c @ omega
+        q, shift = c @ omega, torch.zeros_like(c[:, :1, :1])
         for _ in range(iterations):
-            q = c @ _well_conditioned(q)
+            q = _well_conditioned(q)
+            cq = c @ q
+            least = _least_eigenvalue(q.mT @ cq)
+            if least is not None:
+                shift = torch.maximum(shift, least / 2)
+            q = cq - shift * q
         q = orthonormalize(q)
         values, vectors = torch.linalg.eigh((q.mT @ (c @ q)).double())
         vectors = vectors.flip(-1)[..., :rank].to(work)
@@ -222,22 +229,25 @@ def _svd(
     m, n = A.shape[-2:]
     work = _work_dtype(A, compute_dtype)
 
-    def attempt(k: int) -> Triplets:
+    def attempt(k: int, wanted: int | None) -> Triplets:
         sketch = _sketch_size(n, k, oversample)
         if not sketch_pays(m, n, sketch):
             found: Triplets = _over_batch(A, lambda a: _exact(a, k, work))
             return found
-        omega, iterations = _gaussian(n, sketch, A, generator), _power_iters(n, k, power_iters)
-        found = _over_batch(A, lambda a: _sketched(a, omega, iterations, compute_dtype, work))
+        omega = _gaussian(n, sketch, A, generator)
+        iterations = POWER_ITERS if power_iters is None else power_iters
+        found = _over_batch(
+            A, lambda a: _sketched(a, omega, iterations, wanted, compute_dtype, work)
+        )
         return found
 
     if rank is not None:
-        return _cut(attempt(rank), rank)
+        return attempt(rank, rank)
     assert tol is not None
     total = A.double().square().sum((-2, -1))[..., None]
     k = min(n, FIRST_RANK)
     while True:
-        found = attempt(k)
+        found = attempt(k, None)
         tail = _tails(A, found)
         counts = (tail > tol * tol * total).sum(-1)
         needed = int(counts.max()) + 1 if counts.numel() else 1
@@ -259,7 +269,7 @@ def _tails(A: Tensor, usv: Triplets) -> Tensor:
     return left[..., None] + rest
 
 
-def _cut(usv: Triplets, rank: int) -> Triplets:
+def _cut(usv: Triplets, rank: int | None) -> Triplets:
     u, s, vh = usv
     return u[..., :rank], s[..., :rank], vh[..., :rank, :]
 
@@ -290,9 +300,14 @@ def orthonormalize_ordered(Y: Tensor) -> Tensor:
 
 
 def _sketched(
-    a: Tensor, omega: Tensor, iterations: int, compute_dtype: torch.dtype, work: torch.dtype
+    a: Tensor,
+    omega: Tensor,
+    iterations: int,
+    wanted: int | None,
+    compute_dtype: torch.dtype,
+    work: torch.dtype,
 ) -> Triplets:
-    """Decompose tall a [b, m, n] within the range of a sketch omega [n, l]."""
+    """Decompose tall a [b, m, n] in the range of a sketch omega [n, l], into `wanted` triplets."""
     full = a.to(work)
     low = full.to(compute_dtype) if compute_dtype.itemsize == 2 else full
 
@@ -302,21 +317,59 @@ def _sketched(
             return (left[0] @ right.reshape(right.shape[-2:])).to(work)[None]
         return (left @ right).to(work)
 
-    q = product(low, omega)
-    for _ in range(iterations):
-        q = product(low.mT, _well_conditioned(q))
-        q = product(low, _well_conditioned(q))
+    q, shift = product(low, omega), torch.zeros_like(full[:, :1, :1])
+    for left in reversed(range(iterations)):
+        q = _well_conditioned(q)
+        z = product(low.mT, q)
+        scale = _largest_norm(z)
+        z = z / scale  # float16 holds its product with A
+        least = _least_eigenvalue(z.mT @ z)
+        if least is None:
+            q = product(low if left else full, _well_conditioned(z))
+        else:
+            shift = torch.maximum(shift, scale.square() * least / 2)
+            q = product(low if left else full, z) - shift / scale * q
     q = orthonormalize(q)
     b = q.mT @ full  # [b, l, n]
     if work == torch.float64:
         u, s, vh = torch.linalg.svd(b, full_matrices=False)
-        return q @ u, s, vh
+        return _cut((q @ u, s, vh), wanted)
     b64 = b.double()
-    rotation = torch.linalg.eigh(b64 @ b64.mT)[1].flip(-1)
-    vs = b64.mT @ rotation  # [b, n, l]: columns V_i s_i
+    rotation = torch.linalg.eigh(b64 @ b64.mT)[1].flip(-1)[..., :wanted]
+    vs = b64.mT @ rotation  # columns V_i s_i
     s = vs.norm(dim=-2)
     v = orthonormalize_ordered(vs)
     return q @ rotation.to(work), s.to(work), v.mT.to(work)
+
+
+def _largest_norm(Y: Tensor) -> Tensor:
+    """Return the largest norm of a column of Y [b, m, l], [b, 1, 1], or 1 where all are zero."""
+    norm = Y.norm(dim=-2, keepdim=True).amax(-1, keepdim=True)
+    return torch.where(norm > 0, norm, 1)
+
+
+def _least_eigenvalue(gram: Tensor) -> Tensor | None:
+    """Estimate the smallest eigenvalues, [b, 1, 1], of positive definite matrices [b, l, l].
+
+    By inverse iteration: not below them. None where one is so ill-conditioned that to apply a
+    matrix twice without a new basis in between would lose the smallest directions to rounding.
+
+    Half of it is the shift: A A' - s I with s at most half of what the sketch misses separates the
+    wanted directions better than A A' does (arXiv 2404.09276), and the basis underestimates what it
+    misses.
+    """
+    factor, info = torch.linalg.cholesky_ex(gram)
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    least = 10 * torch.finfo(gram.dtype).eps ** 0.5 * diagonal.amax(-1)
+    if not bool(((info == 0) & (diagonal.amin(-1) > least)).all()):
+        return None
+    x = gram.new_full((*gram.shape[:-1], 1), gram.shape[-1] ** -0.5)
+    norm = torch.ones_like(x[:, :1])
+    for _ in range(INVERSE_STEPS):
+        x = torch.cholesky_solve(x, factor)
+        norm = x.norm(dim=-2, keepdim=True)
+        x = x / norm
+    return 1 / norm
 
 
 def _over_batch(A: Tensor, one: Callable[[Tensor], tuple[Tensor, ...]]) -> Any:
@@ -340,12 +393,6 @@ def _gaussian(rows: int, columns: int, like: Tensor, generator: torch.Generator)
 
 def _sketch_size(n: int, rank: int, oversample: int | None) -> int:
     return min(n, rank + (max(32, rank // 4) if oversample is None else oversample))
-
-
-def _power_iters(n: int, rank: int, power_iters: int | None) -> int:
-    if power_iters is not None:
-        return power_iters
-    return 2 if rank <= 0.12 * n else 3
 
 
 def _work_dtype(A: Tensor, compute_dtype: torch.dtype) -> torch.dtype:

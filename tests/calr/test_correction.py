@@ -140,6 +140,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(text, tmp_path, monkeypat
 
 @pytest.mark.parametrize(("tokens", "steps"), [(1, 6), (64, 3), (100, 2), (10**6, 1)])
 def test_a_step_accumulates_the_gradient_of_all_its_windows(tokens, steps, text, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # in float32 on every machine
     gradients = []
     for at_once in (10**6, 40):
         monkeypatch.setattr(training, "PART_TOKENS", at_once)
