@@ -102,14 +102,21 @@ inline void tile(const W* weight, const float* x, float* out, int64_t k, int64_t
     for (int i = 0; i < ROWS; ++i) total[j][i] = zero();
   }
   const int64_t whole = k - k % CALR_LANES;
+#if CALR_LANES > 4
+  // The next tile follows in memory and is fetched here, since the hardware's own prefetching stops
+  // at pages and at short rows: row by row as it will be read, which took bfloat16 from 65 % to 90 %
+  // of a Xeon's bandwidth, or, where rows are short, in the order of memory, from half to 90 % of an
+  // EPYC's.
+  const W* ahead = weight + ROWS * k;
+  const bool ordered = k * sizeof(W) <= SHORT_ROW;
+  const int64_t across = ordered ? CALR_LANES : k, along = ordered ? ROWS : 1;
+#endif
   for (int64_t at = 0; at < whole; at += CALR_LANES) {
     Vector inputs[COLUMNS];
     for (int j = 0; j < COLUMNS; ++j) inputs[j] = load(x + j * k + at);
     for (int i = 0; i < ROWS; ++i) {
 #if CALR_LANES > 4
-      // The next tile follows in memory: fetching it here takes bfloat16 from 65 % to 90 % of the
-      // bandwidth, since the hardware's own prefetching stops at pages and at short rows.
-      _mm_prefetch(reinterpret_cast<const char*>(weight + (i + ROWS) * k + at), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(ahead + i * across + at * along), _MM_HINT_T0);
 #endif
       const Vector w = load(weight + i * k + at);
       for (int j = 0; j < COLUMNS; ++j) total[j][i] = multiply_add(w, inputs[j], total[j][i]);

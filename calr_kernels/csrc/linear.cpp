@@ -103,6 +103,8 @@ void typed(int32_t type, const Run& run) {
   }
 }
 
+constexpr int64_t SHORT_ROW = 2560;  // bytes
+
 // One implementation per instruction set.
 #define CALR_NAMESPACE scalar
 #define CALR_LANES 4
