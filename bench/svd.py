@@ -46,9 +46,9 @@ def one_by_one(a: torch.Tensor, svd: Callable[[numpy.ndarray], tuple]) -> tuple:
 
 
 def contenders(rank: int, small: int) -> dict[str, Callable[[torch.Tensor], tuple]]:
-    """Every truncated SVD at the same sketch size and number of power iterations."""
+    """Every truncated SVD at the same sketch size; calr's two iterations are of another kind."""
     extra = min(small, rank + max(32, rank // 4)) - rank
-    iterations = 2 if rank <= 0.12 * small else 3
+    iterations = 2 if rank <= 0.12 * small else 3  # what the others need for calr's error
 
     def sklearn(matrix: numpy.ndarray) -> tuple:
         return sklearn_svd(matrix, rank, n_oversamples=extra, n_iter=iterations, random_state=0)

@@ -1,19 +1,22 @@
-"""Faster decoding on a CPU: dense layers, feed-forward blocks and norms on the native kernel."""
+"""Faster decoding on a CPU: what is not a compressed layer on the native kernel, too."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
 from calr_kernels import cpu
-from calr_kernels.cpu import Bound, Factors, bindable
+from calr_kernels.cpu import Bound, Factors, bindable, is_plain
 from calr_kernels.nn import LowRankLinear, may_bypass
 
 ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1}
 SCALES = (1.0, 1e2, 1e4)  # of the traced inputs: some forms clamp what is large
-PARTS = ("gate_proj", "up_proj", "act_fn", "down_proj")
+GATED = ("gate_proj", "up_proj", "act_fn", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+IGNORED = {"position_ids", "use_cache", "cache_position"}  # arguments that attention passes on
+TRACE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 logger = logging.get_logger(__name__)
 
@@ -21,16 +24,16 @@ logger = logging.get_logger(__name__)
 def optimize_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     """Prepare a dense or compressed model, in place, for decoding a few rows at a time on a CPU.
 
-    Dense linear layers, lm_head among them, run on the native kernel, and so do RMS norms and whole
-    gated feed-forward blocks, down(act(gate x) * up x), where a trace of their forward confirms
-    that form: one call instead of five or six. Parameters, names and checkpoints are unchanged;
+    Dense linear layers, lm_head among them, run on the native kernel, and so do RMS norms, gated
+    feed-forward blocks, down(act(gate x) * up x), and rotary attention of one new token, where a
+    trace of their forward confirms that form. Parameters, names and checkpoints are unchanged;
     weights are read where they are, so that training, moving or reloading them stays right. Larger
     batches, a GPU, autograd, torch.compile and layers with hooks or adapters run as before. Returns
     the model.
     """
     if cpu.library() is None:
         return model
-    blocks = linears = norms = 0
+    blocks = attentions = linears = norms = 0
     inner = {id(module.down) for module in model.modules() if isinstance(module, LowRankLinear)}
     for module in model.modules():
         if "forward" in vars(module) or id(module) in inner:  # accelerate's, or not called
@@ -38,6 +41,9 @@ def optimize_for_inference(model: PreTrainedModel) -> PreTrainedModel:
         if _is_gated(module):
             vars(module)["forward"] = _GatedForward(module)
             blocks += 1
+        elif _is_attention(module):
+            vars(module)["forward"] = _AttentionForward(module)
+            attentions += 1
         elif type(module) is nn.Linear:
             vars(module)["forward"] = _DenseForward(module)
             linears += 1
@@ -45,7 +51,8 @@ def optimize_for_inference(model: PreTrainedModel) -> PreTrainedModel:
             vars(module)["forward"] = _NormForward(module)
             norms += 1
     logger.info(
-        f"native kernel: {blocks} gated blocks, {linears} dense linear layers, {norms} norms"
+        f"native kernel: {blocks} gated blocks, {attentions} attentions, {linears} dense linear "
+        f"layers, {norms} norms"
     )
     return model
 
@@ -85,6 +92,81 @@ class _GatedForward:
                 return self._bound.gated(x, factors, activation)  # type: ignore[arg-type]
         result: Tensor = type(self._module).forward(self._module, x)
         return result
+
+
+class _AttentionForward:
+    """The forward of rotary attention where every sequence has one new token and sees all others:
+    three products as one call, rotation, the model's own cache, softmax."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._bound = module, Bound()
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Apply the attention: [B, T, hidden_size] -> the same and the weights, None here."""
+        if (
+            attention_mask is None
+            and position_embeddings is not None
+            and past_key_values is not None
+        ):
+            factors = self._factors(hidden_states, position_embeddings, others)
+            if factors is not None:
+                y = self._attend(hidden_states, factors, position_embeddings, past_key_values)
+                return self._module._modules["o_proj"](y), None  # type: ignore[misc]
+        result: tuple[Tensor, Tensor | None] = type(self._module).forward(
+            self._module,
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **others,
+        )
+        return result
+
+    def _factors(
+        self, x: Tensor, positions: tuple[Tensor, Tensor], others: dict[str, Any]
+    ) -> list[Factors] | None:
+        """Return the tensors of q, k and v where no more is asked than `_attend` does."""
+        module: Any = self._module
+        plain = (
+            x.dim() == 3
+            and x.shape[1] == 1
+            and not torch.is_grad_enabled()
+            and not (module.training and module.attention_dropout)
+            and module.config._attn_implementation == "sdpa"
+            and all(value is None for name, value in others.items() if name not in IGNORED)
+            and all(
+                is_plain(p)
+                and p.dtype is x.dtype
+                and p.is_cpu
+                and p.shape[0] in (1, x.shape[0])
+                and p.shape[1:] == (1, module.head_dim)
+                for p in positions
+            )
+        )
+        layers = [module._modules[name] for name in ATTENTION[:3]]
+        if not plain or any(map(_has_hooks, layers)):
+            return None
+        factors = [found for layer in layers if (found := _factors(layer, x)) is not None]
+        return factors if len(factors) == 3 else None
+
+    def _attend(
+        self, x: Tensor, factors: list[Factors], positions: tuple[Tensor, Tensor], cache: Any
+    ) -> Tensor:
+        """Attend from x [B, 1, hidden_size] to the cache and to x: [B, 1, heads * head_dim]."""
+        module: Any = self._module
+        b, d = x.shape[0], module.head_dim
+        q, k, v = (y.view(b, -1, d) for y in self._bound.linears(x, factors))
+        for heads in (q, k):
+            cpu.rotate(heads, *positions)
+        keys, values = cache.update(k[:, :, None], v[:, :, None], module.layer_idx)
+        return cpu.attend(q, keys, values, module.scaling).view(b, 1, -1)
 
 
 class _NormForward:
@@ -131,7 +213,7 @@ def _has_hooks(layer: nn.Module) -> bool:
 @torch.no_grad()
 def _is_gated(module: nn.Module) -> bool:
     """Tell whether a module computes down(act(gate x) * up x), from its parts and a trace."""
-    parts = [module._modules.get(name) for name in PARTS]
+    parts = [module._modules.get(name) for name in GATED]
     if None in parts or type(parts[2]).__name__ not in ACTIVATIONS or len(module._modules) != 4:
         return False
     gate, up, act, down = (part for part in parts if part is not None)
@@ -149,6 +231,46 @@ def _is_gated(module: nn.Module) -> bool:
     except Exception:  # other arguments, sizes that do not fit, no matrices: another form
         return False
     return True
+
+
+@torch.no_grad()
+def _is_attention(module: nn.Module) -> bool:
+    """Tell whether a module computes rotary attention as `_AttentionForward` does, by a trace."""
+    if set(module._modules) != set(ATTENTION) or module._parameters:
+        return False
+    layers: Any = [module._modules[name] for name in ATTENTION]
+    weight = layers[0]._parameters.get("weight")
+    if weight is None or weight.device.type != "cpu" or weight.dtype not in TRACE_TOLERANCE:
+        return False
+    fast, own = _AttentionForward(module), vars(module)
+    try:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(weight.dtype)
+
+        d = own["head_dim"]
+        x, positions = random(1, 1, layers[0].in_features), (random(1, 1, d), random(1, 1, d))
+        heads = layers[1].out_features // d
+        held = random(1, heads, 5, d), random(1, heads, 5, d)
+        caches = DynamicCache(), DynamicCache()
+        for cache in caches:
+            cache.update(*held, own["layer_idx"])
+        expected = type(module).forward(
+            module,
+            x,
+            position_embeddings=positions,
+            attention_mask=None,
+            past_key_values=caches[0],
+        )[0]
+        factors = fast._factors(x, positions, {})
+        if factors is None:
+            return False
+        found = layers[3](fast._attend(x, factors, positions, caches[1]))
+        error = torch.linalg.vector_norm(found - expected)
+        return bool(error <= TRACE_TOLERANCE[weight.dtype] * torch.linalg.vector_norm(expected))
+    except Exception:  # other arguments, sizes that do not fit, no such attributes: another form
+        return False
 
 
 @torch.no_grad()

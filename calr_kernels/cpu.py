@@ -65,6 +65,10 @@ def _load(path: str | None) -> ctypes.CDLL:
     loaded.calr_gated.restype = None
     loaded.calr_rms_norm.argtypes = [pointer] * 3 + [size] * 2 + [ctypes.c_float] + [code] * 2
     loaded.calr_rms_norm.restype = None
+    loaded.calr_rotate.argtypes = [pointer] * 3 + [size] * 4 + [code]
+    loaded.calr_rotate.restype = None
+    loaded.calr_attend.argtypes = [pointer] * 4 + [size] * 5 + [ctypes.c_float] + [code] * 2
+    loaded.calr_attend.restype = None
     loaded.calr_complement.argtypes = [pointer, pointer, size, size]
     loaded.calr_complement.restype = code
     loaded.calr_interleave.argtypes = [pointer] * 4 + [size] * 3 + [code] * 2
@@ -420,6 +424,56 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         k,
         epsilon,
         TYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> None:
+    """Turn heads by rotary position embeddings, in place: x * cos + (-second, first half) * sin.
+
+    x [B, heads, d], contiguous, and cosines and sines [B or 1, 1, d], on the CPU, of one type in
+    TYPES. Products and sum round to that type, as in transformers.
+    """
+    loaded = library()
+    assert loaded is not None
+    b, heads, d = x.shape
+    cosines, sines = cosines.contiguous(), sines.contiguous()
+    loaded.calr_rotate(
+        x.data_ptr(),
+        cosines.data_ptr(),
+        sines.data_ptr(),
+        b,
+        heads,
+        d,
+        d if cosines.shape[0] > 1 else 0,
+        TYPES[x.dtype],
+    )
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Compute softmax(scale q keys') values for one query a head, in float32.
+
+    q [B, heads, d], keys and values [B, key heads, count, d], heads a multiple of key heads, on the
+    CPU, of one type in TYPES -> [B, heads, d].
+    """
+    loaded = library()
+    assert loaded is not None
+    q, keys, values = q.contiguous(), keys.contiguous(), values.contiguous()
+    b, heads, count, d = keys.shape
+    y = torch.empty_like(q)
+    loaded.calr_attend(
+        q.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        y.data_ptr(),
+        b,
+        heads,
+        q.shape[1] // heads,
+        count,
+        d,
+        scale,
+        TYPES[q.dtype],
         torch.get_num_threads(),
     )
     return y

@@ -10,6 +10,8 @@ namespace CALR_NAMESPACE {
 #if CALR_LANES == 16
 using Vector = __m512;
 inline Vector zero() { return _mm512_setzero_ps(); }
+inline Vector spread(float value) { return _mm512_set1_ps(value); }
+inline void store(Vector v, float* p) { _mm512_storeu_ps(p, v); }
 inline Vector load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vector load(const bfloat16* p) {
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -36,6 +38,8 @@ inline __m256 fold(Vector v) {
 #elif CALR_LANES == 8
 using Vector = __m256;
 inline Vector zero() { return _mm256_setzero_ps(); }
+inline Vector spread(float value) { return _mm256_set1_ps(value); }
+inline void store(Vector v, float* p) { _mm256_storeu_ps(p, v); }
 inline Vector load(const float* p) { return _mm256_loadu_ps(p); }
 inline Vector load(const bfloat16* p) {
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -51,6 +55,12 @@ struct Vector {
   float lane[CALR_LANES];
 };
 inline Vector zero() { return Vector{}; }
+inline Vector spread(float value) {
+  Vector v;
+  for (float& lane : v.lane) lane = value;
+  return v;
+}
+inline void store(const Vector& v, float* p) { std::memcpy(p, v.lane, sizeof(v.lane)); }
 template <typename W>
 inline Vector load(const W* p) {
   Vector v;
@@ -212,6 +222,52 @@ inline void activate(int32_t activation, float* values, int64_t count) {
       const float x = values[i], z = 1.5957691216f * (x + 0.044715f * x * x * x);
       values[i] = x / (1.0f + exponential(-z));
     }
+  }
+}
+
+// In place: exp(x - max) over its sum.
+inline void softmax(float* x, int64_t count) {
+  float largest = x[0], total = 0;
+  for (int64_t i = 1; i < count; ++i) largest = x[i] > largest ? x[i] : largest;
+  for (int64_t i = 0; i < count; ++i) x[i] = exponential(x[i] - largest);
+  for (int64_t i = 0; i < count; ++i) total += x[i];
+  for (int64_t i = 0; i < count; ++i) x[i] /= total;
+}
+
+// out [d] = the sum of weights[i] * values[i], values [count, d].
+template <typename X>
+inline void combine(const float* weights, const X* values, float* out, int64_t count, int64_t d) {
+  constexpr int AT_ONCE = 4;
+  int64_t column = 0;
+  for (; column + AT_ONCE * CALR_LANES <= d; column += AT_ONCE * CALR_LANES) {
+    Vector total[AT_ONCE] = {zero(), zero(), zero(), zero()};
+    for (int64_t i = 0; i < count; ++i) {
+      const X* from = values + i * d + column;
+      const Vector weight = spread(weights[i]);
+      for (int j = 0; j < AT_ONCE; ++j) {
+        total[j] = multiply_add(weight, load(from + j * CALR_LANES), total[j]);
+      }
+    }
+    for (int j = 0; j < AT_ONCE; ++j) store(total[j], out + column + j * CALR_LANES);
+  }
+  for (; column < d; ++column) {
+    out[column] = 0;
+    for (int64_t i = 0; i < count; ++i) out[column] += weights[i] * widen(values[i * d + column]);
+  }
+}
+
+// y [group, d] = softmax(scale * q keys') values: queries [group, d] that share keys and values
+// [count, d]. scratch: group * (d + count) + d.
+template <typename X>
+void attend(const X* q, const X* keys, const X* values, X* y, int64_t group, int64_t count,
+            int64_t d, float scale, float* scratch) {
+  float *scores = scratch + group * d, *out = scores + group * count;
+  for (int64_t i = 0; i < group * d; ++i) scratch[i] = scale * widen(q[i]);
+  CALR_NAMESPACE::dots(keys, scratch, scores, group, d, count, 0, count);
+  for (int64_t i = 0; i < group; ++i) {
+    softmax(scores + i * count, count);
+    combine(scores + i * count, values, out, count, d);
+    for (int64_t j = 0; j < d; ++j) narrow(out[j], y + i * d + j);
   }
 }
 

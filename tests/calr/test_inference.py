@@ -6,10 +6,19 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import calr
-from calr.inference import _DenseForward, _GatedForward, _NormForward, optimize_for_inference
+from calr.inference import (
+    _AttentionForward,
+    _DenseForward,
+    _GatedForward,
+    _NormForward,
+    optimize_for_inference,
+)
 from calr.testing import tiny_llama
+from calr_kernels import cpu
 
 
 def prepared(ids, compressed=True, dtype=torch.float32, **config):
@@ -56,6 +65,7 @@ def test_what_is_replaced(ids):
     for block in fast.model.layers:
         assert isinstance(vars(block.mlp)["forward"], _GatedForward)
         assert isinstance(vars(block.input_layernorm)["forward"], _NormForward)
+        assert isinstance(vars(block.self_attn)["forward"], _AttentionForward)
         for linear in block.self_attn.children():
             assert "forward" not in vars(getattr(linear, "down", nn.Identity()))
     assert isinstance(vars(fast.lm_head)["forward"], _DenseForward)
@@ -123,6 +133,67 @@ def test_another_activation_is_used(ids):
         model.model.layers[0].mlp.act_fn = nn.ReLU()
     expected = plain(ids[:1, :2]).logits
     torch.testing.assert_close(fast(ids[:1, :2]).logits, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "asked", ["", "padded", "eager", "cache of fixed length", "hook", "window"]
+)
+def test_decoding_step_by_step(asked, dtype, ids, monkeypatch):
+    config = {"attention_bias": True, "attn_implementation": "eager"} if asked == "eager" else {}
+    plain, fast = prepared(ids, dtype=dtype, **config)
+    calls, native = [], cpu.attend
+    monkeypatch.setattr(cpu, "attend", lambda *a: calls.append(len(a)) or native(*a))
+    found = []
+    for model in (plain, fast):
+        if asked == "hook":
+            layer = model.model.layers[0].self_attn.k_proj
+            layer.register_forward_hook(lambda module, arguments, output: 2 * output)
+        cache = DynamicCache()
+        if asked == "cache of fixed length":
+            cache = StaticCache(model.config, max_cache_len=16)
+        elif asked == "window":
+            cache.layers = [DynamicSlidingWindowLayer(sliding_window=4) for _ in range(2)]
+        mask = torch.ones(3, 9, dtype=torch.long)
+        if asked == "padded":
+            mask[1, :2] = 0
+        logits = []
+        for begin, end in ((0, 4), (4, 5), (5, 6), (6, 8), (8, 9)):
+            step = model(ids[:3, begin:end], past_key_values=cache, attention_mask=mask[:, :end])
+            logits.append(step.logits)
+        found.append(torch.cat(logits, 1))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-1  # of logits up to 6
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=tolerance)
+    steps = {"": 3, "hook": 3, "window": 3}.get(asked, 0)
+    assert len(calls) == steps * (1 if asked == "hook" else 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["scaled", "sink", "norm", "interleaved"])
+def test_attention_of_another_form_is_left_alone(form):
+    model = tiny_llama()
+    attention = model.model.layers[0].self_attn
+    kind = type(attention)
+
+    class Scaled(kind):
+        def forward(self, hidden_states, *rest, **named):
+            return super().forward(hidden_states / 2, *rest, **named)
+
+    class Interleaved(kind):  # GPT-J's pairs
+        def forward(self, hidden_states, position_embeddings, *rest, **named):
+            turned = tuple(p.unflatten(-1, (2, -1)).mT.flatten(-2) for p in position_embeddings)
+            return super().forward(hidden_states, turned, *rest, **named)
+
+    if form == "sink":
+        attention.sinks = nn.Parameter(torch.zeros(4))
+    elif form == "norm":
+        attention.q_norm = nn.Identity()
+    else:
+        attention.__class__ = Scaled if form == "scaled" else Interleaved
+    optimize_for_inference(model)
+    assert "forward" not in vars(attention)
+    assert "forward" in vars(model.model.layers[1].self_attn)
 
 
 @torch.no_grad()

@@ -98,6 +98,31 @@ void norm(int32_t type, int64_t m, int64_t k) {
   }
 }
 
+void attention(int32_t type, int64_t b, int64_t heads, int64_t group, int64_t count, int64_t d) {
+  Array q(type, b * heads * group * d), turned(q), cosines(type, b * d), sines(type, b * d);
+  calr_rotate(turned.data(), cosines.data(), sines.data(), b, heads * group, d, d, type);
+  const double tolerance = type == kFloat32 ? 1e-5 : 2e-2;
+  for (int64_t i = 0; i < b * heads * group * d; ++i) {
+    const int64_t j = i % d, angle = i / (heads * group * d) * d + j;
+    const double other = j < d / 2 ? -q[i + d / 2] : q[i - d / 2];
+    expect(turned[i], q[i] * cosines[angle] + other * sines[angle], tolerance, "rotate");
+  }
+  Array keys(type, b * heads * count * d), values(type, b * heads * count * d);
+  Array y(type, b * heads * group * d);
+  calr_attend(q.data(), keys.data(), values.data(), y.data(), b, heads, group, count, d, 0.5f, type, 3);
+  for (int64_t head = 0; head < b * heads * group; ++head) {
+    const int64_t first = head / group * count;
+    std::vector<double> query(d), wanted(d), weights(count);
+    double total = 0;
+    for (int64_t j = 0; j < d; ++j) query[j] = q[head * d + j];
+    for (int64_t i = 0; i < count; ++i) total += weights[i] = std::exp(dot(keys, first + i, query) / 2);
+    for (int64_t j = 0; j < d; ++j) {
+      for (int64_t i = 0; i < count; ++i) wanted[j] += weights[i] / total * values[(first + i) * d + j];
+      expect(y[head * d + j], wanted[j], tolerance, "attend");
+    }
+  }
+}
+
 void gated(int32_t type, int64_t m, int64_t k, int64_t hidden, int32_t activation) {
   Array x(type, m * k), gate(type, hidden * k), up(type, hidden * k), down(type, k * hidden);
   Array y(type, m * k);
@@ -138,6 +163,7 @@ int main() {
         layer(type, type, s[0], s[1], s[2], s[3], 3, false);
         gated(type, s[0], s[1], s[2], type % 2);
         norm(type, s[0], s[1]);
+        attention(type, s[0], 2, 3, s[3], 2 * s[2]);
       }
     }
   }

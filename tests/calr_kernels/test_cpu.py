@@ -6,9 +6,10 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from calr_kernels import LowRankLinear, gram, grouped_linear, lowrank_linear, reference
-from calr_kernels.cpu import Bound, Factors, rms_norm
+from calr_kernels.cpu import Bound, Factors, attend, rms_norm, rotate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -109,6 +110,34 @@ def test_rms_norm(shape, dtype):
     torch.testing.assert_close(found.double(), exact, rtol=relative, atol=1e-6)
     transposed = x.expand(2, *shape).mT.contiguous().mT
     assert torch.equal(rms_norm(transposed, weight, 1e-5)[0], found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("turned", [1, 3], ids=["one position", "a position each"])
+def test_rotate_is_bit_for_bit_what_transformers_does(turned, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 18).to(dtype)
+    cosines, sines = torch.randn(2, turned, 1, 36).to(dtype)[..., ::2]
+    expected, _ = apply_rotary_pos_emb(x[:, :, None], x[:, :, None], cosines, sines)
+    rotate(x, cosines, sines)
+    assert torch.equal(x, expected[:, :, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("group", "count", "d"), [(1, 1, 8), (3, 131, 64), (5, 40, 83)])
+def test_attend(group, count, d, dtype):
+    torch.manual_seed(0)
+    q = (3 * torch.randn(2, 2 * group, d)).to(dtype)
+    keys, values = torch.randn(2, 2, 2, count, d).to(dtype)
+    wide = [t.double().repeat_interleave(group, 1) for t in (keys, values)]
+    scores = torch.einsum("bhd,bhcd->bhc", q.double(), wide[0]) * 0.1
+    exact = torch.einsum("bhc,bhcd->bhd", scores.softmax(-1), wide[1])
+    relative = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    found = attend(q, keys, values, 0.1)
+    torch.testing.assert_close(found.double(), exact, rtol=relative, atol=1e-5)
+    spread = keys.mT.contiguous().mT
+    assert torch.equal(attend(q, spread, values, 0.1), found)
+    assert attend(q, keys, values.fill_(torch.nan), 0.1).isnan().all()
 
 
 @torch.no_grad()
