@@ -455,12 +455,17 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """Compute softmax(scale q keys') values for one query a head, in float32.
 
     q [B, heads, d], keys and values [B, key heads, count, d], heads a multiple of key heads, on the
-    CPU, of one type in TYPES -> [B, heads, d].
+    CPU, of one type in TYPES -> [B, heads, d]. Raises ValueError for what does not fit.
     """
     loaded = library()
     assert loaded is not None
-    q, keys, values = q.contiguous(), keys.contiguous(), values.contiguous()
     b, heads, count, d = keys.shape
+    shapes = keys.shape == values.shape and q.shape == (b, q.shape[1] // heads * heads, d)
+    kinds = {(t.dtype, t.device.type) for t in (q, keys, values)}
+    if not shapes or kinds != {(q.dtype, "cpu")}:
+        described = [f"{list(t.shape)} {t.dtype} on {t.device}" for t in (q, keys, values)]
+        raise ValueError(f"keys and values do not fit the queries: {described}")
+    q, keys, values = q.contiguous(), keys.contiguous(), values.contiguous()
     y = torch.empty_like(q)
     loaded.calr_attend(
         q.data_ptr(),

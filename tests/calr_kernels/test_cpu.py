@@ -138,6 +138,9 @@ def test_attend(group, count, d, dtype):
     spread = keys.mT.contiguous().mT
     assert torch.equal(attend(q, spread, values, 0.1), found)
     assert attend(q, keys, values.fill_(torch.nan), 0.1).isnan().all()
+    for bad in ((q[..., 1:], keys, values), (q, keys.double(), values), (q, keys, values[1:])):
+        with pytest.raises(ValueError, match="do not fit"):
+            attend(*bad, 0.1)
 
 
 @torch.no_grad()
