@@ -4,8 +4,10 @@
 
 DIR is a compressed checkpoint of MODEL, which is a directory with a GGUF file; llama.cpp gets that
 file as F16 and as Q8_0, through llama-cpp-python if it is installed (`pip install
-llama-cpp-python`, built for this machine). All continue a prompt of 8 tokens by 32 within one
-process. Writes bench/results/decode.json, rows per size and number of threads, and prints a table.
+llama-cpp-python`, built for this machine). The compressed model runs after
+`calr.optimize_for_inference`, the dense one with and without. All continue a prompt of 8 tokens by
+32 within one process. Writes bench/results/decode.json, rows per size and number of threads, and
+prints a table.
 """
 
 import argparse
@@ -80,6 +82,7 @@ def main() -> None:
         for name, source, optimized in (
             ("calr", arguments.directory, True),
             ("dense", arguments.model, False),
+            ("dense, optimized", arguments.model, True),
         )
     }
     with tempfile.TemporaryDirectory() as directory:
@@ -105,7 +108,7 @@ def main() -> None:
     ]
     for row in rows:
         print(
-            f"{row['model']:16} {row['tokens_per_second']:7.1f} tokens/s "
+            f"{row['model']:25} {row['tokens_per_second']:7.1f} tokens/s "
             f"({row['slowest']:.1f}-{row['fastest']:.1f}), {row['threads']} threads"
         )
     kept = json.loads(arguments.output.read_text()) if arguments.output.exists() else []

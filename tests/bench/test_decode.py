@@ -30,9 +30,11 @@ def test_sizes_and_threads_are_kept_side_by_side(source, ids, tmp_path, monkeypa
         monkeypatch.setitem(sys.modules, "llama_cpp", None)  # as if it were not installed
         decode.main()
     rows = json.loads(found.read_text())
-    assert [row["keep"] for row in rows] == [0.8] * 4 + [0.5] * 4
+    assert [row["keep"] for row in rows] == [0.8] * 6 + [0.5] * 6
     assert {row["model"] for row in rows} == {
-        f"{name} {dtype}" for name in ("calr", "dense") for dtype in ("float32", "bfloat16")
+        f"{name} {dtype}"
+        for name in ("calr", "dense", "dense, optimized")
+        for dtype in ("float32", "bfloat16")
     }
     assert all(row["tokens_per_second"] > 0 for row in rows)
     assert "tokens/s" in capsys.readouterr().out
