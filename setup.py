@@ -8,8 +8,8 @@ setup(
     ext_modules=[
         Extension(  # a plain shared library with a C interface, loaded with ctypes
             "calr_kernels._cpu",
-            sources=[f"{SOURCES}/linear.cpp"],
-            depends=[f"{SOURCES}/dots.inl", f"{SOURCES}/pool.h"],
+            sources=[f"{SOURCES}/linear.cpp", f"{SOURCES}/attention.cpp"],
+            depends=[f"{SOURCES}/{name}" for name in ("isa.h", "dots.inl", "pool.h")],
             language="c++",
             extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"],
             optional=True,

@@ -1,4 +1,4 @@
-"""Faster decoding on a CPU: what is not a compressed layer on the native kernel, too."""
+"""Faster decoding on a CPU: dense layers and all of a decoder's block on the native kernel."""
 
 from typing import Any
 

@@ -318,17 +318,17 @@ def _sketched(
         return (left @ right).to(work)
 
     q, shift = product(low, omega), torch.zeros_like(full[:, :1, :1])
-    for left in reversed(range(iterations)):
+    for remaining in reversed(range(iterations)):
         q = _well_conditioned(q)
         z = product(low.mT, q)
         scale = _largest_norm(z)
         z = z / scale  # float16 holds its product with A
         least = _least_eigenvalue(z.mT @ z)
         if least is None:
-            q = product(low if left else full, _well_conditioned(z))
+            q = product(low if remaining else full, _well_conditioned(z))
         else:
             shift = torch.maximum(shift, scale.square() * least / 2)
-            q = product(low if left else full, z) - shift / scale * q
+            q = product(low if remaining else full, z) - shift / scale * q
     q = orthonormalize(q)
     b = q.mT @ full  # [b, l, n]
     if work == torch.float64:

@@ -4,169 +4,18 @@
 // of contiguous weight rows, so every weight byte is read once, in order, and nothing is packed: the
 // cost is the memory traffic. Several layers of one input run as one. Weights are float32, bfloat16
 // or float16, accumulation is float32 in a fixed order (the same bits for any number of threads), and
-// the intermediate rounds to x's type once. The instruction set is chosen at run time.
+// the intermediate rounds to x's type once.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
+#include "isa.h"
 #include "pool.h"
 
 namespace {
 
-enum Type : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
-
-inline float widen(float value) { return value; }
-
-inline float widen(bfloat16 value) {
-  uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-
-inline float widen(float16 value) {
-  uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
-  uint32_t exponent = (value.bits >> 10) & 31, fraction = value.bits & 1023, bits;
-  if (exponent == 31) {
-    bits = sign | 0x7f800000 | (fraction << 13);
-  } else if (exponent) {
-    bits = sign | ((exponent + 112) << 23) | (fraction << 13);
-  } else {  // subnormal: fraction * 2^-24, exact in float32
-    float magnitude = static_cast<float>(fraction) * 5.9604644775390625e-8f;
-    std::memcpy(&bits, &magnitude, 4);
-    bits |= sign;
-  }
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-
-inline void narrow(float value, float* out) { *out = value; }
-
-inline void narrow(float value, bfloat16* out) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) {
-    out->bits = static_cast<uint16_t>((bits >> 16) | 0x40);  // a NaN stays one
-  } else {
-    out->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-  }
-}
-
-inline void narrow(float value, float16* out) {  // to nearest even
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) {
-    out->bits = sign | 0x7e00;
-  } else if (bits >= 0x477ff000) {  // rounds beyond 65504
-    out->bits = sign | 0x7c00;
-  } else if (bits < 0x38800000) {  // subnormal: let float32 addition round at 2^-24
-    float magnitude;
-    std::memcpy(&magnitude, &bits, 4);
-    magnitude += 0.5f;
-    std::memcpy(&bits, &magnitude, 4);
-    out->bits = static_cast<uint16_t>(sign | (bits - 0x3f000000));
-  } else {
-    bits += 0xc8000fff + ((bits >> 13) & 1);
-    out->bits = static_cast<uint16_t>(sign | (bits >> 13));
-  }
-}
-
-template <typename X>
-inline float rounded(float value) {  // to X and back
-  X narrowed;
-  narrow(value, &narrowed);
-  return widen(narrowed);
-}
-
-// Call run with a value of the type that a code stands for.
-template <typename Run>
-void typed(int32_t type, const Run& run) {
-  if (type == kFloat32) {
-    run(float{});
-  } else if (type == kBFloat16) {
-    run(bfloat16{});
-  } else {
-    run(float16{});
-  }
-}
-
-constexpr int64_t SHORT_ROW = 2560;  // bytes
-
-// One implementation per instruction set.
-#define CALR_NAMESPACE scalar
-#define CALR_LANES 4
-#include "dots.inl"
-#undef CALR_NAMESPACE
-#undef CALR_LANES
-
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define CALR_X86 1
-}  // namespace
-#include <cpuid.h>
-#include <immintrin.h>
-namespace {
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define CALR_NAMESPACE avx2
-#define CALR_LANES 8
-#include "dots.inl"
-#undef CALR_NAMESPACE
-#undef CALR_LANES
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
-#endif
-#define CALR_NAMESPACE avx512
-#define CALR_LANES 16
-#include "dots.inl"
-#undef CALR_NAMESPACE
-#undef CALR_LANES
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-
-enum Isa : int32_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
-
-Isa best_isa() {
-#ifdef CALR_X86
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return kAvx512;
-  }
-  unsigned a, b, c = 0, d;  // older compilers know no "f16c"
-  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c) return kAvx2;
-#endif
-  return kScalar;
-}
-
-Isa chosen = best_isa();
+using calr::chosen, calr::kAvx2, calr::kAvx512;
 
 // out[m * out_stride + row] = weight[row] . x[m] for rows in [begin, end), in float32.
 template <typename W>
@@ -184,29 +33,6 @@ void dots_any(int32_t type, const void* weight, const float* x, float* out, int6
   typed(type, [&](auto w) {
     dots(static_cast<const decltype(w)*>(weight), x, out, m, k, out_stride, begin, end);
   });
-}
-
-// y = weight * x / sqrt(mean(x^2) + epsilon), rows [begin, end) of x [M, K].
-template <typename X>
-void rms_norm(const X* x, const X* weight, X* y, int64_t k, float epsilon, int64_t begin,
-              int64_t end) {
-#ifdef CALR_X86
-  if (chosen == kAvx512) return avx512::rms_norm(x, weight, y, k, epsilon, begin, end);
-  if (chosen == kAvx2) return avx2::rms_norm(x, weight, y, k, epsilon, begin, end);
-#endif
-  scalar::rms_norm(x, weight, y, k, epsilon, begin, end);
-}
-
-template <typename X>
-void attend(const X* q, const X* keys, const X* values, X* y, int64_t group, int64_t count,
-            int64_t d, float scale, float* scratch) {
-#ifdef CALR_X86
-  if (chosen == kAvx512) {
-    return avx512::attend(q, keys, values, y, group, count, d, scale, scratch);
-  }
-  if (chosen == kAvx2) return avx2::attend(q, keys, values, y, group, count, d, scale, scratch);
-#endif
-  scalar::attend(q, keys, values, y, group, count, d, scale, scratch);
 }
 
 // In place: SiLU x / (1 + exp(-x)), or GELU by tanh, which is x times a sigmoid too.
@@ -402,11 +228,11 @@ void linears(const Call& call, const float* x, int64_t k, const calr_layer* laye
 extern "C" {
 
 // The instruction set in use: 0 scalar, 1 AVX2, 2 AVX-512. select() refuses (-1) what is not there.
-int32_t calr_isa() { return chosen; }
+int32_t calr_isa() { return calr::chosen; }
 
 int32_t calr_select_isa(int32_t isa) {
-  if (isa < kScalar || isa > best_isa()) return -1;
-  chosen = static_cast<Isa>(isa);
+  if (isa < calr::kScalar || isa > calr::best_isa()) return -1;
+  calr::chosen = static_cast<calr::Isa>(isa);
   return 0;
 }
 
@@ -474,62 +300,6 @@ void calr_gated(const void* x, const calr_layer* layers, void* y, int64_t m, int
     }
   });
   linears(call, wide, hidden, layers + 2, 1, &y, scratch);
-}
-
-// y [M, K] = weight [K] * x / sqrt(mean(x^2) + epsilon) by rows: what is multiplied by the weight is
-// rounded first. All of one type, contiguous.
-void calr_rms_norm(const void* x, const void* weight, void* y, int64_t m, int64_t k, float epsilon,
-                   int32_t type, int32_t threads) {
-  typed(type, [&](auto value) {
-    using X = decltype(value);
-    calr::parallel(threads, m, k, [&](int64_t begin, int64_t end) {
-      rms_norm(static_cast<const X*>(x), static_cast<const X*>(weight), static_cast<X*>(y), k,
-               epsilon, begin, end);
-    });
-  });
-}
-
-// In place: every head [d] of x [M, heads, d] turned by the angles of cos and sin, whose rows lie
-// `stride` apart: x * cos + (-second half, first half) * sin. Products round where separate operations
-// would.
-void calr_rotate(void* x, const void* cosines, const void* sines, int64_t m, int64_t heads, int64_t d,
-                 int64_t stride, int32_t type) {
-  typed(type, [&](auto value) {
-    using X = decltype(value);
-    const int64_t half = d / 2;
-    for (int64_t i = 0; i < m * heads; ++i) {
-      X* head = static_cast<X*>(x) + i * d;
-      const X* c = static_cast<const X*>(cosines) + i / heads * stride;
-      const X* s = static_cast<const X*>(sines) + i / heads * stride;
-      for (int64_t j = 0; j < half; ++j) {
-        const float a = widen(head[j]), b = widen(head[j + half]);
-        narrow(rounded<X>(a * widen(c[j])) - rounded<X>(b * widen(s[j])), head + j);
-        narrow(rounded<X>(b * widen(c[j + half])) + rounded<X>(a * widen(s[j + half])),
-               head + j + half);
-      }
-    }
-  });
-}
-
-// y [B, heads * group, d] = softmax(scale * q keys') values: one query a head, q as y, and `group`
-// heads to one of keys and values [B, heads, count, d]. All of one type, contiguous.
-void calr_attend(const void* q, const void* keys, const void* values, void* y, int64_t b,
-                 int64_t heads, int64_t group, int64_t count, int64_t d, float scale, int32_t type,
-                 int32_t threads) {
-  typed(type, [&](auto value) {
-    using X = decltype(value);
-    auto run = [&](int64_t begin, int64_t end) {
-      thread_local std::vector<float> buffer;
-      buffer.resize(group * (d + count) + d);
-      for (int64_t i = begin; i < end; ++i) {
-        attend(static_cast<const X*>(q) + i * group * d,
-               static_cast<const X*>(keys) + i * count * d,
-               static_cast<const X*>(values) + i * count * d, static_cast<X*>(y) + i * group * d,
-               group, count, d, scale, buffer.data());
-      }
-    };
-    calr::parallel(threads, b * heads, 2 * group * count * d, run);
-  });
 }
 
 // y [M, N]: t [M, r] at the columns pivots [r], rest [M, N - r] at the others in ascending order, for

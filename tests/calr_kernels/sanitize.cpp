@@ -1,6 +1,7 @@
 // Runs the native kernel over awkward shapes in exactly sized heap buffers, for sanitizers to watch,
 // and compares float32 results with sums in double. Prints what differs; exit status 1 then.
 
+#include "../../calr_kernels/csrc/attention.cpp"
 #include "../../calr_kernels/csrc/linear.cpp"
 
 #include <cstdio>
