@@ -24,7 +24,7 @@ lint: .venv/developed
 
 gpu: .venv/developed .venv/model  ## on a machine with a GPU: test, tune and measure there
 	$(BIN)/python -m pytest --device cuda
-	$(BIN)/python -m calr_kernels.tune bench/results/tuned.json
+	$(BIN)/python -m calr_kernels.tools.tune bench/results/tuned.json
 	CALR_TUNED=bench/results/tuned.json $(BIN)/python bench/kernels.py --device cuda
 
 clean:

@@ -1,5 +1,7 @@
 """What pyproject.toml cannot say: the native CPU kernel, without which everything still works."""
 
+from glob import glob
+
 from setuptools import Extension, setup
 
 SOURCES = "calr_kernels/csrc"
@@ -8,8 +10,8 @@ setup(
     ext_modules=[
         Extension(  # a plain shared library with a C interface, loaded with ctypes
             "calr_kernels._cpu",
-            sources=[f"{SOURCES}/linear.cpp", f"{SOURCES}/attention.cpp"],
-            depends=[f"{SOURCES}/{name}" for name in ("isa.h", "dots.inl", "pool.h")],
+            sources=sorted(glob(f"{SOURCES}/*.cpp")),
+            depends=sorted(glob(f"{SOURCES}/*.h") + glob(f"{SOURCES}/*.inl")),
             language="c++",
             extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"],
             optional=True,

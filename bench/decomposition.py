@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from calr import methods
-from calr.calibration import collect
 from calr.methods import Moments
-from calr.models import load
-from calr.store import Store
-from calr.structure import analyse
+from calr.model import analyse, load
+from calr.statistics import Statistics
+from calr.storage import Store
 from calr.text import calibration_windows
-from calr_kernels.nn import rank_at
+from calr_kernels.layout import rank_at
 
 KEEP = 0.8
 
@@ -86,7 +85,7 @@ def main() -> None:
     model, tokenizer = load(arguments.model)
     structure = analyse(model)
     ids = calibration_windows("builtin", tokenizer, model, samples=16, window=512, seed=0)
-    statistics = collect(model, structure, ids, Store(), gradient_ids=ids[:4], outputs=True)
+    statistics = Statistics(model, structure, ids, Store(), gradient_ids=ids[:4], outputs=True)
     seconds = dict.fromkeys(sides(), 0.0)
     for layer in structure.layers:
         weight = model.get_submodule(layer.name).weight.detach()

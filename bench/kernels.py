@@ -23,7 +23,7 @@ import torch
 from torch.nn.functional import linear
 
 from calr_kernels import LowRankLinear
-from calr_kernels.nn import rank_at
+from calr_kernels.layout import rank_at
 
 LAYERS = {  # out_features, in_features
     "SmolLM2-135M q": (576, 576),

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import linear
 
 from calr_kernels import LowRankLinear
-from calr_kernels.cpu import Bound
+from calr_kernels.native import Bound
 
 LAYER = LowRankLinear(16, 16, 2, "pivoted", bias=False).requires_grad_(False)
 X = torch.randn(1, 16)

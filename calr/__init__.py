@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from calr.version import __version__
+
 if TYPE_CHECKING:
-    from calr.compression import compress
-    from calr.elastic import resize
+    from calr.compression import compress, compress_to
+    from calr.elastic import resize, resize_to
     from calr.errors import CalrError
     from calr.evaluation import perplexity
     from calr.inference import optimize_for_inference
-    from calr.models import load
+    from calr.model import load
     from calr.planning import plan
     from calr.recipe import Recipe
     from calr_kernels import LowRankLinear
@@ -25,23 +27,27 @@ _HOMES = {
     "LowRankLinear": "calr_kernels",
     "Recipe": "calr.recipe",
     "compress": "calr.compression",
-    "load": "calr.models",
+    "compress_to": "calr.compression",
+    "load": "calr.model",
     "optimize_for_inference": "calr.inference",
     "perplexity": "calr.evaluation",
     "plan": "calr.planning",
     "resize": "calr.elastic",
+    "resize_to": "calr.elastic",
 }
-__version__ = "0.1.0"
 __all__ = [
     "CalrError",
     "LowRankLinear",
     "Recipe",
+    "__version__",
     "compress",
+    "compress_to",
     "load",
     "optimize_for_inference",
     "perplexity",
     "plan",
     "resize",
+    "resize_to",
 ]
 
 

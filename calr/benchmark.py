@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
+
+from calr.progress import progress
 
 START = 8  # tokens before those that decode is timed on
 
@@ -26,7 +27,7 @@ def bench(
     long = torch.arange(1, prompt + 1)[None] % vocabulary
     short = torch.arange(1, START + 1)[None] % vocabulary
     times: dict[tuple[str, str], list[float]] = {}
-    for turn in logging.tqdm(range(rounds + 1), desc="timing", unit="round"):
+    for turn in progress(range(rounds + 1), desc="timing", unit="round"):
         for name, model in models.items():
             generate: Any = model.generate
             ids, start = long.to(model.device), short.to(model.device)

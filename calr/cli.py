@@ -1,18 +1,20 @@
 """The command line: arguments only, so that --help answers without loading torch."""
 
 import argparse
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, TextIO
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from calr import __version__
 from calr.errors import CalrError
-from calr.recipe import Recipe
+from calr.recipe import Recipe, Solver
+from calr.version import __version__
+from calr_kernels.layout import Layout
 
 CALIBRATION = (
     "Calibration text: a text file, FILE.jsonl[#field], a hub data set NAME[:CONFIG][:SPLIT]"
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     parsed = parser.parse_args(_config_first(arguments))
-    warnings.filterwarnings("ignore", message=".*torchao.*")
+    _set_up_logging()
     try:
         from calr import commands
 
@@ -48,6 +50,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 130
     return 0
+
+
+def _set_up_logging() -> None:
+    """Show what calr says, and of other packages only what a user can act on: their errors."""
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("torchao", "torch.utils._pytree", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    own = logging.getLogger("calr")
+    own.setLevel(logging.INFO)
+    if not own.handlers:
+        own.addHandler(_Stderr())
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what is standard error at that moment."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
 
 
 def _config_first(arguments: Sequence[str] | None) -> list[str]:
@@ -81,12 +108,6 @@ def build_parser() -> ArgumentParser:
         command.add_argument("--json", action="store_true", help="Print results as JSON.")
         commands.add_subcommand(name, command, help=text)
     return parser
-
-
-def recipe_of(arguments: Namespace) -> Recipe:
-    """Build the recipe from parsed arguments."""
-    fields = {name: arguments[name] for name in Recipe.__dataclass_fields__}
-    return Recipe(**fields)
 
 
 def _model(parser: ArgumentParser, name: str = "model", **kwargs: Any) -> None:
@@ -164,11 +185,11 @@ def _resize(parser: ArgumentParser) -> None:
         help="Fraction kept of the parameters of the decoder's linear layers, in (0, 1].",
     )
     parser.add_argument(
-        "--layout", type=Literal["pivoted", "two_factor"], default=Recipe.layout, help="Storage."
+        "--layout", type=Layout, default=Recipe.layout, help="How a rank is stored."
     )
     parser.add_argument(
         "--solver",
-        type=Literal["lagrangian", "exact"],
+        type=Solver,
         default=Recipe.solver,
         help="Solver of the allocation.",
     )

@@ -1,21 +1,25 @@
 """Elastic models: ordered factors of every layer, cut to any size without calibration data."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from calr import allocation, layouts, methods
-from calr.allocation import Shape
-from calr.blocks import set_submodule
 from calr.errors import CalrError
 from calr.integrations.transformers import CalrConfig, attach
+from calr.methods import resolve
+from calr.model import analyse, digest, fingerprint, load, load_skeleton, low_rank, set_submodule
+from calr.progress import progress
+from calr.ranks import Budget, Shape, least_error, report
 from calr.recipe import Recipe
+from calr.storage import destination, model_card, prepare, size, write, writing
 from calr_kernels import LowRankLinear
-from calr_kernels.nn import Layout
+from calr_kernels.layout import Layout
 
 
 def resize(
@@ -43,38 +47,69 @@ def resize(
     except AttributeError as error:
         raise CalrError(f"config.json: errors of a layer that the model lacks: {error}") from error
     shapes = {n: Shape(n, m.out_features, m.in_features) for n, m in modules.items()}  # type: ignore[arg-type]
-    ranks = allocation.globally(
-        [shapes[name] for name in config.layers],
-        [_whole_curve(errors[name], recipe.rank_step, shapes[name]) for name in config.layers],
-        keep,
-        layout,
-        recipe.rank_step,
-        fixed=sum(shape.dense for name, shape in shapes.items() if name not in config.layers),
-        exact=recipe.solver == "exact",
-    )
+    dense = sum(shape.dense for name, shape in shapes.items() if name not in config.layers)
+    elastic = tuple(shapes[name] for name in config.layers)
+    budget = Budget(elastic, keep, layout, recipe.rank_step, fixed=dense)
+    curves = {s.name: _every_error(errors[s.name], recipe.rank_step, s) for s in elastic}
+    ranks = least_error(budget, curves, exact=recipe.solver == "exact")
     cut: dict[str, nn.Module] = {}
-    for name, rank in logging.tqdm(ranks.items(), desc="resizing", unit="layer"):
+    for name, rank in progress(ranks.items(), desc="resizing", unit="layer"):
         old = modules[name]
         assert isinstance(old, LowRankLinear)
         if rank is None:
-            cut[name] = _dense(old)
+            cut[name] = old.to_dense()
         else:
             up, down = old.weight.detach()[:, :rank], old.down.weight.detach()[:rank]
-            cut[name] = layouts.low_rank(up, down, old.bias, layout, old.weight.dtype)
+            cut[name] = low_rank(up, down, old.bias, layout, old.weight.dtype)
     for name, module in cut.items():
         set_submodule(model, name, module.train(model.training))
-    layers = {n: {"layout": layout, "rank": r} for n, r in ranks.items() if r is not None}
-    attach(model, CalrConfig(layers=layers, recipe=config.recipe | recipe.to_dict()))
+    stored = report.stored_at(ranks, layout)
+    attach(model, CalrConfig(layers=stored, recipe=config.recipe | recipe.to_dict()))
     return model
 
 
-def whole(recipe: Recipe) -> Recipe:
+def resize_to(
+    source: str,
+    directory: str | Path,
+    keep: float,
+    *,
+    layout: Layout = "pivoted",
+    solver: str = "lagrangian",
+    overwrite: bool = False,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Cut an elastic checkpoint into a directory, whole or not at all; return what it became.
+
+    source, dtype, device and trust_remote_code: as in `load`. Raises CalrError as `resize` does,
+    and for a directory that holds something else (without overwrite).
+    """
+    place = destination(directory, source, statistics=None, overwrite=overwrite)
+    skeleton = load_skeleton(source, trust_remote_code=trust_remote_code, dense=True)
+    structure = analyse(skeleton)
+    model, tokenizer = load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"keep": keep, "layout": layout, "solver": solver}
+    resize(model, **options)
+    config: Any = model.config.quantization_config
+    results: dict[str, Any] = dict(report.outcome(structure, config.layers))
+    with writing(place):
+        key = digest(fingerprint(model), options)
+        prepare(place, key, {"model": source, "keep": keep}, overwrite=overwrite)
+        made = yaml.safe_dump(config.recipe, sort_keys=False)
+        command = " ".join(f"--{name} {value}" for name, value in options.items())
+        command = f"calr resize {{model}} OUTPUT {command}"
+        write(model, tokenizer, place, model_card(source, command, made, results))
+    return results | {"bytes": size(place), "directory": str(place)}
+
+
+def every_rank(recipe: Recipe) -> Recipe:
     """Return the recipe of a model that can be resized: all ranks, no training.
 
     Raises CalrError for another allocation than global, and for a method whose factors have no
     order.
     """
-    if not methods.resolve(recipe.method, recipe.method_options).ordered:
+    if not resolve(recipe.method, recipe.method_options).ordered:
         raise CalrError(
             f"elastic: the factors of method={recipe.method} have no order in which they could be "
             "cut; use calr, svd_llm or svd"
@@ -91,11 +126,20 @@ def whole(recipe: Recipe) -> Recipe:
     )
 
 
-def complete(weight: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Fill terms that are zero, up [N, r], down [r, K], with the SVD of what is missing.
+def fill_unseen(model: nn.Module, layers: dict[str, LowRankLinear]) -> dict[str, LowRankLinear]:
+    """Let full-rank factors, in place, give the dense weights also where calibration saw nothing.
 
     A decomposition leaves out directions that calibration gave no energy.
     """
+    for name, layer in layers.items():
+        weight = model.get_submodule(name).get_parameter("weight").detach()
+        up, down = fill_empty_terms(weight, layer.weight.detach(), layer.down.weight.detach())
+        layer.weight.data, layer.down.weight.data = up, down
+    return layers
+
+
+def fill_empty_terms(weight: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill terms that are zero, up [N, r], down [r, K], with the SVD of what weight has beside."""
     empty = ((up.norm(dim=0) == 0) | (down.norm(dim=1) == 0)).nonzero()[:, 0]
     if not len(empty):
         return up, down
@@ -107,21 +151,10 @@ def complete(weight: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return up, down
 
 
-def _whole_curve(sampled: list[float], step: int, shape: Shape) -> np.ndarray:
+def _every_error(sampled: list[float], step: int, shape: Shape) -> np.ndarray:
     """Return errors at every rank; between the multiples of the step, which are never chosen, that
     of the multiple below."""
     size = min(shape.out_features, shape.in_features) + 1
     if len(sampled) != -(-size // step):
         raise CalrError(f"config.json: the errors of layer {shape.name} do not fit its shape")
     return np.repeat(np.array(sampled), step)[:size]
-
-
-def _dense(layer: LowRankLinear) -> nn.Linear:
-    dense = nn.Linear(
-        layer.in_features, layer.out_features, layer.bias is not None, device="meta"
-    ).to_empty(device=layer.weight.device)
-    product = layer.weight.detach().double() @ layer.down.weight.detach().double()
-    dense.weight = nn.Parameter(product.to(layer.weight.dtype))
-    if layer.bias is not None:
-        dense.bias = nn.Parameter(layer.bias.detach().clone())
-    return dense

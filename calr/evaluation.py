@@ -2,14 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calr.errors import CalrError
+from calr.model import check_window
+from calr.progress import progress
+from calr.text import evaluation_windows
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def perplexity(model: PreTrainedModel, ids: Tensor) -> Perplexity:
     if ids.dim() != 2 or ids.shape[1] < 2 or not len(ids):
         raise CalrError(f"evaluation ids {list(ids.shape)}: must be [windows, at least 2 tokens]")
     total = 0.0
-    for window in logging.tqdm(ids.split(2), desc="perplexity", unit="batch"):
+    for window in progress(ids.split(2), desc="perplexity", unit="batch"):
         window = window.to(model.device)
         logits = model(input_ids=window, use_cache=False).logits[:, :-1].float()
         labels = window[:, 1:]
@@ -52,3 +55,23 @@ def perplexity(model: PreTrainedModel, ids: Tensor) -> Perplexity:
         window=ids.shape[1],
         predicted_tokens=predicted,
     )
+
+
+def measured(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: int,
+    window: int,
+) -> dict[str, Any]:
+    """Report perplexity on built-in text that calibration never sees; nothing for no windows."""
+    if not windows:
+        return {}
+    check_window(model, "window", window)
+    ids = evaluation_windows("builtin", tokenizer, windows=windows, window=window)
+    result = perplexity(model, ids)
+    return {
+        "perplexity_text": "builtin, held out",
+        "perplexity_windows": result.windows,
+        f"perplexity_{name}": round(result.perplexity, 3),
+    }

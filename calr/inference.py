@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
-from calr_kernels import cpu
-from calr_kernels.cpu import Bound, Factors, bindable, is_plain
-from calr_kernels.nn import LowRankLinear, may_bypass
+from calr_kernels import LowRankLinear, eligible, native
+from calr_kernels.layout import Factors
 
 ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1}
 SCALES = (1.0, 1e2, 1e4)  # of the traced inputs: some forms clamp what is large
@@ -31,7 +30,7 @@ def optimize_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     batches, a GPU, autograd, torch.compile and layers with hooks or adapters run as before. Returns
     the model.
     """
-    if cpu.library() is None:
+    if native.library() is None:
         return model
     blocks = attentions = linears = norms = 0
     inner = {id(module.down) for module in model.modules() if isinstance(module, LowRankLinear)}
@@ -50,32 +49,32 @@ def optimize_for_inference(model: PreTrainedModel) -> PreTrainedModel:
         elif _is_rms_norm(module):
             vars(module)["forward"] = _NormForward(module)
             norms += 1
-    logger.info(
+    logger.debug(
         f"native kernel: {blocks} gated blocks, {attentions} attentions, {linears} dense linear "
         f"layers, {norms} norms"
     )
     return model
 
 
-class _DenseForward:
+class _DenseForward(eligible.Replacement):
     """`nn.Linear.forward` on the native kernel where that changes nothing but the speed."""
 
     def __init__(self, module: nn.Linear) -> None:
-        self._module, self._bound = module, Bound()
+        self._module, self._bound = module, native.Bound()
 
     def __call__(self, input: Tensor) -> Tensor:
         """Apply the layer."""
-        factors = _factors(self._module, input)
-        if factors is None or torch.is_grad_enabled():
+        factors = _factors(self._module, input) if _unfollowed() else None
+        if factors is None:
             return nn.Linear.forward(self._module, input)
         return self._bound.linears(input, (factors,))[0]
 
 
-class _GatedForward:
+class _GatedForward(eligible.Replacement):
     """The forward of a gated feed-forward block as one call of the native kernel."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module, self._bound = module, Bound()
+        self._module, self._bound = module, native.Bound()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the block: [..., hidden_size] -> [..., hidden_size]."""
@@ -83,8 +82,8 @@ class _GatedForward:
         layers: Any = [parts["gate_proj"], parts["up_proj"], parts["down_proj"]]
         act: Any = parts["act_fn"]
         activation = ACTIVATIONS.get(type(act).__name__)
-        plain = activation is not None and not any(map(_has_hooks, [*layers, act]))
-        if plain and not torch.is_grad_enabled():
+        plain = activation is not None and all(map(eligible.unhooked, [*layers, act]))
+        if plain and _unfollowed():
             factors = [_factors(layer, x) for layer in layers[:2]]
             if factors[0] is not None:
                 factors.append(_factors(layers[2], x, factors[0].out_features))
@@ -94,12 +93,15 @@ class _GatedForward:
         return result
 
 
-class _AttentionForward:
-    """The forward of rotary attention where every sequence has one new token and sees all others:
-    three products as one call, rotation, the model's own cache, softmax."""
+class _AttentionForward(eligible.Replacement):
+    """The forward of rotary attention: natively for one new token a sequence that sees all others.
+
+    Queries, keys and values in one call, rotated, the model's own cache, softmax, all heads. With a
+    mask, several new tokens, gradients or attention weights asked for, the module's own forward.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module, self._bound = module, Bound()
+        self._module, self._bound = module, native.Bound()
 
     def __call__(
         self,
@@ -137,12 +139,12 @@ class _AttentionForward:
         plain = (
             x.dim() == 3
             and x.shape[1] == 1
-            and not torch.is_grad_enabled()
+            and _unfollowed()
             and not (module.training and module.attention_dropout)
             and module.config._attn_implementation == "sdpa"
             and all(value is None for name, value in others.items() if name not in IGNORED)
             and all(
-                is_plain(p)
+                eligible.is_plain(p)
                 and p.dtype is x.dtype
                 and p.is_cpu
                 and p.shape[0] in (1, x.shape[0])
@@ -151,7 +153,7 @@ class _AttentionForward:
             )
         )
         layers = [module._modules[name] for name in ATTENTION[:3]]
-        if not plain or any(map(_has_hooks, layers)):
+        if not plain or not all(map(eligible.unhooked, layers)):
             return None
         factors = [found for layer in layers if (found := _factors(layer, x)) is not None]
         return factors if len(factors) == 3 else None
@@ -164,12 +166,12 @@ class _AttentionForward:
         b, d = x.shape[0], module.head_dim
         q, k, v = (y.view(b, -1, d) for y in self._bound.linears(x, factors))
         for heads in (q, k):
-            cpu.rotate(heads, *positions)
+            native.rotate(heads, *positions)
         keys, values = cache.update(k[:, :, None], v[:, :, None], module.layer_idx)
-        return cpu.attend(q, keys, values, module.scaling).view(b, 1, -1)
+        return native.attend(q, keys, values, module.scaling).view(b, 1, -1)
 
 
-class _NormForward:
+class _NormForward(eligible.Replacement):
     """The forward of an RMS norm as one call of the native kernel instead of six operations."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -178,10 +180,15 @@ class _NormForward:
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the norm: [..., hidden_size] -> [..., hidden_size]."""
         weight: Any = self._module._parameters.get("weight")
-        if not torch.is_grad_enabled() and may_bypass(x, weight, None) and cpu.norms(x, weight):
-            return cpu.rms_norm(x, weight, vars(self._module)["variance_epsilon"])
+        if _unfollowed() and eligible.readable(x, None, weight) and eligible.native_norm(x, weight):
+            return native.rms_norm(x, weight, vars(self._module)["variance_epsilon"])
         result: Tensor = type(self._module).forward(self._module, x)
         return result
+
+
+def _unfollowed() -> bool:
+    """Tell whether neither autograd nor anybody else follows the operations."""
+    return not torch.is_grad_enabled() and not eligible.watched()
 
 
 def _factors(layer: nn.Module | None, x: Tensor, in_features: int | None = None) -> Factors | None:
@@ -189,25 +196,14 @@ def _factors(layer: nn.Module | None, x: Tensor, in_features: int | None = None)
     if type(layer) is nn.Linear:
         own = layer._parameters
         weight, bias = own.get("weight"), own.get("bias")
-        if weight is None or "bias" not in own or not may_bypass(x, weight, bias):
+        if weight is None or "bias" not in own or not eligible.readable(x, bias, weight):
             return None
         factors = Factors(weight, bias=bias)
-    elif type(layer) is LowRankLinear and layer.may_fuse(x):
+    elif type(layer) is LowRankLinear and layer.fusible(x):
         factors = layer.factors()
     else:
         return None
-    return factors if bindable(x, factors, in_features) else None
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    replaced = vars(layer).get("forward")
-    return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or not (replaced is None or isinstance(replaced, _DenseForward))
-    )
+    return factors if eligible.native(x, factors, in_features) else None
 
 
 @torch.no_grad()
@@ -220,7 +216,7 @@ def _is_gated(module: nn.Module) -> bool:
     weight = gate._parameters.get("weight")
     if weight is None or weight.device.type != "cpu" or not isinstance(gate, nn.Linear):
         return False
-    rows = max(cpu.MAX_ROWS.values()) + 1
+    rows = max(eligible.MAX_ROWS.values()) + 1
     x = torch.randn(rows, gate.in_features, generator=torch.Generator().manual_seed(0))
     try:
         for scale in SCALES:

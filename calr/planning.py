@@ -6,26 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from calr import allocation, methods
-from calr.allocation import Ranks
-from calr.compression import (
-    CACHE_BYTES,
-    curves_name,
-    global_ranks,
-    keep_of_rest,
-    parameter_report,
-    shape_for,
-    uniform_ranks,
-)
 from calr.errors import CalrError
-from calr.models import load_skeleton, resolve_dtype
+from calr.methods import resolve
+from calr.model import Structure, analyse, load_skeleton, resolve_dtype
+from calr.ranks import (
+    CACHE_BYTES,
+    Budget,
+    Ranks,
+    Shape,
+    by_block,
+    curves_name,
+    feasible_last_k,
+    least_error,
+    report,
+    uniform,
+)
 from calr.recipe import Recipe
-from calr.store import Store
-from calr.structure import Structure, analyse
-from calr.teacher import PART_TOKENS
+from calr.storage import Store
+from calr.training import PART_TOKENS
 
 LIBRARY_BYTES = 700_000_000  # resident size of Python with torch and transformers loaded
 EIGEN_FLOPS = 25  # eigenvalues and vectors of an n × n matrix cost about 25 n³
@@ -70,77 +71,61 @@ def plan(
     recipe = recipe or Recipe()
     model = load_skeleton(source, trust_remote_code=trust_remote_code)
     structure = analyse(model, recipe.skip)
-    ranks, exact = _ranks(structure, recipe, statistics)
+    budget = Budget.of(structure, recipe)
+    ranks, exact = _ranks(budget, recipe, statistics)
+    stored = report.stored_at(ranks, recipe.layout)
     element = _element_size(model, dtype)
-    totals = parameter_report(structure, ranks, recipe.layout)
+    totals = report.totals(structure, stored)
     totals["bytes_before"] = element * totals["dense_model_parameters"]
     totals["bytes_after"] = element * totals["model_parameters"]
     return Plan(
         model=source,
-        layers=[
-            {
-                "name": layer.name,
-                "shape": [layer.out_features, layer.in_features],
-                "group": layer.group,
-                "rank": ranks.get(layer.name),
-                "layout": recipe.layout if ranks.get(layer.name) else "dense",
-                "parameters": allocation.cost(layer.shape, recipe.layout, ranks.get(layer.name)),
-            }
-            for layer in structure.layers
-        ],
+        layers=report.rows(structure, stored),
         totals=totals,
         coverage=structure.coverage,
         ranks_follow_calibration=not exact,
-        feasible_last_k=_feasible_last_k(structure, recipe),
+        feasible_last_k=_feasible_last_k(structure, budget, recipe),
         peak_memory_bytes=_peak_memory(structure, recipe, element, _vocabulary(model)),
         seconds=_seconds(structure, recipe),
     )
 
 
-def _ranks(
-    structure: Structure, recipe: Recipe, statistics: str | Path | None
-) -> tuple[Ranks, bool]:
-    method = methods.resolve(recipe.method, recipe.method_options)
-    shapes = [shape_for(layer, method) for layer in structure.layers if not layer.skipped]
-    fixed = structure.linear_parameters - sum(shape.dense for shape in shapes)
+def _ranks(budget: Budget, recipe: Recipe, statistics: str | Path | None) -> tuple[Ranks, bool]:
+    """Return ranks, and whether they are those that a compression will choose."""
+    exact = recipe.solver == "exact"
     if statistics is not None and recipe.allocation == "global":
-        name, store = curves_name(recipe), Path(statistics)
-        if not (store / f"{name}.safetensors").exists():
-            raise CalrError(
-                f"{statistics}: holds no error curves of {name}; compress with it first"
-            )
-        curves = Store(store).load(name)
-        for shape in shapes:
-            length = min(shape.out_features, shape.in_features) + 1
-            if shape.name not in curves or len(curves[shape.name]) != length:
-                raise CalrError(
-                    f"{statistics}: has no curve of {shape.name}; it is another model's"
-                )
-        return global_ranks(shapes, curves, recipe, fixed), True
+        return least_error(budget, _known_curves(budget, recipe, statistics), exact=exact), True
     if recipe.allocation == "uniform":
-        return uniform_ranks(shapes, recipe, fixed), True
-    shown = dataclasses.replace(recipe, solver="lagrangian")
-    return global_ranks(shapes, {s.name: _even(s, recipe) for s in shapes}, shown, fixed), False
+        return uniform(budget), True
+    return least_error(budget, {s.name: _even(s, recipe) for s in budget.shapes}), False
 
 
-def _even(shape: allocation.Shape, recipe: Recipe) -> Tensor:
+def _known_curves(budget: Budget, recipe: Recipe, statistics: str | Path) -> dict[str, np.ndarray]:
+    """Read the error curves that an earlier run left; CalrError where they are none of this."""
+    name, place = curves_name(recipe), Path(statistics)
+    if not (place / f"{name}.safetensors").exists():
+        raise CalrError(f"{statistics}: holds no error curves of {name}; compress with it first")
+    curves = Store(place).load(name)
+    for shape in budget.shapes:
+        length = min(shape.out_features, shape.in_features) + 1
+        if shape.name not in curves or len(curves[shape.name]) != length:
+            raise CalrError(f"{statistics}: has no curve of {shape.name}; it is another model's")
+    return {name: curve.numpy() for name, curve in curves.items()}
+
+
+def _even(shape: Shape, recipe: Recipe) -> list[float]:
     """Return an error curve under which all layers keep the same fraction, as nearly as can be."""
     ranks = range(min(shape.out_features, shape.in_features) + 1)
-    kept = [allocation.cost(shape, recipe.layout, rank) / shape.dense for rank in ranks]
-    return torch.tensor([shape.dense * max(0.0, 1 - k) ** 2 for k in kept], dtype=torch.float64)
+    kept = [shape.cost(recipe.layout, rank) / shape.dense for rank in ranks]
+    return [shape.dense * max(0.0, 1 - k) ** 2 for k in kept]
 
 
-def _feasible_last_k(structure: Structure, recipe: Recipe) -> dict[int, dict[str, Any]]:
+def _feasible_last_k(
+    structure: Structure, budget: Budget, recipe: Recipe
+) -> dict[int, dict[str, Any]]:
     if recipe.allocation != "last_k":
         return {}
-    method = methods.resolve(recipe.method, recipe.method_options)
-    blocks = [
-        [shape_for(layer, method) for layer in structure.in_block(block) if not layer.skipped]
-        for block in range(structure.blocks)
-    ]
-    found = allocation.feasible_last_k(
-        blocks, keep_of_rest(structure, recipe), recipe.layout, recipe.rank_step
-    )
+    found = feasible_last_k(budget, by_block(budget, structure))
     return {k: {"keep_per_layer": keep, "ranks": ranks} for k, (keep, ranks) in found.items()}
 
 
@@ -166,12 +151,12 @@ def _peak_memory(structure: Structure, recipe: Recipe, element: int, vocabulary:
     hidden = layers[0].in_features
     boundary = 2 * tokens * hidden * element
     features = sum(layer.in_features + layer.out_features for layer in layers)
-    backward = 0
-    if recipe.method == "calr" or recipe.sensitivity == "gradient":
+    backward, method = 0, resolve(recipe.method, recipe.method_options)
+    if method.needs_gradients(recipe):
         backward = recipe.window * (4 * vocabulary * 4 + features * element)
-        if recipe.method == "calr":
+        if method.needs_outputs:
             backward += 4 * sum(min(x.in_features, x.out_features) ** 2 for x in layers)
-    kept = sum(8 * (x.shape.dense + min(x.in_features, x.out_features) ** 2) for x in layers)
+    kept = sum(8 * (x.parameters + min(x.in_features, x.out_features) ** 2) for x in layers)
     decompositions = min(CACHE_BYTES, kept if recipe.allocation != "uniform" else 0)
     factors = 4 * structure.linear_parameters
     weights = element * structure.model_parameters
@@ -198,7 +183,7 @@ def _seconds(structure: Structure, recipe: Recipe) -> float:
     forward += (
         2 * tokens * sum(x**2 for x in {y.group: y.in_features for y in structure.layers}.values())
     )
-    if recipe.method == "calr" or recipe.sensitivity == "gradient":
+    if resolve(recipe.method, recipe.method_options).needs_gradients(recipe):
         gradient_tokens = min(recipe.gradient_samples, recipe.samples) * recipe.window
         forward += 6 * structure.model_parameters * gradient_tokens
     student = structure.model_parameters - (1 - recipe.keep) * structure.linear_parameters
@@ -206,7 +191,7 @@ def _seconds(structure: Structure, recipe: Recipe) -> float:
     passes = 5 * recipe.shifted_inputs + 3 * recipe.block_epochs  # through the blocks
     forward += passes * 2 * structure.block_parameters * tokens
     eigen = sum(
-        2 * EIGEN_FLOPS * min(x.in_features, x.out_features) ** 3 + 12 * x.shape.dense * 1000
+        2 * EIGEN_FLOPS * min(x.in_features, x.out_features) ** 3 + 12 * x.parameters * 1000
         for x in structure.layers
     )
     return (forward + 4 * eigen) / flops_per_second

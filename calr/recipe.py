@@ -5,9 +5,12 @@ Free of heavy imports, so that the command line can show its help at once.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from calr.errors import CalrError
+from calr_kernels.layout import Layout
+
+Solver = Literal["lagrangian", "exact"]
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,10 @@ class Recipe:
         allocation: Who gets which rank: global minimises the predicted increase of the loss,
             uniform keeps the same fraction of every layer, last_k compresses only the last blocks.
         solver: Solver of the global allocation: lagrangian (fast) or exact (HiGHS).
-        sensitivity: Weight of a layer's output error in the global allocation: gradient (mean
-            squared gradient of the loss), influence (of its block, over the layer's output energy:
-            no backward pass) or none. The method calr needs none: its errors are already in units
-            of loss.
+        sensitivity: What multiplies a layer's output error in the global allocation. gradient: the
+            mean squared gradient of the loss at its outputs, which takes a backward pass;
+            influence: its block's influence over the layer's output energy; none: 1. The method
+            calr ignores this, since its errors are increases of the loss already.
         rank_step: Ranks are multiples of this.
         skip: Patterns (fnmatch) of layer names that stay dense; --skip '["*.0.self_attn.*"]'.
         samples: Calibration windows for the second moments of the inputs.
@@ -56,9 +59,9 @@ class Recipe:
     keep: float = 0.8
     method: str = "calr"
     method_options: dict[str, float] = field(default_factory=dict)
-    layout: Literal["pivoted", "two_factor"] = "pivoted"
+    layout: Layout = "pivoted"
     allocation: Literal["global", "uniform", "last_k"] = "global"
-    solver: Literal["lagrangian", "exact"] = "lagrangian"
+    solver: Solver = "lagrangian"
     sensitivity: Literal["gradient", "influence", "none"] = "gradient"
     rank_step: int = 8
     skip: tuple[str, ...] = ()
@@ -105,15 +108,9 @@ class Recipe:
             raise CalrError(f"cross_entropy={self.cross_entropy}: must be in [0, 1]")
         if not 0 < self.corrective_share <= 1:
             raise CalrError(f"corrective_share={self.corrective_share}: must be in (0, 1]")
-        for name, choices in (
-            ("layout", ("pivoted", "two_factor")),
-            ("allocation", ("global", "uniform", "last_k")),
-            ("solver", ("lagrangian", "exact")),
-            ("sensitivity", ("gradient", "influence", "none")),
-            ("trainable", ("factors", "corrective")),
-        ):
-            if getattr(self, name) not in choices:
-                raise CalrError(f"{name}={getattr(self, name)!r}: must be one of {choices}")
+        for name, kind in _TYPES.items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise CalrError(f"{name}={getattr(self, name)!r}: must be one of {get_args(kind)}")
 
     @property
     def peak_learning_rate(self) -> float:
@@ -127,3 +124,6 @@ class Recipe:
             "skip": list(self.skip),
             "learning_rate": self.peak_learning_rate or None,  # nothing to train at keep 1
         }
+
+
+_TYPES = get_type_hints(Recipe)

@@ -1,17 +1,14 @@
 """The drop-in module of a linear layer compressed to low rank."""
 
-import math
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from calr_kernels import ops
-from calr_kernels.cpu import Bound, Factors, bindable, is_plain
-from calr_kernels.reference import pivot_source
-
-Layout = Literal["two_factor", "pivoted"]
+from calr_kernels import eligible, ops, reference
+from calr_kernels.layout import LAYOUTS, Factors, Layout
+from calr_kernels.native import Bound
 
 
 class LowRankLinear(nn.Linear):
@@ -41,8 +38,8 @@ class LowRankLinear(nn.Linear):
                 f"rank {rank} of a {out_features}x{in_features} layer: "
                 f"must lie between 1 and {min(in_features, out_features)}"
             )
-        if layout not in ("two_factor", "pivoted"):
-            raise ValueError(f"layout {layout!r}: must be 'two_factor' or 'pivoted'")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout {layout!r}: must be one of {LAYOUTS}")
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.layout = rank, layout
@@ -60,9 +57,13 @@ class LowRankLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer: [..., in_features] -> [..., out_features]."""
-        if self.may_fuse(input):
+        if self.fusible(input):
             factors = self.factors()
-            if not torch.is_grad_enabled() and bindable(input, factors):
+            if (
+                not torch.is_grad_enabled()
+                and not eligible.watched()
+                and eligible.native(input, factors)
+            ):
                 return self._bound.linears(input, (factors,))[0]
             if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:
                 down = cast(Tensor, factors.down)
@@ -73,9 +74,7 @@ class LowRankLinear(nn.Linear):
         t = self.down(input)  # [..., r]
         if pivots is None:
             return linear(t, self.weight, self.bias)
-        y = torch.cat([t, linear(t, self.weight)], dim=-1)
-        y = y.index_select(-1, pivot_source(pivots, self.out_features))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return ops.assemble(t, linear(t, self.weight), pivots, self.bias)
 
     def factors(self) -> Factors:
         """Return up, down, pivots (None in the two-factor layout) and bias (None without)."""
@@ -84,72 +83,47 @@ class LowRankLinear(nn.Linear):
         up = cast(Tensor, parameters["weight"])
         return Factors(up, down, buffers.get("pivots"), parameters["bias"])
 
-    def may_fuse(self, input: Tensor) -> bool:
-        """Tell whether reading `down.weight` bypasses nobody: offloading, tensor parallelism, hooks
-        and wrapped weights all act when `down` itself is called. Wrapped inputs act on operations.
+    def fusible(self, input: Tensor) -> bool:
+        """Tell whether a kernel may read the factors for an input [..., in_features].
+
+        Not where something acts when `down` itself is called (offloading, tensor parallelism,
+        hooks, adapters), where a factor is wrapped, pruned, of another type or elsewhere, or where
+        the input is.
         """
         down = self._modules["down"]
-        if type(down) is not nn.Linear or "forward" in down.__dict__:
-            return False
-        hooked = down._forward_hooks or down._forward_pre_hooks
-        if hooked or down._backward_hooks or down._backward_pre_hooks:
-            return False
         parameters = self._parameters
-        if "bias" not in parameters:
-            return False
-        down_weight, weight = down._parameters.get("weight"), parameters.get("weight")
-        bias = parameters["bias"]
-        return may_bypass(input, weight, bias) and _readable(input, down_weight)
+        return (
+            type(down) is nn.Linear
+            and eligible.unhooked(down)
+            and "bias" in parameters
+            and eligible.readable(
+                input, parameters["bias"], parameters.get("weight"), down._parameters.get("weight")
+            )
+        )
 
-    def dense_weight(self) -> Tensor:
-        """Return the equivalent weight matrix [out_features, in_features] in the factors' dtype."""
-        rows = self.weight @ self.down.weight
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the equivalent weight matrix [out_features, in_features].
+
+        dtype: in which it is computed, by default the factors'.
+        """
+        down, up = self.down.weight.to(dtype), self.weight.to(dtype)
         if self.layout == "two_factor":
-            return rows
-        rows = torch.cat([self.down.weight, rows])
-        return rows[pivot_source(cast(Tensor, self.pivots), self.out_features)]
+            return up @ down
+        return reference.interleave(down, up @ down, cast(Tensor, self.pivots), dim=0)
+
+    @torch.no_grad()
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """Make the dense layer that computes the same, its weight rounded once from float64.
+
+        dtype: of its weight and bias, by default the factors'.
+        """
+        dtype = dtype or self.weight.dtype
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        dense.weight = nn.Parameter(self.dense_weight(torch.float64).to(dtype))
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
+        return dense
 
     def extra_repr(self) -> str:
         """Describe the layer in `print(model)`."""
         return f"{super().extra_repr()}, rank={self.rank}, layout={self.layout}"
-
-
-def may_bypass(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Tell whether a weight may be read without its module: plain, of input's type, where it is."""
-    return (
-        _readable(input, weight)
-        and (bias is None or (bias.dtype is input.dtype and bias.device == input.device))
-        and is_plain(input)
-        and not torch.is_autocast_enabled(input.device.type)
-    )
-
-
-def _readable(input: Tensor, weight: Tensor | None) -> bool:
-    return (
-        type(weight) is nn.Parameter
-        and weight.device == input.device
-        and weight.dtype is input.dtype
-    )
-
-
-def parameters(layout: Layout, out_features: int, in_features: int, rank: int) -> int:
-    """Count the numbers stored for a rank-r layer without its bias.
-
-    >>> parameters("two_factor", 4, 6, 2), parameters("pivoted", 4, 6, 2)
-    (20, 16)
-    """
-    if layout == "pivoted":
-        return rank * (out_features + in_features - rank)
-    return rank * (out_features + in_features)
-
-
-def rank_at(layout: Layout, out_features: int, in_features: int, keep: float) -> float:
-    """Return the (real) rank at which the layer stores `keep` of its dense parameters.
-
-    >>> rank_at("two_factor", 100, 100, 0.5), round(rank_at("pivoted", 100, 100, 0.75), 9)
-    (25.0, 50.0)
-    """
-    total, product = out_features + in_features, out_features * in_features
-    if layout == "two_factor":
-        return keep * product / total
-    return (total - math.sqrt(max(0.0, total * total - 4 * keep * product))) / 2

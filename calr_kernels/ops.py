@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from calr_kernels import cpu, gpu, reference
+from calr_kernels import eligible, gpu, native, reference
+from calr_kernels.layout import Factors
+
+if gpu.AVAILABLE:
+    from calr_kernels.gpu import launches
 
 NAME = "calr::lowrank_linear"
 torch.library.define(
@@ -32,7 +36,8 @@ def lowrank_linear(
     -> y [..., N] in x's dtype: bfloat16, float16, float32 or float64. Factors share x's dtype, or
     may be 16-bit under float32 x on the CPU. Accumulation is in float32 (float64 for float64); the
     rank-r intermediate rounds to x's dtype once. Deterministic. Raises ValueError naming the
-    argument whose shape, dtype or device does not fit.
+    argument whose shape, dtype or device does not fit. The corrective path is for whoever keeps it
+    apart from the primary one; calr appends it to the rank.
 
     >>> x, down, up = torch.ones(2, 3), torch.ones(1, 3), torch.ones(4, 1)
     >>> lowrank_linear(x, down, up)[0].tolist()
@@ -47,10 +52,14 @@ def lowrank_linear(
     if corrective_up.shape[0] != up.shape[0]:
         raise ValueError(f"corrective_up: has {corrective_up.shape[0]} rows, up {up.shape[0]}")
     tensors = (x, down, up, bias, corrective_down, corrective_up)
-    one_type = corrective_down.dtype is down.dtype and (bias is None or bias.is_contiguous())
-    direct = cpu.eager() and not _needs_gradients(*tensors) and one_type
-    if direct and cpu.usable(x, down, up) and cpu.usable(x, corrective_down, corrective_up):
-        return cpu.lowrank_linear(x, down, up, None, bias, corrective_down, corrective_up)
+    if (
+        not eligible.needs_gradients(*tensors)
+        and not eligible.watched()
+        and corrective_down.dtype is down.dtype
+        and eligible.native(x, Factors(up, down, bias=bias))
+        and eligible.native(x, Factors(corrective_up, corrective_down))
+    ):
+        return native.lowrank_linear(x, down, up, None, bias, corrective_down, corrective_up)
     return apply(x, down, up, None, bias) + apply(x, corrective_down, corrective_up, None, None)
 
 
@@ -65,7 +74,7 @@ def grouped_linear(
 
     x [..., K], down [sum of r_i, K], ups[i] [N_i, r_i] ([N_i - r_i, r_i] with pivots[i] [r_i]),
     biases[i] [N_i] -> one y [..., N_i] each. Types, accuracy and errors as in `lowrank_linear` and
-    `pivoted_linear`.
+    `pivoted_linear`. For whoever writes a model around the kernels; calr's own modules run alone.
 
     >>> x, down, ups = torch.ones(1, 3), torch.ones(3, 3), [torch.ones(2, 1), torch.ones(4, 2)]
     >>> [y.tolist() for y in grouped_linear(x, down, ups)]
@@ -85,10 +94,14 @@ def grouped_linear(
     for layer in layers:
         check(x, *layer)
     tensors = [tensor for layer in layers for tensor in layer]
-    direct = cpu.eager() and not _needs_gradients(x, *tensors)
-    if direct and x.dtype is down.dtype and all(cpu.usable(x, d, u) for d, u, _, _ in layers):
-        factors = [cpu.Factors(u, d, _dense(p), _dense(b)) for d, u, p, b in layers]
-        return tuple(cpu.Bound().linears(x, factors))
+    factors = [Factors(u, d, _contiguous(p), _contiguous(b)) for d, u, p, b in layers]
+    if (
+        not eligible.needs_gradients(x, *tensors)
+        and not eligible.watched()
+        and x.dtype is down.dtype
+        and all(eligible.native(x, layer) for layer in factors)
+    ):
+        return tuple(native.Bound().linears(x, factors))
     return tuple(apply(x, *layer) for layer in layers)
 
 
@@ -120,7 +133,7 @@ def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
     >>> gram(torch.tensor([[1.0, 2.0]])).tolist()
     [[1.0, 2.0], [2.0, 4.0]]
     """
-    if x.dim() != 2 or x.dtype not in cpu.TYPES:
+    if x.dim() != 2 or x.dtype not in native.TYPES:
         raise ValueError(f"x {list(x.shape)} {x.dtype}: must be [M, K] of at most 32 bits")
     side = x.shape[1]
     if out is not None and (
@@ -136,8 +149,8 @@ def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return gram(x, out)
-    if gpu.usable(x, x, x):
-        return gpu.gram(x, out)
+    if eligible.triton(x):
+        return launches.gram(x, out)
     wide = x.float()
     return wide.mT @ wide if out is None else out.addmm_(wide.mT, wide)
 
@@ -150,11 +163,11 @@ def apply(
     Tracers, forward-mode differentiation and torch.func get plain PyTorch.
     """
     if torch.compiler.is_compiling():
-        if cpu.transformed():
+        if eligible.transformed():
             return _plain(x, down, up, pivots, bias)
-    elif not cpu.eager():
+    elif eligible.watched():
         return _plain(x, down, up, pivots, bias)
-    elif not _needs_gradients(x, down, up, bias):
+    elif not eligible.needs_gradients(x, down, up, bias):
         return _forward(x, down, up, pivots, bias)
     result: Tensor = torch.ops.calr.lowrank_linear(x, down, up, pivots, bias)
     return result
@@ -206,31 +219,36 @@ def check(
         raise ValueError(f"x: is {x.dtype}, must be a floating dtype")
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
+def assemble(t: Tensor, rest: Tensor, pivots: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Make a layer's outputs from its two products: t = down x [..., r] and rest = up t.
+
+    Without pivots the outputs are rest; with them t goes to the pivots, rest to the other places.
+    """
+    if pivots is None:
+        y = rest
+    elif eligible.native_interleave(t, rest, pivots):
+        y = native.interleave(t.contiguous(), rest.contiguous(), pivots.contiguous())
+    else:
+        y = reference.interleave(t, rest, pivots)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _needs_gradients(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _forward(
     x: Tensor, down: Tensor, up: Tensor, pivots: Tensor | None, bias: Tensor | None
 ) -> Tensor:
+    """Choose the backend: the Triton kernels, the native kernel, or torch's own products."""
     if torch.is_autocast_enabled(x.device.type):  # types are those of the arguments
         with torch.autocast(x.device.type, enabled=False):
             return _forward(x, down, up, pivots, bias)
-    pivots, bias = _dense(pivots), _dense(bias)
-    if gpu.usable(x, down, up):
-        return gpu.lowrank_linear(x, down, up, pivots, bias)
-    if cpu.usable(x, down, up):
-        return cpu.lowrank_linear(x, down, up, pivots, bias)
-    native = pivots is not None and x.is_cpu and x.dtype in cpu.TYPES and len(pivots)
-    if native and cpu.is_plain(x) and cpu.library() is not None:
-        assert pivots is not None
-        t = linear(x, down.to(x.dtype)).contiguous()
-        y = cpu.interleave(t, linear(t, up.to(x.dtype)).contiguous(), pivots)
-        return y if bias is None else y.add_(bias)
+    pivots, bias = _contiguous(pivots), _contiguous(bias)
+    if eligible.triton(x, down, up):
+        return launches.lowrank_linear(x, down, up, pivots, bias)
+    if eligible.native(x, Factors(up, down, pivots, bias)):
+        return native.lowrank_linear(x, down, up, pivots, bias)
     return _plain(x, down, up, pivots, bias)
 
 
@@ -240,7 +258,8 @@ def _plain(
     down, up = down.to(x.dtype), up.to(x.dtype)
     if pivots is None:
         return reference.lowrank_linear(x, down, up, bias)
-    return reference.pivoted_linear(x, down, up, pivots, bias)
+    t = linear(x, down)
+    return assemble(t, linear(t, up), pivots, bias)
 
 
 def _checked(

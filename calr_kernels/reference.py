@@ -45,9 +45,20 @@ def pivoted_linear(
     [[6.0, 3.0]]
     """
     t = linear(x, down)  # [..., r]
-    source = pivot_source(pivots, up.shape[0] + down.shape[0])
-    y = torch.cat([t, linear(t, up)], dim=-1).index_select(-1, source)  # [..., N]
+    y = interleave(t, linear(t, up), pivots)  # [..., N]
     return y if bias is None else y + bias
+
+
+def interleave(t: Tensor, rest: Tensor, pivots: Tensor, dim: int = -1) -> Tensor:
+    """Put outputs in their places: t [..., r] at pivots [r], rest [..., N - r] at the others.
+
+    dim: the dimension along which they are outputs.
+
+    >>> interleave(torch.tensor([1, 2]), torch.tensor([3]), pivots=torch.tensor([2, 0])).tolist()
+    [2, 3, 1]
+    """
+    source = pivot_source(pivots, t.shape[dim] + rest.shape[dim])
+    return torch.cat([t, rest], dim).index_select(dim, source)
 
 
 def pivot_source(pivots: Tensor, out_features: int) -> Tensor:

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():  # before any kernel is defined
 from calr.testing import byte_tokenizer, tiny_llama
 
 logging.disable_progress_bar()
+torch.set_num_threads(1)  # for tiny models a second thread only waits: six times as long if it must
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

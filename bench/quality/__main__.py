@@ -28,8 +28,8 @@ from texts import mixture, unseen_windows, write_json
 import calr
 from calr.evaluation import perplexity
 from calr.integrations.lm_eval import evaluate
-from calr.precision import mixed
-from calr.structure import analyse
+from calr.model import analyse
+from calr.training import mixed
 
 TASKS = ["arc_easy", "arc_challenge", "piqa", "hellaswag", "lambada_openai", "boolq", "sciq"]
 EVERY = list(dict.fromkeys([*METHODS, *LONGER]))

@@ -21,8 +21,8 @@ from texts import WINDOW, mixture, unseen_windows, write_json
 
 import calr
 from calr.evaluation import perplexity
-from calr.precision import mixed
 from calr.text import spread_windows
+from calr.training import mixed
 
 ONE_SIDED = {"method": "svd_llm", "layout": "two_factor", "allocation": "uniform"}
 PIVOTED = {"method": "svd_llm", "allocation": "uniform"}

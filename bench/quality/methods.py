@@ -17,13 +17,11 @@ import calr
 from calr.baselines.laco import laco
 from calr.baselines.losparse import LoSparse
 from calr.baselines.shortgpt import shortgpt
-from calr.calibration import fingerprint, open_statistics
-from calr.compression import spread
-from calr.correction import norms, windows_used
-from calr.store import Store
-from calr.structure import analyse, find_blocks
-from calr.teacher import collect_targets, logits_of
-from calr.training import train
+from calr.model import analyse, digest, find_blocks, fingerprint
+from calr.statistics import open_statistics
+from calr.storage import Store
+from calr.text import spread
+from calr.training import collect_targets, logits_of, norm_parameters, train, windows_used
 
 SAMPLES, GRADIENT_SAMPLES = 96, 32  # calibration windows
 FACTORS = {"layout": "two_factor", "learning_rate": 1e-4}  # farther from dense than CALR
@@ -73,7 +71,9 @@ class Bench:
             BLOCKS[name](model, self._calibration, round_down((1 - keep) * blocks))
             if tokens:
                 inside = model.get_submodule(find_blocks(model)[0]).parameters()
-                self._heal(model, list(dict.fromkeys([*inside, *norms(model)])), tokens, work)
+                self._heal(
+                    model, list(dict.fromkeys([*inside, *norm_parameters(model)])), tokens, work
+                )
             return model
         return self._losparse(model, keep, tokens)
 
@@ -90,7 +90,9 @@ class Bench:
         if tokens:
             pruner.observe()
             model.zero_grad()
-            self._heal(model, [*pruner.parameters, *norms(model)], tokens, None, pruner.update)
+            self._heal(
+                model, [*pruner.parameters, *norm_parameters(model)], tokens, None, pruner.update
+            )
         else:
             pruner.update(0, 1)
             model.zero_grad()
@@ -99,7 +101,8 @@ class Bench:
     def _heal(self, model, parameters, tokens, work, on_gradients=None) -> None:
         recipe = calr.Recipe(correction_tokens=tokens)
         used = windows_used(self.ids, recipe)
-        key = fingerprint(self.dense, self._calibration, GRADIENT_SAMPLES, recipe.seed)
+        identity = fingerprint(self.dense)
+        key = digest(identity, self._calibration, GRADIENT_SAMPLES, recipe.seed)
         store = open_statistics(self.statistics, key)  # the one that compress shares
         targets, held_out = (collect_targets(self.dense, part, store) for part in used)
         train(

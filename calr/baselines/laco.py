@@ -8,9 +8,8 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from calr.baselines.shortgpt import remove_blocks
-from calr.blocks import BlockRunner
 from calr.errors import CalrError
-from calr.structure import Structure, analyse
+from calr.model import BlockRunner, Structure, analyse
 
 MERGES = (4, 3, 2)  # C: blocks in one collapse, the one that stays included
 INTERVAL = 2  # I: blocks between the places of two collapses

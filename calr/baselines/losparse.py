@@ -5,9 +5,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from calr.blocks import set_submodule
 from calr.errors import CalrError
-from calr.structure import analyse
+from calr.model import analyse, set_submodule
 
 LOW_RANK_SHARE = 0.05  # of a layer's dense parameters that UV takes, as in the paper's experiments
 SMOOTHING = 0.85  # β of the importance's moving average
@@ -65,7 +64,7 @@ class LoSparse:
     def __init__(self, model: PreTrainedModel, keep: float) -> None:
         structure = analyse(model)
         ranks = [
-            max(1, int(LOW_RANK_SHARE * x.shape.dense / (x.out_features + x.in_features)))
+            max(1, int(LOW_RANK_SHARE * x.parameters / (x.out_features + x.in_features)))
             for x in structure.layers
         ]
         sides = [x.out_features + x.in_features for x in structure.layers]

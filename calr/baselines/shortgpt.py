@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calr.calibration import block_influence
 from calr.errors import CalrError
-from calr.structure import Structure, analyse
+from calr.model import Structure, analyse
+from calr.statistics import block_influence
 
 
 def shortgpt(model: PreTrainedModel, ids: Tensor, count: int) -> list[int]:

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from calr.errors import CalrError
 from calr_kernels import LowRankLinear
+from calr_kernels.layout import LAYOUTS
 
 QUANT_METHOD = "calr"
 FORMAT_VERSION = 1
@@ -68,7 +69,7 @@ class CalrConfig(QuantizationConfigMixin):
 def _check_layer(name: str, layer: Any) -> None:
     if not isinstance(layer, dict) or set(layer) != {"layout", "rank"}:
         raise CalrError(f"config.json: layer {name} must have exactly a layout and a rank")
-    if layer["layout"] not in ("two_factor", "pivoted"):
+    if layer["layout"] not in LAYOUTS:
         raise CalrError(f"config.json: layer {name} has the unknown layout {layer['layout']!r}")
     if type(layer["rank"]) is not int or layer["rank"] < 1:
         raise CalrError(f"config.json: layer {name} has the impossible rank {layer['rank']!r}")
@@ -136,18 +137,11 @@ class CalrQuantizer(HfQuantizer):
         self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
     ) -> PreTrainedModel:
         """Replace every low-rank layer by the dense layer that computes the same."""
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
+        found: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name in self.quantization_config.layers:
             layer = model.get_submodule(name)
             assert isinstance(layer, LowRankLinear)
-            dense = nn.Linear(
-                layer.in_features, layer.out_features, layer.bias is not None, device="meta"
-            )
-            dense.weight = nn.Parameter(layer.dense_weight().detach().to(dtype))
-            if layer.bias is not None:
-                dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
-            model.set_submodule(name, dense)
+            model.set_submodule(name, layer.to_dense(found))
         return model
 
     def is_serializable(self) -> bool:

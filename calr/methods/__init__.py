@@ -1,7 +1,7 @@
 """Decompositions of one weight matrix: one method, one file, one frozen config.
 
 Every file here defines `Config`, a frozen dataclass of the method's options, `decompose(weight,
-moments, config) -> Decomposition`, a pure function on tensors, `MOMENTS`, the statistics that it
+moments, config) -> Decomposition`, a pure function on tensors, `NEEDS`, the statistics that it
 reads, and, where not every rank can be made, `least_rank(N, K, config)`; ORDERED = False where the
 factors of a smaller rank are not the first terms of those of a larger. Adding a method is adding a
 file.
@@ -18,20 +18,40 @@ from torch import Tensor
 
 from calr.errors import CalrError
 from calr.methods.decomposition import Decomposition, Moments
+from calr.model import Layer
+from calr.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Method:
     """A method with its options bound.
 
-    decompose(weight [N, K], moments) -> Decomposition; moments names what it reads;
-    least_rank(N, K) is the smallest rank that it can make; ordered: factors may be cut.
+    decompose(weight [N, K], moments) -> Decomposition; needs names the fields of Moments that it
+    reads; ordered: factors may be cut.
     """
 
     decompose: Callable[[Tensor, Moments], Decomposition]
-    moments: frozenset[str]
-    least_rank: Callable[[int, int], int]
+    needs: frozenset[str]
     ordered: bool
+    _least_rank: Callable[[int, int], int]
+
+    def least_rank(self, layer: Layer) -> int:
+        """Return the smallest rank that it can make of a layer."""
+        return self._least_rank(layer.out_features, layer.in_features)
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether it wants the second moments of the gradients at the outputs."""
+        return "output" in self.needs
+
+    def needs_gradients(self, recipe: Recipe) -> bool:
+        """Whether it, or the allocation of a recipe that uses it, wants a backward pass.
+
+        Errors of a method that needs second moments at the outputs are in units of loss already;
+        those of any other are weighted by a gradient in a global allocation.
+        """
+        weighted = recipe.allocation == "global" and recipe.sensitivity == "gradient"
+        return "gradient" in self.needs or (weighted and not self.needs_outputs)
 
 
 def names() -> list[str]:
@@ -62,9 +82,9 @@ def resolve(name: str, options: dict[str, float]) -> Method:
     least_rank = getattr(module, "least_rank", lambda n, k, config: 1)
     return Method(
         decompose=functools.partial(module.decompose, config=config),
-        moments=module.MOMENTS,
-        least_rank=functools.partial(least_rank, config=config),
+        needs=module.NEEDS,
         ordered=getattr(module, "ORDERED", True),
+        _least_rank=functools.partial(least_rank, config=config),
     )
 
 

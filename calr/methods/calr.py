@@ -18,7 +18,7 @@ from calr.methods.decomposition import (
     symmetric_root,
 )
 
-MOMENTS = frozenset({"input", "gradient", "output"})
+NEEDS = frozenset({"input", "gradient", "output"})
 INVERSE_FLOOR = 1e-14  # eigenvalues below this fraction of the largest carry nothing
 
 

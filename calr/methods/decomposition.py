@@ -23,6 +23,11 @@ class Moments:
     gradient: float | None = None
     output: Tensor | None = None
 
+    def to(self, device: torch.device) -> "Moments":
+        """Return them on a device."""
+        output = None if self.output is None else self.output.to(device)
+        return Moments(self.input.to(device), self.gradient, output)
+
 
 @dataclass(frozen=True)
 class Decomposition:
@@ -66,3 +71,16 @@ def symmetric_root(matrix: Tensor) -> Tensor:
     values, vectors = eigh_descending(matrix)
     values = values.clamp(min=ROOT_FLOOR * float(values[0]))
     return (vectors * values.sqrt()) @ vectors.mT
+
+
+def output_basis(w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the orthonormal output directions [N, min(N, K)] by falling energy, and the energies.
+
+    w [N, K], g [K, K], float64.
+    """
+    if w.shape[0] <= w.shape[1]:
+        energies, basis = eigh_descending(w @ g @ w.mT)
+        return basis, energies
+    whitened = w @ symmetric_root(g)
+    energies, v = eigh_descending(whitened.mT @ whitened)
+    return torch.linalg.qr(whitened @ v)[0], energies

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from calr.errors import CalrError
-from calr.methods.decomposition import Decomposition, Moments, eigh_descending
-from calr.methods.svd_llm import output_basis
+from calr.methods.decomposition import Decomposition, Moments, eigh_descending, output_basis
 
-MOMENTS = frozenset({"input"})
+NEEDS = frozenset({"input"})
 ORDERED = False  # the residual is another one at every rank
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from calr.methods.decomposition import Decomposition, Moments, eigh_descending, nested
 
-MOMENTS = frozenset({"input"})
+NEEDS = frozenset({"input"})
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from calr.methods.decomposition import (
-    Decomposition,
-    Moments,
-    eigh_descending,
-    nested,
-    symmetric_root,
-)
+from calr.methods.decomposition import Decomposition, Moments, nested, output_basis
 
-MOMENTS = frozenset({"input"})
+NEEDS = frozenset({"input"})
 
 
 @dataclass(frozen=True)
@@ -31,16 +24,3 @@ def decompose(weight: Tensor, moments: Moments, config: Config) -> Decomposition
     """
     basis, energies = output_basis(weight.double(), moments.input.double())
     return nested(basis, basis.mT @ weight.double(), energies)
-
-
-def output_basis(w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the orthonormal output directions [N, min(N, K)] by falling energy, and the energies.
-
-    w [N, K], g [K, K], float64.
-    """
-    if w.shape[0] <= w.shape[1]:
-        energies, basis = eigh_descending(w @ g @ w.mT)
-        return basis, energies
-    whitened = w @ symmetric_root(g)
-    energies, v = eigh_descending(whitened.mT @ whitened)
-    return torch.linalg.qr(whitened @ v)[0], energies

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from calr.errors import CalrError
-from calr.structure import analyse
+from calr.model import analyse
 from calr.testing import tiny_llama
 
 QUALITY = Path(__file__).parents[2] / "bench/quality"

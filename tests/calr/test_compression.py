@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import calr
-from calr import calibration
 from calr.errors import CalrError
-from calr.structure import analyse
+from calr.model import analyse, lowrank
+from calr.statistics import collection
 from calr.testing import byte_tokenizer, tiny_llama
 
 METHODS = ["svd", "svd_llm", "erc_svd", "calr"]
@@ -128,7 +128,7 @@ def test_a_failed_compression_leaves_the_model_alone(ids, monkeypatch):
     def fail(*_: object) -> None:
         raise CalrError("lost")
 
-    monkeypatch.setattr(calr.compression.layouts, "low_rank", fail)
+    monkeypatch.setattr(lowrank, "low_rank", fail)
     model = tiny_llama()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(CalrError, match="lost"):
@@ -222,7 +222,7 @@ def test_values_out_of_range_are_named(field, value):
 
 
 def test_without_a_backward_pass_idle_blocks_get_the_smallest_ranks(ids, monkeypatch):
-    monkeypatch.setattr(calibration, "gradient_moments", None)
+    monkeypatch.setattr(collection, "gradient_moments", None)
     model = tiny_llama(num_hidden_layers=4)
     with torch.no_grad():
         model.model.layers[2].self_attn.o_proj.weight.zero_()

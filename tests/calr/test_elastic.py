@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import calr
 from calr import elastic
-from calr.elastic import complete
+from calr.elastic import fill_empty_terms
 from calr.errors import CalrError
 from calr.testing import tiny_llama
 from calr_kernels import LowRankLinear
@@ -117,7 +117,7 @@ def test_errors_of_an_absent_layer_are_refused(directory):
         calr.resize(model, 0.5)
 
 
-@pytest.mark.parametrize("culprit", ["low_rank", "_dense"])
+@pytest.mark.parametrize("culprit", ["low_rank", "to_dense"])
 def test_an_interrupted_resize_changes_nothing(culprit, directory, ids, monkeypatch):
     def killed(*arguments):
         raise KeyboardInterrupt
@@ -125,9 +125,9 @@ def test_an_interrupted_resize_changes_nothing(culprit, directory, ids, monkeypa
     model = AutoModelForCausalLM.from_pretrained(directory)
     before = model(ids).logits
     with monkeypatch.context() as patch:
-        patch.setattr(elastic.layouts if culprit == "low_rank" else elastic, culprit, killed)
+        patch.setattr(elastic if culprit == "low_rank" else LowRankLinear, culprit, killed)
         with pytest.raises(KeyboardInterrupt):
-            calr.resize(model, 0.95 if culprit == "_dense" else 0.5)
+            calr.resize(model, 0.95 if culprit == "to_dense" else 0.5)
     assert torch.equal(model(ids).logits, before)
     assert calr.resize(model, 0.5).config.quantization_config.layers
 
@@ -153,7 +153,7 @@ def test_empty_terms_take_what_is_missing():
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     up, down = u * s, vh.clone()
     up[:, 3:] = 0  # directions without energy
-    up, down = complete(weight, up, down)
+    up, down = fill_empty_terms(weight, up, down)
     torch.testing.assert_close(up @ down, weight)
 
 

@@ -18,7 +18,7 @@ from calr.inference import (
     optimize_for_inference,
 )
 from calr.testing import tiny_llama
-from calr_kernels import cpu
+from calr_kernels import native
 
 
 def prepared(ids, compressed=True, dtype=torch.float32, **config):
@@ -143,8 +143,8 @@ def test_another_activation_is_used(ids):
 def test_decoding_step_by_step(asked, dtype, ids, monkeypatch):
     config = {"attn_implementation": "eager"} if asked == "eager" else {}
     plain, fast = prepared(ids, dtype=dtype, **config)
-    calls, native = [], cpu.attend
-    monkeypatch.setattr(cpu, "attend", lambda *a: calls.append(1) or native(*a))
+    calls, attend = [], native.attend
+    monkeypatch.setattr(native, "attend", lambda *a: calls.append(1) or attend(*a))
     found = []
     for model in (plain, fast):
         if asked == "hook":

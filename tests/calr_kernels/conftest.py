@@ -2,21 +2,21 @@
 
 import pytest
 
-from calr_kernels import cpu
+from calr_kernels.native import ISAS, library
 
 
-@pytest.fixture(params=cpu.ISAS)
+@pytest.fixture(params=ISAS)
 def isa(request, device):
     """Run with one instruction set of the native kernel."""
     if device.type != "cpu":
-        if request.param == cpu.ISAS[0]:
+        if request.param == ISAS[0]:
             yield
             return
         pytest.skip("one run is enough on a GPU")
-    library = cpu.library()
-    assert library is not None, "the native kernel was not built"
-    best = library.calr_isa()
-    if library.calr_select_isa(cpu.ISAS.index(request.param)) != 0:
+    loaded = library()
+    assert loaded is not None, "the native kernel was not built"
+    best = loaded.calr_isa()
+    if loaded.calr_select_isa(ISAS.index(request.param)) != 0:
         pytest.skip(f"this machine has no {request.param}")
     yield
-    assert library.calr_select_isa(best) == 0
+    assert loaded.calr_select_isa(best) == 0

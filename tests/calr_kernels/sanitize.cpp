@@ -1,11 +1,13 @@
 // Runs the native kernel over awkward shapes in exactly sized heap buffers, for sanitizers to watch,
 // and compares float32 results with sums in double. Prints what differs; exit status 1 then.
 
-#include "../../calr_kernels/csrc/attention.cpp"
-#include "../../calr_kernels/csrc/linear.cpp"
-
+#include <cmath>
 #include <cstdio>
 #include <random>
+#include <vector>
+
+#include "../../calr_kernels/csrc/calr.h"
+#include "../../calr_kernels/csrc/types.h"
 
 namespace {
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from calr_kernels import LowRankLinear, cpu, lowrank_linear, ops, pivoted_linear, reference
+from calr_kernels import LowRankLinear, lowrank_linear, ops, pivoted_linear, reference
+from calr_kernels.native import loader
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [  # M, K, N, r: odd sizes, tiles and tails, more rows than the native kernel takes
@@ -256,38 +257,17 @@ def test_impossible_pivots_never_write_out_of_bounds(pivots, message):
         pivoted_linear(x, down, up, torch.arange(6))
 
 
-def test_an_unknown_instruction_set_is_refused(monkeypatch):
-    monkeypatch.setenv("CALR_CPU_ISA", "sse9")
-    cpu.library.cache_clear()
-    with pytest.raises(ValueError, match="CALR_CPU_ISA='sse9'"):
-        cpu.library()
-    monkeypatch.undo()
-    cpu.library.cache_clear()
-
-
 def test_without_the_native_kernel_there_is_one_warning_and_the_same_result(monkeypatch):
     arguments = problem(2, 20, 14, 6, "pivoted", torch.float32)
     expected = run(*arguments)
-    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: None)
-    cpu.library.cache_clear()
+    monkeypatch.setattr(loader.importlib.util, "find_spec", lambda name: None)
+    loader.library.cache_clear()
     with pytest.warns(UserWarning, match="no native CPU kernel") as caught:
         found = [run(*arguments) for _ in range(3)]
     assert len(caught) == 1
     torch.testing.assert_close(found[0], expected)
     monkeypatch.undo()
-    cpu.library.cache_clear()
-
-
-def test_a_damaged_native_kernel_is_as_none(monkeypatch, tmp_path):
-    broken = tmp_path / "_cpu.so"
-    broken.write_bytes(b"not a library")
-    spec = type("Spec", (), {"origin": str(broken)})
-    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: spec)
-    cpu.library.cache_clear()
-    with pytest.warns(UserWarning, match=r"no native CPU kernel .*_cpu\.so"):
-        assert cpu.library() is None
-    monkeypatch.undo()
-    cpu.library.cache_clear()
+    loader.library.cache_clear()
 
 
 @pytest.mark.parametrize("m", [1, 40])

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calr_kernels import error_estimate, randomized_svd, truncated_eigh
-from calr_kernels.svd import orthonormalize, sketch_pays
+from calr_kernels.orthonormal import orthonormalize
+from calr_kernels.sketch import sketch_pays
 
 SPECTRA = {
     "flat": lambda i: torch.ones_like(i),

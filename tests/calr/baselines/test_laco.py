@@ -6,7 +6,7 @@ import torch
 from calr.baselines import laco as module
 from calr.baselines.laco import _Search, laco
 from calr.errors import CalrError
-from calr.structure import analyse
+from calr.model import analyse
 from calr.testing import tiny_llama
 
 

@@ -5,7 +5,7 @@ import torch
 
 from calr.baselines.losparse import LoSparse
 from calr.errors import CalrError
-from calr.structure import analyse
+from calr.model import analyse
 from calr.testing import tiny_llama
 
 

@@ -1,0 +1,36 @@
+"""The model to compress: loading it, what it is made of, running it block by block, changing it."""
+
+from calr.model.blocks import BlockRunner, checkpointed
+from calr.model.loading import is_compressed, load, load_skeleton, resolve_dtype
+from calr.model.lowrank import balance, low_rank, pack, pivot, two_factor
+from calr.model.structure import Layer, Structure, analyse, check_window, find_blocks
+from calr.model.swapping import Swapped, evaluating, hooked, requiring, set_submodule
+from calr.model.weights import check_finite, digest, fingerprint, require_finite
+
+__all__ = [
+    "BlockRunner",
+    "Layer",
+    "Structure",
+    "Swapped",
+    "analyse",
+    "balance",
+    "check_finite",
+    "check_window",
+    "checkpointed",
+    "digest",
+    "evaluating",
+    "find_blocks",
+    "fingerprint",
+    "hooked",
+    "is_compressed",
+    "load",
+    "load_skeleton",
+    "low_rank",
+    "pack",
+    "pivot",
+    "require_finite",
+    "requiring",
+    "resolve_dtype",
+    "set_submodule",
+    "two_factor",
+]

@@ -1,0 +1,46 @@
+"""What a model's weights are: their identity, and that they are numbers."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from calr.errors import CalrError
+from calr.version import __version__
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hash a model's configuration and weights, and this version of calr."""
+    found = hashlib.sha256(__version__.encode() + model.config.to_json_string().encode())
+    for name, parameter in model.named_parameters():
+        found.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+        raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        found.update(raw.numpy().data)
+    return found.hexdigest()
+
+
+def digest(*parts: Any) -> str:
+    """Hash tensors, and whatever else prints faithfully: the key of what depends on them."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            found.update(f"{list(part.shape)} {part.dtype}".encode() + part.numpy().tobytes())
+        else:
+            found.update(repr(part).encode())
+    return found.hexdigest()
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise CalrError naming the first parameter with a NaN or an infinity, or not in memory."""
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise CalrError(f"{name}: is not in memory; load the model without offloading")
+        require_finite(parameter.detach(), f"{name}: the values")
+
+
+def require_finite(tensor: Tensor, what: str) -> None:
+    """Raise CalrError, beginning with what, for a NaN or an infinity."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise CalrError(f"{what} hold NaN or infinity; nothing was written. Check the checkpoint")

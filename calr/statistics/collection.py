@@ -1,0 +1,87 @@
+"""What calibration tells of every layer: collected when it is first needed, kept in a store."""
+
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from calr.methods import Moments
+from calr.model import Layer, Structure
+from calr.statistics.gradients import gradient_moments, gradients_name
+from calr.statistics.inputs import input_moments
+from calr.storage import Store, claim
+
+
+class Statistics:
+    """Moments of every layer over calibration windows ids [S, T].
+
+    gradient_ids [S', T]: windows of the backward pass; None without one. outputs: also the second
+    moments of the gradients, not only their mean square. Holds the activations of one block
+    boundary, S T H numbers, and one block's input moments; with gradients also min(N, K)² float32
+    numbers of every layer.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        structure: Structure,
+        ids: Tensor,
+        store: Store,
+        *,
+        gradient_ids: Tensor | None = None,
+        outputs: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.structure, self.ids, self.store = model, structure, ids, store
+        self._gradient_ids, self._outputs, self._seed = gradient_ids, outputs, seed
+        self._collected = False
+        self._block: tuple[int, dict[str, Tensor]] = (-1, {})
+
+    def collect(self) -> "Statistics":
+        """Collect what the store lacks.
+
+        Raises CalrError naming the layer where a weight, activation or gradient is not finite.
+        """
+        input_moments(self.model, self.structure, self.ids, self.store)
+        if self._gradient_ids is not None:
+            gradient_moments(
+                self.model,
+                self.structure,
+                self._gradient_ids,
+                self.store,
+                outputs=self._outputs,
+                seed=self._seed,
+            )
+        self._collected = True
+        return self
+
+    def moments(self, layer: Layer) -> Moments:
+        """Return the statistics of a layer."""
+        if not self._collected:
+            self.collect()
+        gradients = self._gradient_ids is not None
+        if self._block[0] != layer.block:
+            tensors = self.store.load(f"inputs-{layer.block:04d}")
+            if gradients:
+                name = gradients_name(self.store, layer.block, self._outputs)
+                tensors = tensors | self.store.load(name)
+            self._block = layer.block, tensors
+        tensors = self._block[1]
+        return Moments(
+            input=tensors[layer.group],
+            gradient=float(tensors[f"{layer.name}.gradient"]) if gradients else None,
+            output=tensors[f"{layer.name}.output"] if self._outputs else None,
+        )
+
+
+def open_statistics(directory: str | Path | None, key: str) -> Store:
+    """Open a directory of calibration statistics, refusing one that holds those of another run."""
+    if directory is None:
+        return Store()
+    return claim(
+        Path(directory),
+        key,
+        "holds statistics of another model, of other calibration windows or of another version; "
+        "model, calibration, samples, gradient_samples, window, correction_tokens and seed must be "
+        "the same; name another directory or delete it",
+    )

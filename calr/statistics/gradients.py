@@ -1,0 +1,98 @@
+"""Second moments of the loss's gradients at the outputs: one backward pass a window."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from calr.model import Layer, Structure, hooked, require_finite, requiring
+from calr.progress import progress
+from calr.storage import Store
+
+
+def gradient_moments(
+    model: PreTrainedModel,
+    structure: Structure,
+    ids: Tensor,
+    store: Store,
+    *,
+    outputs: bool,
+    seed: int,
+) -> None:
+    """Save gradient statistics at the outputs of every layer, block by block.
+
+    g is the gradient, with respect to y = Wx, of the loss summed over tokens, with labels sampled
+    from the model's own distribution (the true Fisher). "<layer>.gradient": mean of g² over tokens
+    and outputs. With outputs, "<layer>.output": E[g gᵀ] [N, N] where N <= K, else
+    E[Wᵀg (Wᵀg)ᵀ] [K, K].
+    """
+    names = [gradients_name(store, block, outputs) for block in range(structure.blocks)]
+    if all(name in store for name in names):
+        return
+    sums: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(layer.name).register_forward_hook(_watch(sums, layer, outputs))
+        for layer in structure.layers
+    ]
+    hooks.append(
+        model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_())
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with hooked(hooks), requiring(model, []), torch.enable_grad():
+        for window in progress(ids.split(1), desc="gradients", unit="window"):
+            window = window.to(model.device)
+            logits = model(input_ids=window, use_cache=False).logits[0].float()
+            labels = _sample(logits.detach(), generator)
+            cross_entropy(logits, labels, reduction="sum").backward()
+    for layer in structure.layers:
+        sums[f"{layer.name}.gradient"] /= layer.out_features
+        require_finite(sums[f"{layer.name}.gradient"], f"{layer.name}: its gradients")
+    for block in range(structure.blocks):
+        prefix = f"{structure.blocks_name}.{block}."
+        chosen = {name: s / ids.numel() for name, s in sums.items() if name.startswith(prefix)}
+        store.save(names[block], chosen)
+
+
+def gradients_name(store: Store, block: int, outputs: bool) -> str:
+    """Name the gradient statistics of a block; those with output moments serve both needs."""
+    full = f"curvature-{block:04d}"
+    return full if outputs or full in store else f"gradients-{block:04d}"
+
+
+def _watch(
+    sums: dict[str, Tensor], layer: Layer, outputs: bool
+) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+    """Add a layer's output gradients to the sums when they arrive."""
+
+    def add(name: str, value: Tensor) -> None:
+        if name in sums:
+            sums[name] += value
+        else:
+            sums[name] = value
+
+    def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+        def receive(gradient: Tensor) -> None:
+            g = gradient.reshape(-1, gradient.shape[-1]).float()  # [tokens, N]
+            add(f"{layer.name}.gradient", g.square().sum())
+            if outputs:
+                if layer.out_features > layer.in_features:
+                    g = g @ module.get_parameter("weight").detach().float()
+                add(f"{layer.name}.output", g.mT @ g)
+
+        y.register_hook(receive)
+
+    return hook
+
+
+def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one label per row [tokens, vocabulary] by inverting the cumulative distribution.
+
+    The uniform numbers come from the CPU generator on every device.
+    """
+    uniform = torch.rand(logits.shape[0], 1, generator=generator).to(logits.device)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).squeeze(1)
+    return drawn.clamp(max=logits.shape[1] - 1)

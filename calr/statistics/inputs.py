@@ -1,0 +1,78 @@
+"""Second moments of the inputs, and what each block does to its input: forward passes alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from calr.model import BlockRunner, Structure, hooked, require_finite
+from calr.progress import progress
+from calr.storage import Store
+from calr_kernels import gram
+
+logger = logging.get_logger(__name__)
+
+
+@torch.no_grad()
+def input_moments(model: PreTrainedModel, structure: Structure, ids: Tensor, store: Store) -> None:
+    """Save E[x xᵀ] [K, K] float32 of every input group, block by block, as "inputs-<block>"."""
+    if all(f"inputs-{block:04d}" in store for block in range(structure.blocks)):
+        return
+    _warn_if_few(structure, ids)
+    runner = BlockRunner(model, structure, ids)
+    hidden = runner.hidden
+    for block in progress(range(structure.blocks), desc="second moments", unit="block"):
+        if f"inputs-{block:04d}" in store:
+            hidden = runner.run(block, hidden)
+            continue
+        sums: dict[str, Tensor] = {}
+        groups = dict.fromkeys(layer.group for layer in structure.in_block(block))
+        with hooked(
+            model.get_submodule(group).register_forward_pre_hook(_accumulate(sums, group))
+            for group in groups
+        ):
+            hidden = runner.run(block, hidden)
+        moments = {group: total / ids.numel() for group, total in sums.items()}
+        for group, moment in moments.items():
+            require_finite(moment, f"{group}: its calibration inputs")
+        store.save(f"inputs-{block:04d}", moments)
+
+
+def block_influence(model: PreTrainedModel, structure: Structure, ids: Tensor) -> Tensor:
+    """Return BI = 1 - E[cos(block input, block output)] over all tokens, per block [L].
+
+    ShortGPT's block influence (arXiv 2403.03853, equation 1); needs no backward pass.
+    """
+    runner = BlockRunner(model, structure, ids)
+    hidden, found = runner.hidden, []
+    for block in range(structure.blocks):
+        after = runner.run(block, hidden)
+        pairs = zip(hidden, after, strict=True)
+        alike = [cosine_similarity(x.double(), y.double(), dim=-1).sum() for x, y in pairs]
+        found.append(1 - torch.stack(alike).sum() / ids.numel())
+        hidden = after
+    return torch.stack(found).cpu()
+
+
+def _accumulate(
+    sums: dict[str, Tensor], group: str
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].reshape(-1, args[0].shape[-1])  # [tokens, K]
+        sums[group] = gram(x, sums.get(group))
+
+    return hook
+
+
+def _warn_if_few(structure: Structure, ids: Tensor) -> None:
+    widest = max(structure.layers, key=lambda layer: layer.in_features)
+    if ids.numel() < widest.in_features:
+        logger.warning(
+            f"{ids.numel()} calibration tokens are fewer than the {widest.in_features} inputs of "
+            f"{widest.name}, so its second moment is singular; use at least "
+            f"{4 * widest.in_features} tokens (raise samples or window)"
+        )

@@ -1,0 +1,18 @@
+"""Files: checkpoints whole or not at all, parts that survive an interruption, model cards."""
+
+from calr.storage.card import model_card, recipe_yaml
+from calr.storage.checkpoint import destination, prepare, size, write, writing
+from calr.storage.ledger import claim
+from calr.storage.store import Store
+
+__all__ = [
+    "Store",
+    "claim",
+    "destination",
+    "model_card",
+    "prepare",
+    "recipe_yaml",
+    "size",
+    "write",
+    "writing",
+]

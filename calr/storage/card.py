@@ -1,0 +1,70 @@
+"""The model card: how to load it, how it was made, what was measured."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from calr.recipe import Recipe
+
+
+def recipe_yaml(recipe: Recipe, options: dict[str, Any]) -> str:
+    """Return the YAML with which `calr compress` does the same again, anywhere.
+
+    options: what else was asked for, by the name of its argument.
+    """
+    plain = json.loads(json.dumps(dataclasses.asdict(recipe) | options))  # tuples as lists
+    return str(yaml.safe_dump(plain, sort_keys=False))
+
+
+def model_card(source: str, command: str, recipe_yaml: str, results: dict[str, Any]) -> ModelCard:
+    """Describe a compressed model: how to load it, the exact recipe, the measured numbers.
+
+    command: what made it, with {model} for the source's name.
+    """
+    local = Path(source).exists()
+    data = ModelCardData(
+        base_model=None if local else source,
+        library_name="transformers",
+        tags=["calr", "low-rank", "compression"],
+    )
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in results.items())
+    name = Path(source).name if local else source
+    command = command.format(model=name)
+    return ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+
+`import calr` before loading this model with transformers. It is installed from its repository: the
+package of that name on PyPI is another project.
+
+# {name}, compressed
+
+A low-rank compression of `{name}`: the decoder's linear layers are stored as factors.
+
+```python
+import calr
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(".")
+```
+
+## Measured
+
+| | |
+|---|---|
+{rows}
+
+## Recipe
+
+`{command}` with
+
+```yaml
+{recipe_yaml.strip()}
+```
+"""
+    )

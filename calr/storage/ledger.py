@@ -1,0 +1,43 @@
+"""What the parts in a directory belong to: one small file, written before the first of them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from calr.errors import CalrError
+from calr.storage.store import Store
+
+LEDGER = "ledger.json"
+
+
+def read_ledger(directory: Path) -> dict[str, Any] | None:
+    """Return a directory's {"key", "summary"}: what is computed there; None without one."""
+    path = directory / LEDGER
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def write_ledger(directory: Path, key: str, summary: dict[str, Any]) -> None:
+    """Note what the parts in a directory will belong to, atomically."""
+    temporary = directory / f"{LEDGER}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps({"key": key, "summary": summary}, indent=2))
+    temporary.rename(directory / LEDGER)
+
+
+def claim(directory: Path, key: str, refusal: str) -> Store:
+    """Open a directory as a store for what key stands for.
+
+    Raises CalrError when it is a file and, with the refusal, when its ledger names another key.
+    """
+    if directory.is_file():
+        raise CalrError(f"{directory}: is a file; name a directory")
+    store = Store(directory)
+    if read_ledger(directory) is None:
+        write_ledger(directory, key, {})
+    found = read_ledger(directory)
+    if found is None or found["key"] != key:
+        raise CalrError(f"{directory}: {refusal}")
+    return store

@@ -1,0 +1,109 @@
+"""What the commands print: tables for people, JSON for programs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from calr.integrations.lm_eval import retention
+
+
+def print_json(value: Any) -> None:
+    """Print JSON."""
+    print(json.dumps(value, indent=2))
+
+
+def print_facts(facts: dict[str, Any]) -> None:
+    """Print names and values."""
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), _shown(value))
+    Console(width=110).print(table)
+
+
+def _shown(value: Any) -> str:
+    if type(value) is int:
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def gigabytes(count: float) -> str:
+    """Format a number of bytes."""
+    return f"{count / 1e9:.3f} GB"
+
+
+def print_layers(layers: list[dict[str, Any]]) -> None:
+    """Print what every layer is: rows of `ranks.report`."""
+    table = Table("layer", "shape", "layout", "rank", "parameters", "input group")
+    for layer in layers:
+        group = (
+            "" if layer["group"] == layer["name"] else f"with {layer['group'].rpartition('.')[2]}"
+        )
+        table.add_row(
+            layer["name"],
+            "×".join(map(str, layer["shape"])),
+            layer["layout"],
+            str(layer["rank"] or ""),
+            f"{layer['parameters']:,}",
+            group,
+        )
+    Console(width=110).print(table)
+
+
+def print_tasks(rows: list[dict[str, Any]]) -> None:
+    """Print accuracy per task; with two models also the retention, plain and above chance."""
+    table = Table(
+        "task", "rows", "chance", *(Path(row["model"]).name or row["model"] for row in rows)
+    )
+    compared = len(rows) == 2
+    if compared:
+        table.add_column("retention")
+        table.add_column("above chance")
+    for task, first in rows[0]["tasks"].items():
+        cells = [
+            f"{r['tasks'][task]['accuracy']:.3f} ± {r['tasks'][task]['stderr']:.3f}" for r in rows
+        ]
+        if compared:
+            kept = retention({task: first}, {task: rows[1]["tasks"][task]})
+            cells += [f"{kept['retention']:.3f}", f"{kept['above_chance']:.3f}"]
+        table.add_row(task, str(first["rows"]), f"{first['chance']:.3f}", *cells)
+    if compared:
+        kept = retention(rows[0]["tasks"], rows[1]["tasks"])
+        means = [
+            f"{sum(t['accuracy'] for t in r['tasks'].values()) / len(r['tasks']):.3f}" for r in rows
+        ]
+        table.add_row(
+            "average", "", "", *means, f"{kept['retention']:.3f}", f"{kept['above_chance']:.3f}"
+        )
+    Console(width=120).print(table)
+
+
+def print_speeds(rows: list[dict[str, Any]], rounds: int) -> None:
+    """Print the rows of `benchmark.bench`; of two models also the ratios."""
+    table = Table("model", "parameters", "weights", "dtype", "prefill tokens/s", "decode tokens/s")
+    kinds = [f"{kind}_tokens_per_second" for kind in ("prefill", "decode")]
+    for row in rows:
+        speeds = [row[kind] for kind in kinds]
+        table.add_row(
+            Path(row["model"]).name,
+            f"{row['parameters']:,}",
+            gigabytes(row["weight_bytes"]),
+            row["dtype"],
+            *(f"{s['median']:.1f} ({s['slowest']:.1f}-{s['fastest']:.1f})" for s in speeds),
+        )
+    if len(rows) == 2:
+        ratios = [rows[0][kind]["median"] / rows[1][kind]["median"] for kind in kinds]
+        table.add_row("first ÷ second", "", "", "", *(f"{ratio:.2f}" for ratio in ratios))
+    Console(width=120).print(table)
+    print(f"medians (slowest-fastest) of {rounds} rounds, {rows[0]['threads']} threads")
+
+
+def print_perplexity(text: str, found: dict[str, Any]) -> None:
+    """Print a token perplexity with its protocol."""
+    print(
+        f"token perplexity {found['perplexity']:.3f} on {text} ({found['windows']} windows of "
+        f"{found['window']}, stride {found['window']}, {found['predicted_tokens']} predicted "
+        "tokens)"
+    )

@@ -1,0 +1,18 @@
+"""Text for calibration, training and evaluation: from a source to windows of token ids."""
+
+from calr.text.sampling import hard_wrapped, sample_from
+from calr.text.sources import Source, content_of, describe, read_text
+from calr.text.windows import calibration_windows, evaluation_windows, spread, spread_windows
+
+__all__ = [
+    "Source",
+    "calibration_windows",
+    "content_of",
+    "describe",
+    "evaluation_windows",
+    "hard_wrapped",
+    "read_text",
+    "sample_from",
+    "spread",
+    "spread_windows",
+]

@@ -1,0 +1,87 @@
+"""Text that a model writes itself, and hard-wrapped text."""
+
+import textwrap
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from calr.progress import progress
+from calr.text.tokens import adds_bos, encode
+
+CACHE_BYTES = 2 << 30  # of keys and values while sampling
+LINES = (60, 80)  # shortest and longest lines, in characters, of hard-wrapped text
+
+
+def sample_from(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: int, window: int, seed: int
+) -> Tensor:
+    """Let the model write its own calibration text: [samples, window] ids, at temperature 1.
+
+    Each window starts with BOS where the tokenizer adds it, then a token drawn uniformly
+    (as in LLM-QAT, arXiv 2305.17888).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    embeddings: Any = model.get_input_embeddings()
+    usable = set(range(min(len(tokenizer), embeddings.num_embeddings)))
+    ordinary = torch.tensor(sorted(usable - set(tokenizer.all_special_ids)))
+    start = ordinary[torch.randint(len(ordinary), (samples, 1), generator=generator)]
+    if adds_bos(tokenizer):
+        start = torch.cat([torch.full_like(start, tokenizer.bos_token_id), start], 1)
+    length = window - start.shape[1]
+    own, generate = model.generation_config, cast(Any, model.generate)
+    rows = []
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        torch.manual_seed(seed)
+        try:
+            # none of the model's own penalties and filters: plain sampling from its distribution
+            model.generation_config = GenerationConfig(
+                do_sample=True,
+                top_k=0,
+                min_new_tokens=length,
+                max_new_tokens=length,
+                eos_token_id=own.eos_token_id if own else None,
+                pad_token_id=0,
+            )
+            for batch in progress(
+                start.split(_sampling_batch(model, window)), desc="sampling text", unit="batch"
+            ):
+                mask = torch.ones_like(batch, device=model.device)
+                rows.append(generate(batch.to(model.device), attention_mask=mask).cpu())
+        finally:
+            model.generation_config = own
+    return torch.cat(rows)
+
+
+def hard_wrapped(windows: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Break the lines of windows [S, T] at 60 to 80 characters, as books, mail and comments are.
+
+    Another length for each window, in turn. A window keeps its length: line breaks push text out at
+    its end. One that would become shorter stays as it is.
+    """
+    start = adds_bos(tokenizer)
+    result = windows.clone()
+    for i, row in enumerate(windows):
+        wrap = textwrap.TextWrapper(
+            LINES[0] + i % (LINES[1] - LINES[0] + 1),
+            expand_tabs=False,
+            replace_whitespace=False,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        text = str(tokenizer.decode(row[start:]))
+        ids = encode(tokenizer, "\n".join(wrap.fill(line) for line in text.split("\n")))
+        if len(ids) >= len(row) - start:
+            result[i, start:] = ids[: len(row) - start]
+    return result
+
+
+def _sampling_batch(model: PreTrainedModel, window: int) -> int:
+    """Return how many windows to sample at once, for a key-value cache of at most 2 GiB."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * heads * size * window * model.dtype.itemsize
+    return int(max(1, min(64, CACHE_BYTES // cache)))

@@ -1,0 +1,125 @@
+"""Text from where a user says it is: files, hub data sets, what every Python carries.
+
+A source is a text file, FILE.jsonl or a `datasets` hub id (NAME[:CONFIG][:SPLIT]), the latter two
+with an optional #field (default text); "sampled", text sampled from the model itself, a quarter of
+it hard-wrapped; "builtin", English reference text that every Python installation carries; or
+several of these separated by commas, in equal shares.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from calr.errors import CalrError
+
+EVALUATION_SHARE = 5  # one in so many paragraphs of the built-in text is kept from calibration
+FILES = {".txt", ".json", ".jsonl", ".md", ".raw", ".tokens", ".text"}  # hub ids have dots, too
+Source = str | Path | Sequence[str] | Tensor
+
+
+def read_text(source: str | Path | Sequence[str]) -> str:
+    """Read a text, jsonl or hub source, or join a list of texts, into one string."""
+    if not isinstance(source, str | Path):
+        return "\n\n".join(source)
+    if source == "builtin":
+        return calibration_topics()
+    name, _, field = str(source).partition("#")
+    path = Path(name)
+    if path.is_dir():
+        raise CalrError(f"{source}: is a directory; name a text or jsonl file")
+    if path.exists():
+        try:
+            if path.suffix == ".jsonl":
+                return "\n\n".join(_jsonl(path, field or "text"))
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CalrError(f"{source}: cannot be read as text: {error}") from error
+    if path.suffix in FILES or name.startswith((".", "/")):
+        raise CalrError(f"{source}: no such file")
+    return "\n\n".join(_hub(name, field or "text"))
+
+
+def calibration_topics() -> str:
+    """The built-in English text for calibration: the first four fifths of pydoc's topics."""
+    paragraphs = _topics()
+    return "\n\n".join(paragraphs[: -len(paragraphs) // EVALUATION_SHARE])
+
+
+def held_out_topics() -> str:
+    """The built-in English text that calibration never sees: the last fifth of pydoc's topics."""
+    paragraphs = _topics()
+    return "\n\n".join(paragraphs[-len(paragraphs) // EVALUATION_SHARE :])
+
+
+def _topics() -> list[str]:
+    """Return the paragraphs in order, each once: topics repeat one another's text."""
+    from pydoc_data.topics import topics
+
+    paragraphs = "\n\n".join(topics[key] for key in sorted(topics)).split("\n\n")
+    return list(dict.fromkeys(paragraphs))
+
+
+def parts_of(source: str | Path | Sequence[str] | None) -> list[str | Path | Sequence[str]]:
+    """Split a source string at its commas, unless it is a file's name; None is "sampled"."""
+    if source is None:
+        return ["sampled"]
+    if isinstance(source, str) and "," in source and not Path(source).exists():
+        parts = [part.strip() for part in source.split(",") if part.strip()]
+        if not parts:
+            raise CalrError(f"calibration={source!r}: names no text")
+        return list(parts)
+    return [source]
+
+
+def content_of(source: str | Path | Sequence[str] | None) -> str:
+    """Identify text by what its files hold; by name where it is no file (builtin is Python's)."""
+    digests = []
+    for part in parts_of(source):
+        path = Path(str(part).partition("#")[0])
+        if isinstance(part, str | Path) and path.is_file():
+            digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    return f"{source} {digests} {sys.version_info[:2]}"
+
+
+def _jsonl(path: Path, field: str) -> list[str]:
+    texts = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                texts.append(str(json.loads(line)[field]))
+            except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+                raise CalrError(
+                    f"{path} line {number}: no JSON object with a field {field!r}; name the field "
+                    f"as {path.name}#field"
+                ) from error
+    return texts
+
+
+def _hub(name: str, field: str) -> list[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise CalrError(
+            f"{name}: is no file; for a hub data set install datasets (pip install datasets)"
+        ) from error
+    identifier, config, split = ([*name.split(":"), None, None])[:3]
+    try:
+        rows = datasets.load_dataset(identifier, config, split=split or "train")
+        return [str(text) for text in rows[field]]
+    except Exception as error:  # datasets raises many kinds, all mean the same here
+        raise CalrError(f"{name}: neither a file nor a loadable data set: {error}") from error
+
+
+def name_of(source: object) -> str:
+    return str(source) if isinstance(source, str | Path) else "calibration"
+
+
+def describe(source: Source | None) -> str:
+    """Name a source for the record."""
+    if source is None:
+        return "sampled"
+    return str(source) if isinstance(source, str | Path) else "given in memory"

@@ -1,0 +1,22 @@
+"""Training what compression lost: recorded outputs, the loop, what moves, block by block."""
+
+from calr.training.blockwise import BlockFit
+from calr.training.correction import corrected, norm_parameters, windows_needed, windows_used
+from calr.training.loop import Trained, train
+from calr.training.precision import mixed
+from calr.training.targets import PART_TOKENS, Targets, collect_targets, logits_of
+
+__all__ = [
+    "PART_TOKENS",
+    "BlockFit",
+    "Targets",
+    "Trained",
+    "collect_targets",
+    "corrected",
+    "logits_of",
+    "mixed",
+    "norm_parameters",
+    "train",
+    "windows_needed",
+    "windows_used",
+]

@@ -1,0 +1,139 @@
+"""Correction: train a compressed model to give the dense model's own outputs again.
+
+CALR (arXiv 2508.16680) adds a trained low-rank path to every compressed layer. A path that is
+linear and fitted layer by layer cannot beat truncation at the summed rank, so ours is trained on
+what truncation cannot see: the model's output distribution, by KL divergence from the dense model
+(Hinton et al., arXiv 1503.02531). The path lies within the layer's own rank.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from calr.errors import CalrError
+from calr.model import Swapped, checkpointed, find_blocks, hooked, pack
+from calr.recipe import Recipe
+from calr.storage import Store
+from calr.training.loop import Trained, train
+from calr.training.targets import Targets, collect_targets
+from calr_kernels import LowRankLinear
+
+MEASURED = 8  # windows that are never trained on, only measured on
+
+logger = logging.get_logger(__name__)
+
+
+def windows_needed(recipe: Recipe) -> int:
+    """Count the windows that a recipe's correction takes, held-out ones included; 0 without one."""
+    if not recipe.correction_tokens:
+        return 0
+    return math.ceil(recipe.correction_tokens / recipe.window) + MEASURED
+
+
+def windows_used(ids: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Split windows [S, T] into those to train on and those, at the end, to measure on.
+
+    Raises CalrError when there is too little text.
+    """
+    if len(ids) < 2:
+        raise CalrError(
+            "correction: one window of text is not enough to train on and to measure; give more, "
+            "or correction_tokens=0"
+        )
+    held_out = min(MEASURED, -(-len(ids) // 4))
+    windows = min(len(ids) - held_out, -(-recipe.correction_tokens // ids.shape[1]))
+    if windows * ids.shape[1] < recipe.correction_tokens:
+        logger.warning_once(
+            f"correction trains on {windows * ids.shape[1]} tokens instead of "
+            f"{recipe.correction_tokens}: there is no more text"
+        )
+    return ids[:windows], ids[-held_out:]
+
+
+def corrected(
+    model: PreTrainedModel,
+    layers: dict[str, LowRankLinear],
+    ids: Tensor,
+    recipe: Recipe,
+    recorded: Store,
+    work: Store,
+) -> tuple[Trained, dict[str, LowRankLinear]]:
+    """Train two-factor layers in their places in a dense model; return them packed.
+
+    ids [S, T]: text to train and to measure on. recorded: where the dense model's outputs are kept,
+    work: where an interrupted training continues. The dense layers are back afterwards; the norms,
+    trained too, stay trained and, on any failure, are as before.
+    """
+    targets, held_out = (
+        collect_targets(model, part, recorded) for part in windows_used(ids, recipe)
+    )
+    before = [(p, p.data) for p in norm_parameters(model)]
+    try:
+        with Swapped(model, layers):
+            done = correct(model, layers, targets, held_out, recipe, work)
+        return done, pack(model, layers, recipe.layout)
+    except BaseException:
+        for p, value in before:
+            p.data = value
+        raise
+
+
+def correct(
+    model: PreTrainedModel,
+    layers: dict[str, LowRankLinear],
+    targets: Targets,
+    held_out: Targets,
+    recipe: Recipe,
+    store: Store,
+) -> Trained:
+    """Train the two-factor layers of a compressed model, in place, and its norms; see `train`.
+
+    recipe.trainable: "factors" moves all of them; "corrective" only the trailing terms of each
+    layer, corrective_share of its rank, which are the residual of the truncation before them.
+    """
+    blocks = list(find_blocks(model)[1]) if recipe.gradient_checkpointing else []
+    parameters = [p for layer in layers.values() for p in layer.parameters()]
+    parameters += norm_parameters(model)
+    frozen = []
+    if recipe.trainable == "corrective":
+        for layer in layers.values():
+            count = layer.rank - max(1, round(recipe.corrective_share * layer.rank))
+            frozen.append(layer.weight.register_hook(_without(count, dim=1)))
+            frozen.append(layer.down.weight.register_hook(_without(count, dim=0)))
+    with hooked(frozen), checkpointed(blocks):
+        return train(
+            model,
+            parameters,
+            targets,
+            held_out,
+            learning_rate=recipe.peak_learning_rate,
+            step_tokens=recipe.step_tokens,
+            cross_entropy=recipe.cross_entropy,
+            seed=recipe.seed,
+            store=store,
+        )
+
+
+def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """List the parameters of a model's norms."""
+    modules = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
+    return [p for module in modules for p in module.parameters(recurse=False)]
+
+
+def _without(count: int, dim: int) -> Callable[[Tensor], Tensor]:
+    """Return a gradient hook under which the first count rows or columns stay where they are."""
+
+    def hook(gradient: Tensor) -> Tensor:
+        return torch.cat(
+            [
+                torch.zeros_like(gradient.narrow(dim, 0, count)),
+                gradient.narrow(dim, count, gradient.shape[dim] - count),
+            ],
+            dim,
+        )
+
+    return hook

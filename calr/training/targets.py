@@ -1,0 +1,155 @@
+"""What a student is trained on: the dense model's most probable next tokens, kept on disk.
+
+The dense model runs once over the text. Afterwards it need not be in memory, and runs over the same
+text share what it said.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from calr.progress import progress
+from calr.storage import Store
+from calr.training.precision import in_sixteen_bits, mixed
+
+TOP = 128  # next tokens kept per position, 768 bytes; the others count as one
+CHUNK = 16  # windows of one saved file
+PART_TOKENS = 1024  # tokens whose logits are held at once
+ROWS = 32  # of the logits that are worked on at once: they stay in the cache of a CPU
+LEAST_MASS = 1e-6  # of the others: below it float32 sums are noise
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The dense model's next-token distributions over windows of text.
+
+    ids [S, T]. log_probabilities [S, T, k] float16, in falling order, of the k most probable next
+    tokens [S, T, k] int32 after each position.
+    """
+
+    ids: Tensor
+    log_probabilities: Tensor
+    tokens: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: "Tensor | slice") -> "Targets":
+        return Targets(self.ids[index], self.log_probabilities[index], self.tokens[index])
+
+    def split(self, size: int) -> list["Targets"]:
+        """Cut into groups of at most size windows."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+
+@torch.no_grad()
+def collect_targets(model: PreTrainedModel, ids: Tensor, store: Store) -> Targets:
+    """Run the dense model over windows [S, T], except over those that the store knows.
+
+    Files are named after the text and how the model ran; the store must be of one model only.
+    """
+    log_probabilities, tokens = [], []
+    for chunk in progress(ids.split(CHUNK), desc="dense outputs", unit="chunk"):
+        digest = hashlib.sha256(
+            f"{TOP} {in_sixteen_bits(model)} {list(chunk.shape)}".encode() + chunk.numpy().tobytes()
+        )
+        name = f"targets-{digest.hexdigest()[:16]}"
+        if name not in store:
+            store.save(name, _most_probable(model, chunk))
+        found = store.load(name)
+        log_probabilities.append(found["log_probabilities"])
+        tokens.append(found["tokens"])
+    return Targets(ids, torch.cat(log_probabilities), torch.cat(tokens))
+
+
+def divergence(model: PreTrainedModel, targets: Targets, *, cross_entropy: float = 0.0) -> Tensor:
+    """Return KL(dense || model) in nats per token, the tokens outside the top k taken as one.
+
+    That is the divergence of two coarser distributions, so a lower bound of the whole one (Cover
+    and Thomas, Elements of Information Theory, section 2.8). cross_entropy: weight, in [0, 1], of
+    the cross-entropy with the text's own next token, which takes that much of the divergence's
+    place (Hinton et al., arXiv 1503.02531, section 2); a window's last position has no next token.
+    """
+    logits = logits_of(model, targets.ids)
+    top = targets.tokens.shape[-1]
+    log_probabilities = targets.log_probabilities.to(logits.device).float().view(-1, top)
+    tokens = targets.tokens.to(logits.device).long().view(-1, top)
+    following = targets.ids.to(logits.device).roll(-1, dims=1)
+    share = torch.full_like(following, cross_entropy, dtype=torch.float32)
+    share[:, -1] = 0
+    loss: Tensor = cast(Any, _Divergence).apply(
+        logits, log_probabilities, tokens, following.view(-1, 1), share.view(-1, 1)
+    )
+    return loss
+
+
+def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return the logits [S T, vocabulary] of windows [S, T], in 16-bit products where they pay."""
+    with mixed(model):
+        logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
+    return logits.flatten(0, 1)
+
+
+class _Divergence(torch.autograd.Function):
+    """Mean over positions of the coarse KL and the cross-entropy, without float32 logits.
+
+    With t, T the dense model's probabilities of the top tokens and of all others together, p, P the
+    student's, and s the share of the cross-entropy with the token y that follows:
+    (1 - s) (Σ t log(t / p) + T log(T / P)) - s log p_y. Its gradient is p - (1 - s) t at a top
+    token and p (1 - (1 - s) T / P) at any other, at y less s.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, log_t: Tensor, tokens: Tensor, following: Tensor, share: Tensor
+    ) -> Tensor:
+        totals = torch.cat([_wide(part).logsumexp(-1, keepdim=True) for part in logits.split(ROWS)])
+        log_p = logits.gather(-1, tokens).to(totals) - totals  # [n, k]
+        t, rest_t, kept = log_t.exp(), _rest(log_t), (1 - share).to(totals)
+        ratio = rest_t / _rest(log_p)
+        ctx.save_for_backward(
+            logits, totals, tokens, log_p.exp() - kept * t, 1 - kept * ratio, following, share
+        )
+        losses = (t * (log_t - log_p)).sum(-1, keepdim=True) + rest_t * ratio.log()
+        log_y = logits.gather(-1, following).to(totals) - totals
+        return (kept * losses - share * log_y).mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, totals, tokens, top, others, following, share = ctx.saved_tensors
+        gradient, scale = torch.empty_like(logits), grad / len(logits)
+        for start in range(0, len(logits), ROWS):
+            part = slice(start, start + ROWS)
+            found = (_wide(logits[part]) - totals[part]).exp_().mul_(others[part] * scale)
+            found.scatter_(-1, tokens[part], top[part] * scale)
+            gradient[part] = found.scatter_add_(
+                -1, following[part], (-scale * share[part]).to(found)
+            )
+        return gradient, None, None, None, None
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _rest(log_probabilities: Tensor) -> Tensor:
+    """Return what the top tokens leave to the others: [n, k] -> [n, 1]."""
+    return (1 - log_probabilities.exp().sum(-1, keepdim=True)).clamp(min=LEAST_MASS)
+
+
+def _most_probable(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    embeddings: Any = model.get_input_embeddings()
+    found, top = [], min(TOP, int(embeddings.num_embeddings) - 1)
+    for part in ids.split(max(1, PART_TOKENS // ids.shape[1])):
+        logits = logits_of(model, part).float()
+        values, tokens = logits.topk(top)
+        values -= logits.logsumexp(-1, keepdim=True)
+        found.append((values.half().cpu(), tokens.int().cpu()))
+    return {
+        "log_probabilities": torch.cat([v for v, _ in found]).view(*ids.shape, top),
+        "tokens": torch.cat([t for _, t in found]).view(*ids.shape, top),
+    }

@@ -1,0 +1,3 @@
+"""The one version, of both packages."""
+
+__version__ = "0.1.0"

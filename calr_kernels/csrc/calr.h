@@ -1,0 +1,79 @@
+// The C interface of the native kernel: what the binding in Python calls with ctypes.
+//
+// Arrays are contiguous. Types of elements: 0 float32, 1 bfloat16, 2 float16. In linear layers x, y and
+// biases have x_type, all weights weight_type. Accumulation is in float32, in a fixed order: the same
+// bits for any number of threads. Memory that cannot be had ends the process.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// One linear layer [n, K]: y = up (down x) + corrective_up (corrective_down x) + bias. With pivots, the
+// outputs `pivots` are down x itself, up gives the others, and there is no corrective. r == 0: dense.
+typedef struct calr_layer {
+  const void* down;             // [r, K]
+  const void* up;               // [n, r]; with pivots [n - r, r]; dense [n, K]
+  const void* corrective_down;  // [c, K]
+  const void* corrective_up;    // [n, c]
+  const void* bias;             // [n] or null
+  const int32_t* pivots;        // [r] or null
+  const int32_t* others;        // [n - r], ascending: the outputs that are not pivots
+  int64_t n;
+  int64_t r;
+  int64_t c;  // 0: no corrective
+} calr_layer;
+
+// Returns the instruction set in use: 0 scalar, 1 AVX2, 2 AVX-512.
+int32_t calr_isa(void);
+
+// Use another instruction set from now on. Returns 0, or -1 for one that this machine lacks.
+int32_t calr_select_isa(int32_t isa);
+
+// ys[i] [M, n_i] = layers[i] of x [M, K], i below count.
+void calr_linears(const void* x, const calr_layer* layers, int64_t count, void* const* ys, int64_t m,
+                  int64_t k, int32_t x_type, int32_t weight_type, int32_t threads);
+
+// y [M, n] = one layer of x [M, K], given by its parts, its `others` found here. Returns 0, or -1 for a
+// pivot outside [0, n) or given twice.
+int32_t calr_lowrank_linear(const void* x, const void* down, const void* up, const int32_t* pivots,
+                            const void* bias, const void* corrective_down, const void* corrective_up,
+                            void* y, int64_t m, int64_t k, int64_t n, int64_t r, int64_t c,
+                            int32_t x_type, int32_t weight_type, int32_t threads);
+
+// y [M, n_2] = layers[2] of act(layers[0] x) * layers[1] x, x [M, K]: a gated feed-forward block. Every
+// intermediate rounds to x's type where separate operations would. activation: 0 SiLU, 1 GELU by tanh.
+void calr_gated(const void* x, const calr_layer* layers, void* y, int64_t m, int64_t k,
+                int32_t activation, int32_t x_type, int32_t weight_type, int32_t threads);
+
+// Write into others [n - r] the outputs below n that are not among pivots [r], ascending. Returns 0, or
+// -1 for a pivot outside [0, n) or given twice.
+int32_t calr_complement(const int32_t* pivots, int32_t* others, int64_t n, int64_t r);
+
+// y [M, n]: t [M, r] at the columns pivots [r], rest [M, n - r] at the others in ascending order, for
+// elements of 2 or 4 bytes. Returns 0, or -1 for a pivot outside [0, n) or given twice.
+int32_t calr_interleave(const void* t, const void* rest, const int32_t* pivots, void* y, int64_t m,
+                        int64_t n, int64_t r, int32_t element_size, int32_t threads);
+
+// y [M, K] = weight [K] * x / sqrt(mean(x^2) + epsilon) by rows, x [M, K]: what the weight multiplies is
+// rounded first. All of one type.
+void calr_rms_norm(const void* x, const void* weight, void* y, int64_t m, int64_t k, float epsilon,
+                   int32_t type, int32_t threads);
+
+// In place: every head [d] of x [M, heads, d] turned by the angles of cosines and sines, whose rows [d]
+// lie `stride` elements apart: x * cos + (-second half, first half) * sin. Products round where separate
+// operations would. All of one type.
+void calr_rotate(void* x, const void* cosines, const void* sines, int64_t m, int64_t heads, int64_t d,
+                 int64_t stride, int32_t type);
+
+// y [B, heads * group, d] = softmax(scale * q keys') values: one query a head, q as y, and `group` of
+// them to one of keys and values [B, heads, count, d]. All of one type.
+void calr_attend(const void* q, const void* keys, const void* values, void* y, int64_t b,
+                 int64_t heads, int64_t group, int64_t count, int64_t d, float scale, int32_t type,
+                 int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,158 @@
+"""When a faster way may be taken: three questions, asked nowhere else.
+
+May a weight be read past its module (`readable`, `unhooked`)? Is anybody watching the operations
+(`watched`)? Does a kernel take these tensors (`native`, `native_norm`, `native_interleave`,
+`triton`)? Who answers yes promises that nothing changes but the speed.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from calr_kernels import gpu
+from calr_kernels.layout import Factors
+from calr_kernels.native import TYPES, library
+
+PLAIN = (Tensor, nn.Parameter)
+# rows of x above which torch's products are faster (bench/kernels.py; its bfloat16 uses AMX)
+MAX_ROWS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16}
+
+
+class Replacement:
+    """Base of a forward that stands before a module's own and computes the same, faster."""
+
+
+def is_plain(x: Tensor) -> bool:
+    """Tell whether a tensor has its numbers at its address: no subclass, not sparse, not nested."""
+    return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested
+
+
+def readable(x: Tensor, bias: Tensor | None, *weights: Tensor | None) -> bool:
+    """Tell whether weights may be read without their module: plain parameters where x is, of its
+    type, with nothing that acts on operations (a wrapped x, autocast)."""
+    for weight in weights:
+        if (
+            type(weight) is not nn.Parameter
+            or weight.device != x.device
+            or weight.dtype is not x.dtype
+        ):
+            return False
+    return (
+        (bias is None or (bias.dtype is x.dtype and bias.device == x.device))
+        and is_plain(x)
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Tell whether a call of a module does nothing but its forward: offloading, tensor parallelism
+    and adapters act by hooks, or by a forward of their own."""
+    forward = module.__dict__.get("forward")
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or not (forward is None or isinstance(forward, Replacement))
+    )
+
+
+def watched() -> bool:
+    """Tell whether somebody follows the operations, and would not see a kernel called directly:
+    torch.compile, torch.jit.trace, make_fx and other dispatch modes, forward-mode differentiation
+    and the transforms of torch.func.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or transformed()
+    )
+
+
+def transformed() -> bool:
+    """Tell whether forward-mode differentiation or a transform of torch.func is at work."""
+    return bool(
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+# torch.compiler.assume_constant_result does this, but would load all of torch._dynamo here
+vars(transformed)["_dynamo_marked_constant"] = True
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Tell whether autograd wants to follow these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def native(x: Tensor, layer: Factors, in_features: int | None = None) -> bool:
+    """Tell whether the native kernel computes a layer of x: few rows, plain CPU tensors.
+
+    Weights share one type; x has it too, or is float32. in_features: of what the layer gets, where
+    that is not x itself. Written out, since it runs at every call.
+    """
+    up, down, pivots, bias = layer
+    kind = up.dtype
+    return (
+        kind in TYPES
+        and (x.dtype is kind or x.dtype is torch.float32)
+        and x.is_cpu
+        and x.dim() > 0
+        and layer.in_features == (in_features or x.shape[-1])
+        and 0 < x.numel() <= MAX_ROWS[kind] * x.shape[-1]
+        and is_plain(x)
+        and _native_weight(up)
+        and (down is None or (down.dtype is kind and down.shape[0] > 0 and _native_weight(down)))
+        and (bias is None or bias.is_contiguous())
+        and (pivots is None or pivots.is_contiguous())
+        and library() is not None
+    )
+
+
+def _native_weight(weight: Tensor) -> bool:
+    return type(weight) in PLAIN and weight.is_cpu and weight.is_contiguous()
+
+
+def native_norm(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether the native kernel computes an RMS norm, no slower than torch, of readable
+    tensors."""
+    return (
+        x.is_cpu
+        and x.dim() > 0
+        and x.shape[-1:] == weight.shape
+        and x.dtype in TYPES
+        and x.numel() > 0
+        and (x.dtype is not torch.float16 or x.numel() <= MAX_ROWS[x.dtype] * x.shape[-1])
+        and weight.is_contiguous()
+        and library() is not None
+    )
+
+
+def native_interleave(t: Tensor, rest: Tensor, pivots: Tensor) -> bool:
+    """Tell whether the native kernel puts two products' outputs in their places."""
+    return (
+        not watched()
+        and t.is_cpu
+        and t.dtype in TYPES
+        and rest.dtype is t.dtype
+        and pivots.dtype is torch.int32
+        and pivots.is_cpu
+        and t.numel() > 0
+        and all(map(is_plain, (t, rest, pivots)))
+        and not needs_gradients(t, rest)
+        and library() is not None
+    )
+
+
+def triton(x: Tensor, *weights: Tensor) -> bool:
+    """Tell whether the Triton kernels compute this: plain tensors of one type on a GPU, not
+    empty."""
+    return (
+        x.is_cuda
+        and gpu.AVAILABLE
+        and x.dtype in TYPES
+        and x.numel() > 0
+        and type(x) in PLAIN
+        and all(w.dtype is x.dtype and type(w) in PLAIN and w.shape[-1] > 0 for w in weights)
+    )

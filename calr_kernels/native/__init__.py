@@ -1,0 +1,23 @@
+"""The native CPU kernel: a shared library with a C interface (csrc/calr.h), bound with ctypes.
+
+Built by setup.py, so that one binary serves every torch. It runs the fastest instruction set that
+the machine has; CALR_CPU_ISA (scalar, avx2, avx512) forces another. Without the library everything
+works in plain PyTorch, slower for small batches. When it is used is decided in
+`calr_kernels.eligible`.
+"""
+
+from calr_kernels.native.decoder import attend, rms_norm, rotate
+from calr_kernels.native.linears import Bound, interleave, lowrank_linear
+from calr_kernels.native.loader import ISAS, TYPES, library
+
+__all__ = [
+    "ISAS",
+    "TYPES",
+    "Bound",
+    "attend",
+    "interleave",
+    "library",
+    "lowrank_linear",
+    "rms_norm",
+    "rotate",
+]

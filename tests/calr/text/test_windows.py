@@ -1,0 +1,174 @@
+"""Windows of token ids: sources, seeds, BOS, errors."""
+
+import json
+
+import pytest
+import torch
+
+from calr.errors import CalrError
+from calr.testing import byte_tokenizer, tiny_llama
+from calr.text import (
+    calibration_windows,
+    evaluation_windows,
+    hard_wrapped,
+    read_text,
+)
+from calr.text.sources import held_out_topics
+
+TEXT = " ".join(f"word{i}" for i in range(2000))
+
+
+def windows(source, tokenizer=None, samples=6, window=32, seed=0, model=None):
+    tokenizer = tokenizer or byte_tokenizer()
+    return calibration_windows(source, tokenizer, model, samples=samples, window=window, seed=seed)
+
+
+def test_windows_come_from_the_text_and_depend_only_on_the_seed(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    found = windows(path)
+    assert found.shape == (6, 32)
+    assert torch.equal(found, windows(str(path)))
+    assert torch.equal(found, windows([TEXT]))
+    assert not torch.equal(found, windows(path, seed=1))
+    decoded = [byte_tokenizer().decode(row) for row in found]
+    starts = [TEXT.find(text) for text in decoded]
+    assert all(start >= 0 for start in starts)
+    parts = [start * 6 // len(TEXT) for start in starts]
+    assert sorted(parts) == list(range(6))
+    assert parts != sorted(parts)  # any few windows are of the whole text
+
+
+def test_bos_follows_the_tokenizers_rule():
+    plain, with_bos = byte_tokenizer(), byte_tokenizer(add_bos=True)
+    assert (windows([TEXT], plain)[:, 0] != 0).all()
+    found = windows([TEXT], with_bos)
+    assert found.shape == (6, 32)
+    assert (found[:, 0] == 0).all()
+    assert (found[:, 1:] != 0).all()
+    assert (evaluation_windows([TEXT], with_bos, windows=2, window=16)[:, 0] == 0).all()
+
+
+def test_jsonl_fields(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "abc", "body": "xyz"}) for _ in range(3)))
+    assert read_text(path) == "abc\n\nabc\n\nabc"
+    assert read_text(f"{path}#body") == "xyz\n\nxyz\n\nxyz"
+    with pytest.raises(CalrError, match=r"rows.jsonl line 1: .* field 'none'"):
+        read_text(f"{path}#none")
+
+
+def test_several_sources_share_equally(tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 5000)
+    (tmp_path / "b.txt").write_text("b" * 5000)
+    found = windows(f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}", samples=5)
+    decoded = [byte_tokenizer().decode(row)[-1] for row in found]
+    assert sorted(decoded) == ["a", "a", "a", "b", "b"]
+    assert decoded != sorted(decoded)
+
+
+def test_text_sampled_from_the_model_is_reproducible():
+    model = tiny_llama()
+    before = torch.get_rng_state()
+    first = windows("sampled", model=model, samples=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.shape == (3, 32)
+    assert torch.equal(first, windows("sampled", model=model, samples=3))
+
+
+def test_the_default_needs_no_network():
+    assert windows(None, model=tiny_llama(), samples=4).shape == (4, 32)
+
+
+def _fit(tokenizer, text, size):
+    """The first tokens of a text, the last of which is no space."""
+    ids = tokenizer(text).input_ids[: size - 1]
+    return [*ids, *tokenizer("x", add_special_tokens=False).input_ids]
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_hard_wrapping_breaks_lines_between_words_and_keeps_the_text(add_bos):
+    tokenizer = byte_tokenizer(add_bos=add_bos)
+    texts = ["The cat\tsat on the mat. " * 40, "One\n\ntwo. " * 9 + "ünïcode-words " * 60]
+    encoded = [_fit(tokenizer, text, 600) for text in texts]
+    rows = torch.tensor(encoded)
+    wrapped = hard_wrapped(rows, tokenizer)
+    assert wrapped.shape == rows.shape
+    assert torch.equal(wrapped[:, :add_bos], rows[:, :add_bos])
+    for i, (before, after) in enumerate(zip(rows, wrapped, strict=True)):
+        found, lines = (tokenizer.decode(row[add_bos:]) for row in (before, after))
+        assert max(map(len, found.split("\n"))) > 80
+        assert max(map(len, lines.split("\n"))) <= 60 + i
+        assert "".join(found.split()).startswith("".join(lines.split()))
+    assert torch.equal(hard_wrapped(wrapped, tokenizer)[0], wrapped[0])
+
+
+def test_a_window_without_spaces_is_not_wrapped():
+    rows = windows(["x" * 5000], samples=2, window=300)
+    assert torch.equal(hard_wrapped(rows, byte_tokenizer()), rows)
+
+
+def test_a_quarter_of_sampled_text_is_hard_wrapped(monkeypatch):
+    rows = torch.full((9, 200), ord("x") + 2)
+    rows[:, ::10] = ord(" ") + 2
+    monkeypatch.setattr("calr.text.windows.sample_from", lambda *arguments: rows)
+    found = windows("sampled", samples=9, window=200)
+    assert sum(not torch.equal(row, rows[0]) for row in found) == 2
+
+
+def test_evaluation_text_is_never_calibration_text():
+    calibration = set(read_text("builtin").split("\n\n"))
+    held_out = held_out_topics().split("\n\n")
+    assert len(held_out) > 300
+    assert len(calibration) > 3 * len(held_out)
+    assert not calibration & set(held_out)
+
+
+def test_evaluation_windows_are_consecutive():
+    found = evaluation_windows([TEXT], byte_tokenizer(), windows=3, window=16)
+    assert byte_tokenizer().decode(found.flatten()) == TEXT[:48]
+
+
+def test_little_text_warns_and_none_is_refused(caplog):
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    found = windows(["x" * 70])
+    logging.disable_propagation()
+    assert found.shape == (2, 32)
+    assert "gives 2 windows of 32 tokens, not 6" in caplog.text
+    with pytest.raises(CalrError, match="less than one window of 32"):
+        windows([""])
+    with pytest.raises(CalrError, match="window=1: too few tokens"):
+        evaluation_windows([TEXT], byte_tokenizer(add_bos=True), windows=1, window=1)
+    with pytest.raises(CalrError, match="what the model samples"):
+        evaluation_windows("sampled", byte_tokenizer(), windows=1, window=32)
+    with pytest.raises(CalrError, match="not one window of 32"):
+        evaluation_windows(["short"], byte_tokenizer(), windows=1, window=32)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing.txt", "missing.txt: no such file"),
+        ("./nothing", "no such file"),
+        (torch.ones(3), r"calibration ids \[3\]"),
+        (torch.ones(3, 4), "must be integers"),
+    ],
+)
+def test_bad_sources_are_named(source, message):
+    with pytest.raises(CalrError, match=message):
+        windows(source)
+
+
+def test_directories_and_binary_files_are_refused(tmp_path):
+    with pytest.raises(CalrError, match="is a directory"):
+        windows(str(tmp_path))
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CalrError, match="cannot be read as text"):
+        windows(str(tmp_path / "binary.txt"))
+
+
+def test_text_without_a_tokenizer_says_what_to_pass():
+    with pytest.raises(CalrError, match="tokenizer: none was given"):
+        calibration_windows(["a"], None, tiny_llama(), samples=1, window=8, seed=0)
