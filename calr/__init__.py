@@ -62,3 +62,17 @@ def _register(module: Any) -> None:
     from calr.integrations.transformers import register
 
     register()
+
+
+@wrapt.when_imported("peft.tuners.lora.layer")
+def _guard_adapters(module: Any) -> None:
+    from calr.integrations.peft import register_layers
+
+    register_layers(module)
+
+
+@wrapt.when_imported("peft.tuners.tuners_utils")
+def _guard_adapted_models(module: Any) -> None:
+    from calr.integrations.peft import register_models
+
+    register_models(module)

@@ -1,12 +1,15 @@
 """The command line: arguments only, so that --help answers without loading torch."""
 
 import argparse
+import json
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -22,6 +25,8 @@ CALIBRATION = (
     "that every Python carries), or several of these separated by commas, in equal shares."
 )
 
+LISTS = ("--skip", "--tasks")  # options that take several values
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
@@ -29,8 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done; 1: an error that its message tells how to mend; 2: wrong arguments; 130: interrupted.
     """
     parser = build_parser()
-    parsed = parser.parse_args(_config_first(arguments))
+    parsed = parser.parse_args(_lists(_config_first(arguments)))
     _set_up_logging()
+    before = _terminate_as_interrupt()
     try:
         from calr import commands
 
@@ -49,7 +55,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"calr: there is not enough memory: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _terminate_as_interrupt() -> Any:
+    """Have SIGTERM interrupt like Ctrl-C; return what it did before (None outside the main thread:
+    nothing was changed)."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _lists(arguments: list[str]) -> list[str]:
+    """Let lists be typed plainly: --skip '*.0.*' and --tasks arc_easy,piqa."""
+    found: list[str] = []
+    for word in arguments:
+        option, _, value = word.partition("=")
+        if found and found[-1] in LISTS and not word.startswith("["):
+            word = json.dumps(word.split(","))
+        elif option in LISTS and value and not value.startswith("["):
+            word = f"{option}={json.dumps(value.split(','))}"
+        found.append(word)
+    return found
 
 
 def _set_up_logging() -> None:
@@ -66,15 +101,11 @@ def _set_up_logging() -> None:
         own.addHandler(_Stderr())
 
 
-class _Stderr(logging.StreamHandler[TextIO]):
+class _Stderr(logging.Handler):
     """Writes to what is standard error at that moment."""
 
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
 
 
 def _config_first(arguments: Sequence[str] | None) -> list[str]:
@@ -122,6 +153,10 @@ def _loading(parser: ArgumentParser) -> None:
 
 def _weights(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", type=str, default="auto", help="Load weights in this dtype.")
+    _trust(parser)
+
+
+def _trust(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="Run code that comes with the model."
     )
@@ -212,7 +247,7 @@ def _eval(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--window", type=PositiveInt, default=512, help="Tokens in a window.")
     parser.add_argument(
-        "--tasks", type=list[str], default=[], help="lm-eval tasks, e.g. '[arc_easy,piqa]'."
+        "--tasks", type=list[str], default=[], help="lm-eval tasks, e.g. arc_easy,piqa."
     )
     parser.add_argument(
         "--task_data",
@@ -257,6 +292,10 @@ def _generate(parser: ArgumentParser) -> None:
 
 def _inspect(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=str, help="Directory of a compressed checkpoint.")
+    parser.add_argument(
+        "--verify", action="store_true", help="Compare every file with its checksum."
+    )
+    _trust(parser)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from jsonargparse import Namespace
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from calr import benchmark, planning, tables
 from calr.compression import compress_to
@@ -18,10 +19,10 @@ from calr.evaluation import perplexity
 from calr.inference import optimize_for_inference
 from calr.integrations.lm_eval import evaluate, retention
 from calr.integrations.transformers import CalrConfig, replace_with_low_rank
-from calr.model import analyse, check_window, is_compressed, load, load_skeleton
+from calr.model import analyse, check_vocabulary, check_window, is_compressed, load, load_skeleton
 from calr.ranks import report
 from calr.recipe import Recipe
-from calr.storage import size
+from calr.storage import size, verify
 from calr.text import evaluation_windows
 
 LOADING = ("dtype", "device", "trust_remote_code")
@@ -151,21 +152,10 @@ def generate(arguments: Namespace) -> None:
     """Print a continuation of a prompt."""
     model, tokenizer = _load(arguments, arguments.model)
     optimize_for_inference(model)
-    if arguments.chat and not tokenizer.chat_template:
-        raise CalrError(f"{arguments.model}: has no chat template; leave --chat out")
-    if arguments.chat:
-        inputs: Any = tokenizer.apply_chat_template(
-            [{"role": "user", "content": arguments.prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
-    else:
-        inputs = tokenizer(arguments.prompt, return_tensors="pt")
-    if not inputs["input_ids"].numel():
-        raise CalrError("prompt: is empty, and the tokenizer adds no first token; give some text")
+    inputs = _encoded(arguments, tokenizer)
     fed = inputs["input_ids"].shape[1] + arguments.max_new_tokens - 1
     check_window(model, "prompt and max_new_tokens", fed)
+    check_vocabulary(model, "prompt", inputs["input_ids"])
     inputs = inputs.to(model.device)
     torch.manual_seed(arguments.seed)
     sampling = {"do_sample": False}
@@ -173,7 +163,15 @@ def generate(arguments: Namespace) -> None:
         sampling = {"do_sample": True, "temperature": arguments.temperature}
     started = time.monotonic()
     generate: Any = model.generate
-    output = generate(**inputs, max_new_tokens=arguments.max_new_tokens, **sampling)[0]
+    try:
+        output = generate(
+            **inputs, max_new_tokens=arguments.max_new_tokens, tokenizer=tokenizer, **sampling
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise CalrError(
+            f"{arguments.model}: cannot generate as its generation_config.json asks: {error}"
+        ) from error
+    output = getattr(output, "sequences", output)[0]  # a dictionary under return_dict_in_generate
     new = output[inputs["input_ids"].shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
     if arguments.json:
@@ -185,21 +183,51 @@ def generate(arguments: Namespace) -> None:
         print(text if arguments.chat else arguments.prompt + text)
 
 
+def _encoded(arguments: Namespace, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
+    """Turn the prompt into ids [1, T] and their mask; with --chat through the model's template."""
+    try:
+        arguments.prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CalrError("prompt: is not UTF-8 text") from error
+    if arguments.chat and not tokenizer.chat_template:
+        raise CalrError(f"{arguments.model}: has no chat template; leave --chat out")
+    if arguments.chat:
+        try:
+            found: Any = tokenizer.apply_chat_template(
+                [{"role": "user", "content": arguments.prompt}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+        except (TemplateError, ValueError, TypeError, KeyError) as error:
+            raise CalrError(
+                f"{arguments.model}: its chat template refuses one message of the user: {error}"
+            ) from error
+    else:
+        found = tokenizer(arguments.prompt, return_tensors="pt")
+    if not found["input_ids"].numel():
+        raise CalrError("prompt: is empty, and the tokenizer adds no first token; give some text")
+    mask = found.get("attention_mask", torch.ones_like(found["input_ids"]))
+    return BatchEncoding({"input_ids": found["input_ids"], "attention_mask": mask})
+
+
 def inspect(arguments: Namespace) -> None:
     """Print the layers, totals and recipe of a compressed checkpoint, from its config alone."""
     directory = Path(arguments.model)
     if not is_compressed(directory):
         raise CalrError(f"{directory}: is no checkpoint written by calr")
+    verified = {"verified_files": verify(directory)} if arguments.verify else {}
     block = json.loads((directory / "config.json").read_text())["quantization_config"]
     config = CalrConfig(**block)
-    skeleton = load_skeleton(arguments.model, dense=True)
+    trust = arguments.trust_remote_code
+    skeleton = load_skeleton(arguments.model, trust_remote_code=trust, dense=True)
     structure = analyse(skeleton)
     for name, stated in config.layers.items():  # refuses what the model cannot hold
         replace_with_low_rank(skeleton, name, **stated)
     rows = report.rows(structure, config.layers)
     counted = report.totals(structure, config.layers)
     totals = {name: counted[name] for name in ("keep", "removed_of_model", "model_parameters")}
-    totals["bytes"] = size(directory)
+    totals |= {"bytes": size(directory), **verified}
     if arguments.json:
         tables.print_json({"layers": rows, "totals": totals, "recipe": config.recipe})
         return
@@ -222,4 +250,5 @@ def _print_written(arguments: Namespace, results: dict[str, Any], following: str
         return
     tables.print_facts({k: v for k, v in results.items() if k not in ("directory", "bytes")})
     megabytes = f"{results['bytes'] / 1e6:.1f} MB"
-    print(f"written to {results['directory']} ({megabytes} of weights); next: {following}")
+    where = tables.plain(results["directory"])
+    print(f"written to {where} ({megabytes} of weights); next: {tables.plain(following)}")

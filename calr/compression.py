@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calr.elastic import every_rank, fill_unseen
-from calr.errors import CalrError
 from calr.evaluation import measured
 from calr.factoring import factorise
 from calr.integrations.transformers import CalrConfig, attach
@@ -20,12 +19,15 @@ from calr.model import (
     Structure,
     analyse,
     check_finite,
+    check_vocabulary,
     check_window,
     digest,
     evaluating,
     fingerprint,
     load,
     pack,
+    require_same,
+    require_supported,
     set_submodule,
 )
 from calr.ranks import (
@@ -45,6 +47,8 @@ from calr.storage import (
     Store,
     claim,
     destination,
+    finished,
+    locked,
     model_card,
     prepare,
     recipe_yaml,
@@ -83,11 +87,11 @@ def compress(
     'LowRankLinear'
     """
     run = _Compression.of(model, recipe or Recipe(), calibration, tokenizer, elastic)
-    parts = Store()
-    if work is not None:
+    if work is None:
+        return run.run(Store(), statistics)
+    with locked(Path(work) / "lock", str(work)):
         refusal = "holds parts of another run; name another directory or delete it"
-        parts = claim(Path(work), run.key, refusal)
-    return run.run(parts, statistics)
+        return run.run(claim(Path(work), run.key, refusal), statistics)
 
 
 def compress_to(
@@ -119,6 +123,9 @@ def compress_to(
     run = _Compression.of(model, recipe, calibration, tokenizer, elastic)
     summary = {"model": source, "keep": recipe.keep, "method": recipe.method}
     with writing(place):
+        done = None if overwrite else finished(place, run.key)
+        if done is not None:
+            return done | {"bytes": size(place), "directory": str(place)}
         parts = prepare(place, run.key, summary, overwrite=overwrite)
         dense = measured("dense", model, tokenizer, eval_windows, recipe.window)
         run.run(parts, statistics)
@@ -133,7 +140,9 @@ def compress_to(
         options = {"calibration": calibration, "elastic": elastic, "eval_windows": eval_windows}
         made = recipe_yaml(recipe, options | loading)
         command = "calr compress {model} OUTPUT --config recipe.yaml"
-        write(model, tokenizer, place, model_card(source, command, made, results))
+        card = model_card(source, command, made, results)
+        check = partial(require_same, model, trust_remote_code=trust_remote_code)
+        write(model, tokenizer, place, card, key=run.key, results=results, check=check)
     return results | {"bytes": size(place), "directory": str(place)}
 
 
@@ -165,6 +174,7 @@ class _Compression:
         if recipe.allocation == "uniform":
             uniform(budget)
         check_finite(model)
+        require_supported(model, structure)
         return cls(model, recipe, calibration, tokenizer, elastic, structure, budget)
 
     @cached_property
@@ -223,12 +233,7 @@ class _Compression:
             parts.save("calibration", {"ids": windows})
         ids = parts.load("calibration")["ids"]
         check_window(self.model, "window", ids.shape[1])
-        embeddings: Any = self.model.get_input_embeddings()
-        if int(ids.max()) >= embeddings.num_embeddings:
-            raise CalrError(
-                f"calibration ids: {int(ids.max())} is outside the model's vocabulary of "
-                f"{embeddings.num_embeddings}; is it another model's tokenizer?"
-            )
+        check_vocabulary(self.model, "calibration ids", ids)
         return ids
 
     def _statistics(self, ids: Tensor, parts: Store, directory: str | Path | None) -> Statistics:

@@ -1,6 +1,7 @@
 """Elastic models: ordered factors of every layer, cut to any size without calibration data."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,20 @@ from transformers import PreTrainedModel
 from calr.errors import CalrError
 from calr.integrations.transformers import CalrConfig, attach
 from calr.methods import resolve
-from calr.model import analyse, digest, fingerprint, load, load_skeleton, low_rank, set_submodule
+from calr.model import (
+    analyse,
+    digest,
+    fingerprint,
+    load,
+    load_skeleton,
+    low_rank,
+    require_same,
+    set_submodule,
+)
 from calr.progress import progress
 from calr.ranks import Budget, Shape, least_error, report
 from calr.recipe import Recipe
-from calr.storage import destination, model_card, prepare, size, write, writing
+from calr.storage import destination, finished, model_card, prepare, size, write, writing
 from calr_kernels import LowRankLinear
 from calr_kernels.layout import Layout
 
@@ -95,11 +105,16 @@ def resize_to(
     results: dict[str, Any] = dict(report.outcome(structure, config.layers))
     with writing(place):
         key = digest(fingerprint(model), options)
+        done = None if overwrite else finished(place, key)
+        if done is not None:
+            return done | {"bytes": size(place), "directory": str(place)}
         prepare(place, key, {"model": source, "keep": keep}, overwrite=overwrite)
         made = yaml.safe_dump(config.recipe, sort_keys=False)
         command = " ".join(f"--{name} {value}" for name, value in options.items())
         command = f"calr resize {{model}} OUTPUT {command}"
-        write(model, tokenizer, place, model_card(source, command, made, results))
+        card = model_card(source, command, made, results)
+        check = partial(require_same, model, trust_remote_code=trust_remote_code)
+        write(model, tokenizer, place, card, key=key, results=results, check=check)
     return results | {"bytes": size(place), "directory": str(place)}
 
 

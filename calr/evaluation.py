@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calr.errors import CalrError
-from calr.model import check_window
+from calr.model import check_vocabulary, check_window
 from calr.progress import progress
 from calr.text import evaluation_windows
 
@@ -37,6 +37,7 @@ def perplexity(model: PreTrainedModel, ids: Tensor) -> Perplexity:
     """
     if ids.dim() != 2 or ids.shape[1] < 2 or not len(ids):
         raise CalrError(f"evaluation ids {list(ids.shape)}: must be [windows, at least 2 tokens]")
+    check_vocabulary(model, "evaluation ids", ids)
     total = 0.0
     for window in progress(ids.split(2), desc="perplexity", unit="batch"):
         window = window.to(model.device)
@@ -45,7 +46,10 @@ def perplexity(model: PreTrainedModel, ids: Tensor) -> Perplexity:
         nats = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         total += float(nats.double().sum())
     if not math.isfinite(total):
-        raise CalrError("the model's predictions hold NaN or infinity; its weights are damaged")
+        cause = "its weights are damaged"
+        if model.dtype == torch.float16:
+            cause = "they overflow float16: load it with --dtype bfloat16 or float32"
+        raise CalrError(f"the model's predictions hold NaN or infinity; {cause}")
     predicted = ids.shape[0] * (ids.shape[1] - 1)
     mean = total / predicted
     return Perplexity(

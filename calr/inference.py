@@ -76,20 +76,20 @@ class _GatedForward(eligible.Replacement):
     def __init__(self, module: nn.Module) -> None:
         self._module, self._bound = module, native.Bound()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *more: Any, **others: Any) -> Tensor:
         """Apply the block: [..., hidden_size] -> [..., hidden_size]."""
         parts = self._module._modules
         layers: Any = [parts["gate_proj"], parts["up_proj"], parts["down_proj"]]
         act: Any = parts["act_fn"]
         activation = ACTIVATIONS.get(type(act).__name__)
         plain = activation is not None and all(map(eligible.unhooked, [*layers, act]))
-        if plain and _unfollowed():
+        if plain and not more and not others and _unfollowed():
             factors = [_factors(layer, x) for layer in layers[:2]]
             if factors[0] is not None:
                 factors.append(_factors(layers[2], x, factors[0].out_features))
             if None not in factors:
                 return self._bound.gated(x, factors, activation)  # type: ignore[arg-type]
-        result: Tensor = type(self._module).forward(self._module, x)
+        result: Tensor = type(self._module).forward(self._module, x, *more, **others)
         return result
 
 
@@ -177,12 +177,13 @@ class _NormForward(eligible.Replacement):
     def __init__(self, module: nn.Module) -> None:
         self._module = module
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *more: Any, **others: Any) -> Tensor:
         """Apply the norm: [..., hidden_size] -> [..., hidden_size]."""
         weight: Any = self._module._parameters.get("weight")
-        if _unfollowed() and eligible.readable(x, None, weight) and eligible.native_norm(x, weight):
+        alone = not more and not others and _unfollowed()
+        if alone and eligible.readable(x, None, weight) and eligible.native_norm(x, weight):
             return native.rms_norm(x, weight, vars(self._module)["variance_epsilon"])
-        result: Tensor = type(self._module).forward(self._module, x)
+        result: Tensor = type(self._module).forward(self._module, x, *more, **others)
         return result
 
 

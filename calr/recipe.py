@@ -30,7 +30,7 @@ class Recipe:
             influence: its block's influence over the layer's output energy; none: 1. The method
             calr ignores this, since its errors are increases of the loss already.
         rank_step: Ranks are multiples of this.
-        skip: Patterns (fnmatch) of layer names that stay dense; --skip '["*.0.self_attn.*"]'.
+        skip: Patterns (fnmatch) of layer names that stay dense; --skip '*.0.self_attn.*,*.v_proj'.
         samples: Calibration windows for the second moments of the inputs.
         gradient_samples: How many of them also serve the gradient statistics.
         window: Tokens in a calibration window.
@@ -87,6 +87,8 @@ class Recipe:
                 f"keep={self.keep}: must be in (0, 1], the fraction of the decoder's linear "
                 "parameters that is kept"
             )
+        if not 0 <= self.seed < 2**63:
+            raise CalrError(f"seed={self.seed}: must be in [0, 2^63)")
         if isinstance(self.skip, str):
             raise CalrError(f"skip={self.skip!r}: must be a sequence of patterns, not one string")
         for name, least in (

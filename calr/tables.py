@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from calr.integrations.lm_eval import retention
 
@@ -19,14 +20,24 @@ def print_facts(facts: dict[str, Any]) -> None:
     """Print names and values."""
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), _shown(value))
-    Console(width=110).print(table)
+        table.add_row(name.replace("_", " "), Text(_shown(value)))
+    _console(110).print(table)
+
+
+def _console(width: int) -> Console:
+    """Names are data: brackets in them are no markup, nor numbers worth a colour."""
+    return Console(width=width, markup=False, emoji=False, highlight=False)
+
+
+def plain(name: object) -> str:
+    """Return a name in one line, its control characters spelt out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(name))
 
 
 def _shown(value: Any) -> str:
     if type(value) is int:
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else plain(value)
 
 
 def gigabytes(count: float) -> str:
@@ -42,14 +53,14 @@ def print_layers(layers: list[dict[str, Any]]) -> None:
             "" if layer["group"] == layer["name"] else f"with {layer['group'].rpartition('.')[2]}"
         )
         table.add_row(
-            layer["name"],
+            Text(plain(layer["name"])),
             "×".join(map(str, layer["shape"])),
             layer["layout"],
             str(layer["rank"] or ""),
             f"{layer['parameters']:,}",
             group,
         )
-    Console(width=110).print(table)
+    _console(110).print(table)
 
 
 def print_tasks(rows: list[dict[str, Any]]) -> None:
@@ -77,7 +88,7 @@ def print_tasks(rows: list[dict[str, Any]]) -> None:
         table.add_row(
             "average", "", "", *means, f"{kept['retention']:.3f}", f"{kept['above_chance']:.3f}"
         )
-    Console(width=120).print(table)
+    _console(120).print(table)
 
 
 def print_speeds(rows: list[dict[str, Any]], rounds: int) -> None:
@@ -87,7 +98,7 @@ def print_speeds(rows: list[dict[str, Any]], rounds: int) -> None:
     for row in rows:
         speeds = [row[kind] for kind in kinds]
         table.add_row(
-            Path(row["model"]).name,
+            Text(plain(Path(row["model"]).name)),
             f"{row['parameters']:,}",
             gigabytes(row["weight_bytes"]),
             row["dtype"],
@@ -96,7 +107,7 @@ def print_speeds(rows: list[dict[str, Any]], rounds: int) -> None:
     if len(rows) == 2:
         ratios = [rows[0][kind]["median"] / rows[1][kind]["median"] for kind in kinds]
         table.add_row("first ÷ second", "", "", "", *(f"{ratio:.2f}" for ratio in ratios))
-    Console(width=120).print(table)
+    _console(120).print(table)
     print(f"medians (slowest-fastest) of {rounds} rounds, {rows[0]['threads']} threads")
 
 

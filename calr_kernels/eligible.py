@@ -23,8 +23,15 @@ class Replacement:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Tell whether a tensor has its numbers at its address: no subclass, not sparse, not nested."""
-    return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested
+    """Tell whether a tensor has its numbers at its address: no subclass, not sparse, not nested, no
+    view that negates, and storage that was not freed."""
+    return (
+        type(x) in PLAIN
+        and x.layout is torch.strided
+        and not x.is_nested
+        and not x.is_neg()
+        and (x.numel() == 0 or x.data_ptr() != 0)
+    )
 
 
 def readable(x: Tensor, bias: Tensor | None, *weights: Tensor | None) -> bool:
@@ -111,7 +118,13 @@ def native(x: Tensor, layer: Factors, in_features: int | None = None) -> bool:
 
 
 def _native_weight(weight: Tensor) -> bool:
-    return type(weight) in PLAIN and weight.is_cpu and weight.is_contiguous()
+    return (
+        type(weight) in PLAIN
+        and weight.is_cpu
+        and weight.is_contiguous()
+        and not weight.is_neg()
+        and (weight.numel() == 0 or weight.data_ptr() != 0)
+    )
 
 
 def native_norm(x: Tensor, weight: Tensor) -> bool:

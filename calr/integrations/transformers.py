@@ -5,14 +5,18 @@ names every factored layer, its layout and rank; the modules are built from that
 before the weights are read.
 """
 
+import itertools
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -60,6 +64,8 @@ class CalrConfig(QuantizationConfigMixin):
         self.quant_method: Any = quant_method
         self.format_version = format_version
         self.layers = layers
+        if recipe is not None and not isinstance(recipe, dict):
+            raise CalrError(f"config.json: the recipe is {recipe!r}, must be an object")
         self.recipe = recipe or {}
         if errors is not None:
             _check_errors(errors, layers)
@@ -80,8 +86,12 @@ def _check_errors(errors: Any, layers: Iterable[str]) -> None:
         raise CalrError("config.json: quantization_config.errors must map names to lists")
     for name in {*layers, *errors}:
         curve = errors.get(name)
-        if not isinstance(curve, list) or not all(isinstance(x, float | int) for x in curve):
+        if not isinstance(curve, list) or not all(
+            type(x) in (float, int) and 0 <= x < math.inf for x in curve
+        ):
             raise CalrError(f"config.json: the errors of layer {name} must be a list of numbers")
+        if any(later > earlier for earlier, later in itertools.pairwise(curve)):
+            raise CalrError(f"config.json: the errors of layer {name} must fall with the rank")
 
 
 class CalrQuantizer(HfQuantizer):
@@ -202,20 +212,21 @@ def _wildcard(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _check_files(model: nn.Module, files: list[str], layers: Iterable[str]) -> None:
+def _check_files(model: PreTrainedModel, files: list[str], layers: Iterable[str]) -> None:
     """Compare names and shapes on disk with the modules built from config.json.
 
     transformers itself only warns about a missing tensor and initialises it at random.
     """
+    expected: dict[str, Tensor] = model.state_dict()
     found: dict[str, tuple[str, list[int]]] = {}
+    renamed = _renaming(model, expected)
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 (no iterator)
-                    found[key] = (file, opened.get_slice(key).get_shape())
+                    found[renamed(key)] = (file, opened.get_slice(key).get_shape())
         except (SafetensorError, OSError) as error:
             raise CalrError(f"{file}: damaged or truncated ({error}); copy it again") from error
-    expected: dict[str, Tensor] = model.state_dict()
     optional = set(getattr(model, "all_tied_weights_keys", None) or {})
     patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or []
     for key, tensor in expected.items():
@@ -234,8 +245,23 @@ def _check_files(model: nn.Module, files: list[str], layers: Iterable[str]) -> N
             raise CalrError(f"{key}: in {file}, but config.json lists no layer that it belongs to")
 
 
+def _renaming(model: Any, expected: dict[str, Tensor]) -> Callable[[str], str]:
+    """Return what transformers calls, in a model, a tensor of a name on disk.
+
+    Some families have other names there (GPT-NeoX, text models of multimodal checkpoints).
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    prefix = getattr(model, "base_model_prefix", None)
+    return lambda key: rename_source_key(key, renamings, [], prefix, expected)[0]
+
+
 def _check_loaded(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> None:
-    """Check pivots, and refuse what tensor parallelism cannot shard."""
+    """Check factors and pivots, and refuse what tensor parallelism cannot shard."""
+    for name in layers:
+        for factor, parameter in model.get_submodule(name).named_parameters():
+            if parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
+                raise CalrError(f"{name}.{factor}: holds NaN or infinity; the file is damaged")
     parallel = any(type(p).__name__ == "DTensor" for p in model.parameters())
     pivoted = [name for name, layer in layers.items() if layer["layout"] == "pivoted"]
     if parallel and pivoted:
@@ -250,9 +276,13 @@ def _check_loaded(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> 
         pivots = layer.get_buffer("pivots")
         if pivots.device.type == "meta":
             continue  # offloaded to disk
-        rows, distinct = layer.out_features, set(pivots.tolist())
-        if len(distinct) != pivots.numel() or not distinct <= set(range(rows)):
-            raise CalrError(f"{name}.pivots: not distinct rows below {rows}; the file is damaged")
+        rows, places = layer.out_features, pivots.tolist()
+        ascending = all(a < b for a, b in itertools.pairwise(places))
+        if pivots.dtype != torch.int32 or not ascending or not 0 <= places[0] <= places[-1] < rows:
+            raise CalrError(
+                f"{name}.pivots: not ascending distinct rows below {rows} of type int32; the file "
+                "is damaged"
+            )
 
 
 def _check_row_parallel(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+PRIOR = 1e-4  # energy of an unseen direction of the input, over that of the median input
 ROOT_FLOOR = 1e-9  # relative floor of the eigenvalues in a symmetric root
 
 
@@ -22,6 +23,17 @@ class Moments:
     input: Tensor
     gradient: float | None = None
     output: Tensor | None = None
+
+    def with_prior(self) -> "Moments":
+        """Return them with a little energy in every direction of the input, the same in all.
+
+        What calibration has not seen may still come: without it, to lose such a direction would
+        seem to cost nothing. Where half of the inputs are zero, theirs counts as 1.
+        """
+        typical = float(self.input.diagonal().double().median()) or 1.0
+        prior = PRIOR * typical * torch.eye(len(self.input), dtype=torch.float64)
+        wide = self.input.double() + prior.to(self.input.device)
+        return Moments(wide, self.gradient, self.output)
 
     def to(self, device: torch.device) -> "Moments":
         """Return them on a device."""

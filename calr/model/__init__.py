@@ -3,7 +3,16 @@
 from calr.model.blocks import BlockRunner, checkpointed
 from calr.model.loading import is_compressed, load, load_skeleton, resolve_dtype
 from calr.model.lowrank import balance, low_rank, pack, pivot, two_factor
-from calr.model.structure import Layer, Structure, analyse, check_window, find_blocks
+from calr.model.readback import require_same
+from calr.model.structure import (
+    Layer,
+    Structure,
+    analyse,
+    check_vocabulary,
+    check_window,
+    find_blocks,
+)
+from calr.model.support import require_supported
 from calr.model.swapping import Swapped, evaluating, hooked, requiring, set_submodule
 from calr.model.weights import check_finite, digest, fingerprint, require_finite
 
@@ -15,6 +24,7 @@ __all__ = [
     "analyse",
     "balance",
     "check_finite",
+    "check_vocabulary",
     "check_window",
     "checkpointed",
     "digest",
@@ -29,6 +39,8 @@ __all__ = [
     "pack",
     "pivot",
     "require_finite",
+    "require_same",
+    "require_supported",
     "requiring",
     "resolve_dtype",
     "set_submodule",

@@ -1,12 +1,13 @@
 """Load a causal language model and its tokenizer: hub id, local directory, or GGUF file."""
 
+import contextlib
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,19 +20,8 @@ from transformers import (
 from calr.errors import CalrError
 from calr.integrations.transformers import QUANT_METHOD
 
-# what the libraries below raise for bad paths, devices, memory, configurations and files
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-    ImportError,
-    AssertionError,
-    SafetensorError,
-    AttributeError,
-    StrictDataclassError,
-)
+LONG = 500  # characters, of a message that says too much
+SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # of llama.cpp's splitting
 
 
 def load(
@@ -41,18 +31,49 @@ def load(
 
     source: hub id, directory, directory with one GGUF file, or that file (dequantised on load).
     dtype: "auto" keeps the checkpoint's; or a torch dtype's name. Raises CalrError with the source
-    and the cause when it cannot be loaded.
+    and the cause when it cannot be loaded, and naming a tensor that the files lack, that is left
+    over or that does not fit: transformers itself would put random numbers in its place.
     """
     arguments = _arguments(source) | {"trust_remote_code": trust_remote_code}
     tokenizer_arguments = {k: v for k, v in arguments.items() if k != "quantization_config"}
-    try:
+    placed = {"dtype": resolve_dtype(dtype), "device_map": None if device == "cpu" else device}
+    with _one_sentence(f"{source}: cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments)
-        model = AutoModelForCausalLM.from_pretrained(
-            **arguments, dtype=resolve_dtype(dtype), device_map=None if device == "cpu" else device
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **arguments, **placed, output_loading_info=True
         )
-    except LOADING_ERRORS as error:
-        raise CalrError(f"{source}: cannot be loaded: {error}") from error
+    model: PreTrainedModel = loaded[0]
+    _require_all(source, loaded[1])
     return model.eval(), tokenizer
+
+
+def _require_all(source: str, found: dict[str, Any]) -> None:
+    """Refuse a checkpoint that gave some tensors of the model no value, by transformers' report.
+
+    What may be missing (tied heads, buffers) or left over, by the model's own rules, is not in it.
+    """
+    for what, said in (
+        ("missing_keys", "missing from the checkpoint's files; copy them again"),
+        ("mismatched_keys", "has another shape in the checkpoint's files than config.json needs"),
+        ("unexpected_keys", "in the checkpoint's files, but config.json describes no such tensor"),
+    ):
+        if found.get(what):
+            first = sorted(map(str, found[what]))[0]
+            more = f" (and {len(found[what]) - 1} others)" if len(found[what]) > 1 else ""
+            raise CalrError(f"{source}: {first}{more}: {said}")
+
+
+@contextlib.contextmanager
+def _one_sentence(what: str) -> Iterator[None]:
+    """Turn whatever the libraries below raise for bad files into one sentence."""
+    try:
+        yield
+    except CalrError:
+        raise
+    except Exception as error:  # every kind, for damaged files
+        said = str(error).strip() or type(error).__name__
+        first = said.splitlines()[0] if len(said) > LONG else said  # not a list of all families
+        raise CalrError(f"{what}: {first}") from error
 
 
 def load_skeleton(
@@ -64,18 +85,15 @@ def load_skeleton(
     """
     arguments = _arguments(source) | {"trust_remote_code": trust_remote_code}
     arguments.pop("quantization_config", None)
-    try:
+    with _one_sentence(f"{source}: its configuration cannot be read"), torch.device("meta"):
         config = AutoConfig.from_pretrained(**arguments)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
-            if dense and hasattr(model.config, "quantization_config"):
-                del model.config.quantization_config
-            model.eval()
-            return model
-    except LOADING_ERRORS as error:
-        raise CalrError(f"{source}: its configuration cannot be read: {error}") from error
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
+        if dense and hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.eval()
+    return model
 
 
 def is_compressed(directory: Path) -> bool:
@@ -94,10 +112,21 @@ def _arguments(source: str) -> dict[str, Any]:
         if path.suffix != ".gguf":
             raise CalrError(f"{source}: is a file but no GGUF; name a directory or a hub id")
         files = [path]
+    elif (path / "adapter_config.json").exists():
+        raise CalrError(
+            f"{source}: is a PEFT adapter (adapter_config.json), not a model; merge it into its "
+            "base model first (merge_and_unload) and save that"
+        )
     else:
         if path.is_dir() and (path / ".calr").exists() and not (path / "config.json").exists():
             raise CalrError(f"{source}: holds an unfinished compression; run it again to finish")
         files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
+    split = [file.name for file in files if SPLIT.search(file.name)]
+    if split:
+        raise CalrError(
+            f"{source}: {split[0]} is one part of a split GGUF file; merge the parts with "
+            "llama-gguf-split --merge first"
+        )
     if not files:
         return {"pretrained_model_name_or_path": source}
     if len(files) > 1:

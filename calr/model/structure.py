@@ -77,6 +77,7 @@ def analyse(model: PreTrainedModel, skip: Sequence[str] = ()) -> Structure:
     stacked experts), or whose layers a pattern does not match.
     """
     _refuse_compressed(model)
+    _refuse_adapters(model)
     if model.config.get_text_config(decoder=True) is not model.config:
         raise CalrError(
             f"{type(model).__name__}: is multimodal, which is not supported; load its text model"
@@ -140,6 +141,16 @@ def check_window(model: PreTrainedModel, name: str, tokens: int) -> None:
         raise CalrError(f"{name}={tokens}: the model has {positions} positions; lower it")
 
 
+def check_vocabulary(model: PreTrainedModel, what: str, ids: Tensor) -> None:
+    """Raise CalrError, beginning with what, for token ids that the model has no embedding of."""
+    embeddings: Any = model.get_input_embeddings()
+    if ids.numel() and int(ids.max()) >= embeddings.num_embeddings:
+        raise CalrError(
+            f"{what}: {int(ids.max())} is outside the model's vocabulary of "
+            f"{embeddings.num_embeddings}; is it another model's tokenizer?"
+        )
+
+
 def _refuse_compressed(model: PreTrainedModel) -> None:
     if any(isinstance(module, LowRankLinear) for module in model.modules()):
         raise CalrError("the model is compressed already; start from its dense original")
@@ -153,6 +164,15 @@ def _refuse_compressed(model: PreTrainedModel) -> None:
         raise CalrError(
             f"the model is quantised already ({method}); start from its dense original, or load a "
             "GGUF file with dequantize=True"
+        )
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    adapted = [n for n, m in model.named_modules() if type(m).__module__.startswith("peft.")]
+    if adapted:
+        raise CalrError(
+            f"{adapted[0] or type(model).__name__}: is a PEFT adapter; merge it into the model "
+            "first (merge_and_unload)"
         )
 
 
@@ -174,6 +194,17 @@ def _linears(name: str, blocks: nn.ModuleList) -> dict[str, nn.Linear]:
             "stacked expert weights, not linear layers; mixtures of experts are not supported yet"
         )
     found = {f"{name}.{n}": m for n, m in blocks.named_modules() if type(m) is nn.Linear}
+    derived = {
+        n: m
+        for n, m in blocks.named_modules()
+        if isinstance(m, nn.Linear) and type(m) is not nn.Linear
+    }
+    if sum(m.weight.numel() for m in derived.values()) > UNCOVERED_LIMIT * total:
+        first, module = next(iter(derived.items()))
+        raise CalrError(
+            f"{name}.{first}: {type(module).__name__} is not nn.Linear but a class of its own, "
+            "which calr does not support"
+        )
     owners: dict[int, str] = {}
     for linear, module in found.items():
         other = owners.setdefault(id(module.weight), linear)

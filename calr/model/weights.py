@@ -40,7 +40,14 @@ def check_finite(model: nn.Module) -> None:
         require_finite(parameter.detach(), f"{name}: the values")
 
 
-def require_finite(tensor: Tensor, what: str) -> None:
-    """Raise CalrError, beginning with what, for a NaN or an infinity."""
-    if not bool(torch.isfinite(tensor).all()):
-        raise CalrError(f"{what} hold NaN or infinity; nothing was written. Check the checkpoint")
+def require_finite(tensor: Tensor, what: str, computed: torch.dtype | None = None) -> None:
+    """Raise CalrError, beginning with what, for a NaN or an infinity.
+
+    computed: the dtype of the computation, where it is the result of one.
+    """
+    if bool(torch.isfinite(tensor).all()):
+        return
+    remedy = "Check the checkpoint"
+    if computed == torch.float16:
+        remedy = "They overflow float16: use --dtype bfloat16 or float32"
+    raise CalrError(f"{what} hold NaN or infinity; nothing was written. {remedy}")

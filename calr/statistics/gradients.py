@@ -38,7 +38,9 @@ def gradient_moments(
         for layer in structure.layers
     ]
     hooks.append(
-        model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_())
+        model.get_input_embeddings().register_forward_hook(
+            lambda m, a, out: out.detach().requires_grad_().clone()  # no leaf: it may be changed
+        )
     )
     generator = torch.Generator().manual_seed(seed)
     with hooked(hooks), requiring(model, []), torch.enable_grad():
@@ -49,7 +51,7 @@ def gradient_moments(
             cross_entropy(logits, labels, reduction="sum").backward()
     for layer in structure.layers:
         sums[f"{layer.name}.gradient"] /= layer.out_features
-        require_finite(sums[f"{layer.name}.gradient"], f"{layer.name}: its gradients")
+        require_finite(sums[f"{layer.name}.gradient"], f"{layer.name}: its gradients", model.dtype)
     for block in range(structure.blocks):
         prefix = f"{structure.blocks_name}.{block}."
         chosen = {name: s / ids.numel() for name, s in sums.items() if name.startswith(prefix)}

@@ -38,7 +38,7 @@ def input_moments(model: PreTrainedModel, structure: Structure, ids: Tensor, sto
             hidden = runner.run(block, hidden)
         moments = {group: total / ids.numel() for group, total in sums.items()}
         for group, moment in moments.items():
-            require_finite(moment, f"{group}: its calibration inputs")
+            require_finite(moment, f"{group}: its calibration inputs", model.dtype)
         store.save(f"inputs-{block:04d}", moments)
 
 
@@ -63,7 +63,7 @@ def _accumulate(
 ) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].reshape(-1, args[0].shape[-1])  # [tokens, K]
-        sums[group] = gram(x, sums.get(group))
+        sums[group] = gram(x.float() if x.dtype == torch.float64 else x, sums.get(group))
 
     return hook
 

@@ -1,18 +1,23 @@
 """Files: checkpoints whole or not at all, parts that survive an interruption, model cards."""
 
 from calr.storage.card import model_card, recipe_yaml
-from calr.storage.checkpoint import destination, prepare, size, write, writing
+from calr.storage.checkpoint import destination, finished, prepare, size, write, writing
 from calr.storage.ledger import claim
+from calr.storage.lock import locked
+from calr.storage.manifest import verify
 from calr.storage.store import Store
 
 __all__ = [
     "Store",
     "claim",
     "destination",
+    "finished",
+    "locked",
     "model_card",
     "prepare",
     "recipe_yaml",
     "size",
+    "verify",
     "write",
     "writing",
 ]

@@ -32,7 +32,8 @@ def model_card(source: str, command: str, recipe_yaml: str, results: dict[str, A
         tags=["calr", "low-rank", "compression"],
     )
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in results.items())
-    name = Path(source).name if local else source
+    name = (Path(source).resolve().name if local else source).replace("`", "'")
+    name = "".join(c if c.isprintable() and c not in "<>" else "_" for c in name)
     command = command.format(model=name)
     return ModelCard(
         f"""---

@@ -1,14 +1,16 @@
 """Write a checkpoint whole or not at all, and continue an interrupted run.
 
 An unfinished run lives in DIRECTORY/.calr: its ledger says what it computes, finished parts lie
-beside it. The checkpoint is completed there first. Then an old config.json is deleted and the new
-files are moved up, config.json last: at every instant a directory with a config.json is whole.
+beside it. The checkpoint is completed and checked there first. Then an old config.json goes and the
+new files are moved up, config.json last: at every instant a directory with a config.json is whole.
+A manifest lists the files with their checksums; only what it lists is ever removed.
 """
 
+import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,24 +22,14 @@ from transformers.utils import logging
 
 from calr.errors import CalrError
 from calr.storage.ledger import LEDGER, read_ledger, write_ledger
+from calr.storage.lock import locked
+from calr.storage.manifest import MANIFEST, listed, read_manifest, write_manifest
 from calr.storage.store import Store
 
 WORK = ".calr"
+LOCK = "lock"  # in the work directory: held by the run that is at work there
 MOVING = "moving"  # in the work directory: the checkpoint beside it is being replaced
-CHECKPOINT_FILES = (  # what an old checkpoint leaves behind; other files are not ours to delete
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "pytorch_model*",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "chat_template*",
-    "additional_chat_templates",
-    "README.md",
-)
+KEPT = ".before-calr"  # suffix of a file of somebody else's in whose place a new one goes
 logger = logging.get_logger(__name__)
 
 
@@ -46,29 +38,44 @@ def destination(
 ) -> Path:
     """Return the directory to write to; refuse it before minutes of loading are spent.
 
-    Raises CalrError for the model itself, for statistics inside of it, and as `refuse` does.
+    Raises CalrError for the model itself or a directory around it, for statistics inside of it, and
+    as `refuse` does.
     """
     directory, home = Path(directory), Path(source).resolve()
     home = home.parent if home.is_file() else home
-    if home.exists() and directory.resolve() == home:
-        raise CalrError(f"{directory}: is the model itself; name another directory")
+    if home.exists() and home.is_relative_to(directory.resolve()):
+        itself = directory.resolve() == home
+        where = "is the model itself" if itself else f"holds the model {source}"
+        raise CalrError(f"{directory}: {where}; name another directory")
     if statistics and Path(statistics).resolve().is_relative_to(directory.resolve()):
         raise CalrError(
             f"statistics={statistics}: lies in {directory}, which holds only the checkpoint"
         )
-    refuse(directory, overwrite=overwrite)
+    with one_sentence(directory):
+        refuse(directory, overwrite=overwrite)
     return directory
 
 
 def refuse(directory: Path, *, overwrite: bool) -> None:
     """Raise CalrError when a directory holds anything that a run must not replace.
 
-    A file, anything beside an unfinished run without overwrite or, even with it, something that is
-    no model. Whether the unfinished run is the same one is for `prepare` to judge.
+    A file, a `.calr` that is not ours, an adapter, anything beside an unfinished run without
+    overwrite or, even with it, something that is no model. Whether an unfinished run is the same
+    one is for `prepare` to judge.
     """
+    work = directory / WORK
     if directory.exists() and not directory.is_dir():
         raise CalrError(f"{directory}: is a file; name a directory to write to")
-    if not directory.exists() or (directory / WORK / MOVING).exists():
+    if not directory.exists():
+        return
+    if work.is_symlink() or (work.exists() and not work.is_dir()) or _foreign(work):
+        raise CalrError(f"{work}: is not calr's; move it away or name another directory")
+    if (directory / "adapter_config.json").exists():
+        raise CalrError(
+            f"{directory}: holds an adapter (adapter_config.json), which would be loaded with the "
+            "new model; name another directory"
+        )
+    if (work / MOVING).exists() or _left_behind(directory):
         return
     if all(path.name == WORK for path in directory.iterdir()):
         return
@@ -93,18 +100,33 @@ def prepare(directory: Path, key: str, summary: dict[str, Any], *, overwrite: bo
         if found["key"] == key:
             logger.warning(f"{directory}: continuing the unfinished run found there")
             return Store(work)
-        if not overwrite and {path.name for path in work.iterdir()} - {LEDGER}:
+        if not overwrite and {path.name for path in work.iterdir()} - {LEDGER, LOCK}:
             raise CalrError(
                 f"{directory}: holds an unfinished run of something else ({found['summary']}); "
                 "finish it with the same arguments, name another directory, or pass --overwrite"
             )
     torn = (work / MOVING).exists()  # what lies beside is still ours to replace
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    _clear(work)
+    work.mkdir(parents=True, exist_ok=True)
+    write_ledger(work, key, summary)
     if torn:
         (work / MOVING).touch()
-    write_ledger(work, key, summary)
     return Store(work)
+
+
+def finished(directory: Path, key: str) -> dict[str, Any] | None:
+    """Return the results of a run that was killed only while it cleaned up, and clean up.
+
+    None where there is no such run.
+    """
+    found, work = read_manifest(directory), directory / WORK
+    ledger = read_ledger(work)
+    mine = ledger is None or ledger["key"] == key
+    if found is None or found["key"] != key or (work / MOVING).exists() or not mine:
+        return None
+    _clear(work)
+    results: dict[str, Any] = found["results"]
+    return results
 
 
 def write(
@@ -112,26 +134,63 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     card: ModelCard,
+    *,
+    key: str = "",
+    results: dict[str, Any] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Save model, tokenizer and card in the work directory, then move them into place."""
+    """Save model, tokenizer and card in the work directory, check them, and move them into place.
+
+    check: called with the complete checkpoint; what it raises leaves the directory as it was. key
+    and results go into the manifest.
+    """
     work = directory / WORK
     complete = work / "checkpoint"
-    shutil.rmtree(complete, ignore_errors=True)
+    if complete.exists():
+        shutil.rmtree(complete)
     model.save_pretrained(complete)
     tokenizer.save_pretrained(complete)
     card.save(complete / "README.md")
+    if check is not None:
+        check(complete)
+    write_manifest(complete, key, results or {})
+    new, old = listed(complete), listed(directory)
+    _refuse_shadows(directory, new, old)
     (work / MOVING).touch()
+    _set_aside(directory, set(new) - set(old))
+    write_manifest(directory, "", {}, {*new, *old})  # from now on all of these are ours
     (directory / "config.json").unlink(missing_ok=True)
-    for path in [path for pattern in CHECKPOINT_FILES for path in directory.glob(pattern)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    for path in sorted(complete.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(path, directory / path.name)
-    shutil.rmtree(work)
+    for name in set(old) - set(new):
+        _remove(directory, name)
+    for name in sorted(new, key=lambda name: name.name == "config.json"):
+        (directory / name).parent.mkdir(exist_ok=True)
+        os.replace(complete / name, directory / name)
+    os.replace(complete / MANIFEST, directory / MANIFEST)
+    _flush(directory)
+    (work / MOVING).unlink()
+    _clear(work)
 
 
 @contextmanager
 def writing(directory: Path) -> Iterator[None]:
-    """Turn a full disk and the like into one sentence; what was finished stays for the next run."""
+    """Be the only run at work in a directory, and say a full disk and the like in one sentence.
+
+    What was finished stays for the next run.
+    """
+    work = directory / WORK
+    with one_sentence(directory):
+        try:
+            with locked(work / LOCK, str(directory)):
+                yield
+        finally:
+            for place in (work, directory):  # those that nothing was put into
+                with contextlib.suppress(OSError):
+                    place.rmdir()
+
+
+@contextmanager
+def one_sentence(directory: Path) -> Iterator[None]:
+    """Turn what the file system raises into a CalrError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -151,3 +210,76 @@ def size(directory: Path) -> int:
         for pattern in ("*.safetensors", "*.gguf")
         for path in directory.glob(pattern)
     )
+
+
+def _foreign(work: Path) -> bool:
+    """Tell whether a work directory holds something, but no ledger of ours."""
+    if not work.is_dir() or (work / LEDGER).exists():
+        return False
+    return any(path.name != LOCK and path.suffix != ".tmp" for path in work.iterdir())
+
+
+def _left_behind(directory: Path) -> bool:
+    """Tell whether a run was killed while it cleaned up behind a finished checkpoint."""
+    return (directory / WORK).exists() and read_manifest(directory) is not None
+
+
+def _clear(work: Path) -> None:
+    """Empty and remove a work directory, its ledger last; a lock that is held stays."""
+    if not work.is_dir():
+        return
+    for path in sorted(work.iterdir(), key=lambda path: path.name == LEDGER):
+        if path.name == LOCK:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    with contextlib.suppress(OSError):
+        work.rmdir()
+
+
+def _refuse_shadows(directory: Path, new: list[Path], old: list[Path]) -> None:
+    """Refuse what would come between the new checkpoint and who loads it: weights of somebody
+    else's, and links in the place of folders."""
+    weights = Path("model.safetensors")
+    if weights not in {*new, *old} and (directory / weights).exists():
+        raise CalrError(
+            f"{directory / weights}: was not written by calr and would be loaded instead of the "
+            "new files; move it away or name another directory"
+        )
+    for name in new:
+        if (directory / name).parent.is_symlink() and len(name.parts) > 1:
+            raise CalrError(
+                f"{(directory / name).parent}: is a link; move it away or name another directory"
+            )
+
+
+def _set_aside(directory: Path, names: set[Path]) -> None:
+    """Keep, under another name, files of somebody else's in whose place new ones go."""
+    for name in names:
+        path = directory / name
+        if path.exists() or path.is_symlink():
+            os.replace(path, path.with_name(path.name + KEPT))
+            logger.warning(f"{path}: was not written by calr; kept as {path.name}{KEPT}")
+
+
+def _remove(directory: Path, name: Path) -> None:
+    """Remove a file that the manifest lists, not through a link, and its folder if that is left
+    empty."""
+    path = directory / name
+    if path.parent.is_symlink():
+        return
+    path.unlink(missing_ok=True)
+    if path.parent != directory:
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
+
+
+def _flush(directory: Path) -> None:
+    """Have the names of a directory's files on disk; their data was flushed with the manifest."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

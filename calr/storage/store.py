@@ -1,29 +1,50 @@
 """Named sets of tensors that survive an interruption."""
 
+import hashlib
 import os
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, uint8
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 class Store:
     """Keep sets of tensors by name: in memory, or in a directory of safetensors files.
 
     Files are written under a temporary name, flushed to disk and renamed, so that one that exists
-    is whole.
+    is whole; each carries a checksum. A damaged one is named, once, and counts as absent.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory
         self._memory: dict[str, dict[str, Tensor]] = {}
+        self._checked: set[str] = set()
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
 
     def __contains__(self, name: str) -> bool:
         if self.directory is None:
             return name in self._memory
-        return self._path(name).exists()
+        if name in self._checked:
+            return True
+        path = self._path(name)
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, framework="pt") as opened:
+                written = (opened.metadata() or {}).get("sha256")
+            if written != _checksum(load_file(path)):
+                raise SafetensorError("its checksum is another")
+        except (SafetensorError, OSError) as error:
+            logger.warning(f"{path}: is damaged ({error}); it is made again")
+            path.unlink()
+            return False
+        self._checked.add(name)
+        return True
 
     def load(self, name: str) -> dict[str, Tensor]:
         """Return the tensors saved under a name, on the CPU. Raises KeyError if there are none."""
@@ -39,12 +60,13 @@ class Store:
             return
         temporary = self._path(name).with_suffix(f".{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary)
+            save_file(tensors, temporary, metadata={"sha256": _checksum(tensors)})
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
             temporary.rename(self._path(name))
         finally:
             temporary.unlink(missing_ok=True)
+        self._checked.add(name)
 
     def within(self, name: str) -> "Store":
         """Open a store of other names inside of this one."""
@@ -57,3 +79,12 @@ class Store:
     def _path(self, name: str) -> Path:
         assert self.directory is not None
         return self.directory / f"{name}.safetensors"
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    """Hash names, types, shapes and bytes."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(uint8).numpy().data)
+    return found.hexdigest()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from calr.model import find_blocks
 from calr.progress import progress
 from calr.text.tokens import adds_bos, encode
 
@@ -81,7 +82,17 @@ def hard_wrapped(windows: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 def _sampling_batch(model: PreTrainedModel, window: int) -> int:
     """Return how many windows to sample at once, for a key-value cache of at most 2 GiB."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * heads * size * window * model.dtype.itemsize
-    return int(max(1, min(64, CACHE_BYTES // cache)))
+
+    def stated(name: str) -> int:  # 0: not every family states it, nor for all layers
+        try:
+            value = getattr(config, name, 0)
+        except Exception:  # of a kind of its own, where layers differ
+            value = 0
+        return value if isinstance(value, int) else 0
+
+    embeddings: Any = model.get_input_embeddings()
+    width, heads = int(embeddings.weight.shape[1]), stated("num_attention_heads") or 1
+    row = (stated("num_key_value_heads") or heads) * (stated("head_dim") or width // heads)
+    layers = stated("num_hidden_layers") or len(find_blocks(model)[1])
+    cache = 2 * layers * row * window * model.dtype.itemsize
+    return int(max(1, min(64, CACHE_BYTES // max(1, cache))))

@@ -1,13 +1,13 @@
 """Text from where a user says it is: files, hub data sets, what every Python carries.
 
-A source is a text file, FILE.jsonl or a `datasets` hub id (NAME[:CONFIG][:SPLIT]), the latter two
-with an optional #field (default text); "sampled", text sampled from the model itself, a quarter of
-it hard-wrapped; "builtin", English reference text that every Python installation carries; or
-several of these separated by commas, in equal shares.
+A source is a text file, FILE.jsonl (an object a line), FILE.json (a list of objects) or a
+`datasets` hub id (NAME[:CONFIG][:SPLIT]), all but the first with an optional #field (default text;
+chat messages go through the tokenizer's template); "sampled", text sampled from the model itself, a
+quarter of it hard-wrapped; "builtin", English reference text that every Python installation
+carries; or several of these separated by commas, in equal shares.
 """
 
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,32 +15,45 @@ from pathlib import Path
 from torch import Tensor
 
 from calr.errors import CalrError
+from calr.text.rows import Tokenizer, column_texts, decoded, json_texts
 
 EVALUATION_SHARE = 5  # one in so many paragraphs of the built-in text is kept from calibration
 FILES = {".txt", ".json", ".jsonl", ".md", ".raw", ".tokens", ".text"}  # hub ids have dots, too
 Source = str | Path | Sequence[str] | Tensor
 
 
-def read_text(source: str | Path | Sequence[str]) -> str:
-    """Read a text, jsonl or hub source, or join a list of texts, into one string."""
+def read_text(source: str | Path | Sequence[str], tokenizer: Tokenizer = None) -> str:
+    """Read a text, jsonl, json or hub source, or join a list of texts, into one string.
+
+    tokenizer: whose chat template turns chat messages into text. Raises CalrError naming the
+    source, and the line or row, for what is no text.
+    """
     if not isinstance(source, str | Path):
         return "\n\n".join(source)
     if source == "builtin":
         return calibration_topics()
-    name, _, field = str(source).partition("#")
+    name, field = _split(source)
     path = Path(name)
-    if path.is_dir():
-        raise CalrError(f"{source}: is a directory; name a text or jsonl file")
-    if path.exists():
-        try:
-            if path.suffix == ".jsonl":
-                return "\n\n".join(_jsonl(path, field or "text"))
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CalrError(f"{source}: cannot be read as text: {error}") from error
+    try:
+        if path.is_dir():
+            raise CalrError(f"{source}: is a directory; name a text or jsonl file")
+        if path.exists():
+            if path.suffix in (".jsonl", ".json"):
+                return "\n\n".join(json_texts(path, field or "text", tokenizer))
+            return decoded(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalrError(f"{source}: cannot be read as text: {error}") from error
     if path.suffix in FILES or name.startswith((".", "/")):
         raise CalrError(f"{source}: no such file")
-    return "\n\n".join(_hub(name, field or "text"))
+    return "\n\n".join(_hub(name, field or "text", tokenizer))
+
+
+def _split(source: str | Path) -> tuple[str, str]:
+    """Split FILE#field at its last #, unless all of it is a file's name."""
+    name, _, field = str(source).rpartition("#")
+    if not name or Path(source).exists():
+        return str(source), ""
+    return name, field
 
 
 def calibration_topics() -> str:
@@ -79,27 +92,12 @@ def content_of(source: str | Path | Sequence[str] | None) -> str:
     """Identify text by what its files hold; by name where it is no file (builtin is Python's)."""
     digests = []
     for part in parts_of(source):
-        path = Path(str(part).partition("#")[0])
-        if isinstance(part, str | Path) and path.is_file():
+        if isinstance(part, str | Path) and (path := Path(_split(part)[0])).is_file():
             digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
     return f"{source} {digests} {sys.version_info[:2]}"
 
 
-def _jsonl(path: Path, field: str) -> list[str]:
-    texts = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                texts.append(str(json.loads(line)[field]))
-            except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-                raise CalrError(
-                    f"{path} line {number}: no JSON object with a field {field!r}; name the field "
-                    f"as {path.name}#field"
-                ) from error
-    return texts
-
-
-def _hub(name: str, field: str) -> list[str]:
+def _hub(name: str, field: str, tokenizer: Tokenizer) -> list[str]:
     try:
         import datasets
     except ImportError as error:
@@ -109,7 +107,9 @@ def _hub(name: str, field: str) -> list[str]:
     identifier, config, split = ([*name.split(":"), None, None])[:3]
     try:
         rows = datasets.load_dataset(identifier, config, split=split or "train")
-        return [str(text) for text in rows[field]]
+        return column_texts(rows[field], name, tokenizer)
+    except CalrError:
+        raise
     except Exception as error:  # datasets raises many kinds, all mean the same here
         raise CalrError(f"{name}: neither a file nor a loadable data set: {error}") from error
 

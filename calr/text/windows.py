@@ -77,7 +77,7 @@ def evaluation_windows(
             "text: what the model samples says nothing about other text; name a file, a hub data "
             "set or builtin"
         )
-    text = held_out_topics() if source == "builtin" else read_text(source)
+    text = held_out_topics() if source == "builtin" else read_text(source, tokenizer)
     size = window - adds_bos(tokenizer)
     if size < 1 or window < 2:
         raise CalrError(f"window={window}: too few tokens to predict one; raise it")
@@ -100,7 +100,7 @@ def spread_windows(
     seed: int,
 ) -> Tensor:
     """Take one window from each of `samples` equal parts of the text."""
-    text = read_text(source)
+    text = read_text(source, tokenizer)
     draw = random.Random(seed)
     size = window - adds_bos(tokenizer)
     part = len(text) // samples

@@ -151,7 +151,7 @@ def choose_shift(
 
     choices: list[Tensor | None] = [None]
     for damping in DAMPINGS:
-        ridge = damping * g.diagonal().mean() * eye
+        ridge = damping * (float(g.diagonal().mean()) or 1.0) * eye  # 1: an input that is zero
         choices.append(torch.linalg.solve(g + ridge, (h + ridge).mT).mT)
     errors = [error(eye if shift is None else shift) for shift in choices]
     best = min(range(len(choices)), key=lambda i: errors[i])

@@ -235,3 +235,52 @@ def test_without_a_backward_pass_idle_blocks_get_the_smallest_ranks(ids, monkeyp
     idle = {layer["rank"] for name, layer in layers.items() if ".layers.2." in name}
     assert idle == {2}
     assert len([name for name in layers if ".layers.2." in name]) == 7
+
+
+@pytest.mark.parametrize("elastic", [False, True], ids=["compress", "resize"])
+def test_keep_one_is_the_identity_however_little_was_seen(elastic, ids):
+    """16 tokens where layers have up to 80 inputs: most directions were never seen."""
+    model, few = tiny_llama(), ids[:1, :16]
+    whole = calr.Recipe(keep=1.0, rank_step=2, correction_tokens=0)
+    with torch.no_grad():
+        expected = model(ids).logits
+        if elastic:
+            found = calr.resize(calr.compress(model, whole, calibration=few, elastic=True), 1.0)
+        else:
+            found = calr.compress(model, whole, calibration=few)
+        torch.testing.assert_close(found(ids).logits, expected, rtol=0, atol=5e-5)
+    assert found.config.quantization_config.layers == {}
+
+
+def test_an_elastic_model_is_the_dense_one_however_little_was_seen(ids):
+    recipe = calr.Recipe(keep=1.0, rank_step=2)
+    with torch.no_grad():
+        expected = tiny_llama()(ids).logits
+        found = calr.compress(tiny_llama(), recipe, calibration=ids[:1, :16], elastic=True)
+        assert float((found(ids).logits - expected).norm() / expected.norm()) < 2e-5
+
+
+def test_a_budget_is_used_however_little_was_seen(ids):
+    model = compressed(ids[:1, :16], keep=0.95)
+    assert 0.94 < kept(model) <= 0.95
+    assert error(model, ids) < 0.7  # 1.34 when unseen directions cost nothing
+
+
+def test_a_layer_whose_input_is_zero(ids):
+    """LLaMA-Pro starts blocks whose output is zero."""
+    model = tiny_llama(num_hidden_layers=3)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    recipe = calr.Recipe(keep=0.7, rank_step=2, correction_tokens=0, shifted_inputs=True)
+    assert calr.compress(model, recipe, calibration=ids)(ids).logits.isfinite().all()
+
+
+def test_a_work_directory_serves_one_run_at_a_time(ids, tmp_path):
+    from calr.storage import locked
+
+    recipe = calr.Recipe(keep=0.6, rank_step=2, correction_tokens=0)
+    held = locked(tmp_path / "lock", "another")
+    with held, pytest.raises(CalrError, match="is in use by process"):
+        calr.compress(tiny_llama(), recipe, calibration=ids, work=tmp_path)
+    calr.compress(tiny_llama(), recipe, calibration=ids, work=tmp_path)

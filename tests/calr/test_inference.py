@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn.utils import prune
 from transformers import DynamicCache, StaticCache
@@ -269,3 +270,17 @@ def test_inputs_of_another_width_are_refused():
     for module in (fast.lm_head, fast.model.layers[0].mlp):
         with pytest.raises(RuntimeError):
             module(torch.randn(1, 100))
+
+
+def test_a_norm_with_a_gate_is_left_to_itself():
+    """Mamba2's takes the gate as a second argument."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 96, "state_size": 8}
+    heads = {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8}
+    config = transformers.Mamba2Config(**small, **heads)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    tokens = torch.arange(2, 26).view(2, 12)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        found = optimize_for_inference(model)(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -209,3 +209,29 @@ def test_pivots_written_in_inference_mode_are_used():
     layer.pivots.copy_(torch.tensor([1, 3]))
     expected = nn.functional.linear(x, layer.dense_weight(), layer.bias)
     torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", [1, 40])
+@torch.no_grad()
+def test_tensors_without_numbers_of_their_own(layout, rows):
+    """Views that negate, tensors that are zero without storage: what torch makes of them."""
+    layer, x = LowRankLinear(6, 4, 2, layout), torch.randn(rows, 6)
+    torch.testing.assert_close(layer(torch._neg_view(x)), layer(-x))
+    zero = torch._efficientzerotensor((rows, 6))
+    torch.testing.assert_close(layer(zero), layer(torch.zeros(rows, 6)))
+    layer.weight = nn.Parameter(torch._neg_view(layer.weight.detach()))
+    dense = nn.functional.linear(x, layer.dense_weight(), layer.bias)
+    torch.testing.assert_close(layer(x), dense)
+
+
+@pytest.mark.parametrize("part", ["x", "weight", "down", "bias"])
+@pytest.mark.parametrize("rows", [1, 40])
+@torch.no_grad()
+def test_freed_storage_is_never_read(part, rows):
+    layer, x = LowRankLinear(6, 4, 2), torch.randn(rows, 6)
+    layer(x)
+    freed = {"x": x, "weight": layer.weight, "down": layer.down.weight, "bias": layer.bias}[part]
+    freed.untyped_storage().resize_(0)
+    with pytest.raises((RuntimeError, ValueError)):
+        layer(x)

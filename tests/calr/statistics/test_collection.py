@@ -150,7 +150,7 @@ def test_a_store_never_holds_half_a_file(tmp_path, monkeypatch):
     store = Store(tmp_path)
     store.save("a", {"x": torch.ones(3)})
 
-    def fail(tensors, path):
+    def fail(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

@@ -121,6 +121,12 @@ TAMPERED = {
         "layers.1.input_layernorm.weight: missing from the checkpoint",
     ),
     "new field": (edit_config, lambda c: c.update(format_version=2, x=1), "format_version 2"),
+    "recipe": (edit_config, lambda c: c.update(recipe=9), "the recipe is 9, must be an object"),
+    "nan": (
+        edit_tensors,
+        lambda t: t[f"{NAME}.weight"].view(-1)[3:4].fill_(float("nan")),
+        f"{NAME}.weight: holds NaN or infinity",
+    ),
     "unknown field": (edit_config, lambda c: c.update(x=1), "unknown field 'x'"),
     "extra": (
         edit_tensors,
@@ -157,7 +163,7 @@ def test_impossible_pivots_are_refused(value, saved, tmp_path):
         pivots[0] = pivots[1] if value is None else value
 
     edit_tensors(tmp_path, change)
-    with pytest.raises(CalrError, match=f"{name}.pivots: not distinct rows"):
+    with pytest.raises(CalrError, match=f"{name}.pivots: not ascending distinct rows"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -199,7 +205,7 @@ def test_files_that_are_not_ours_survive(tmp_path):
         prepare(tmp_path, "k", {}, overwrite=False)
     write(tiny_llama(), byte_tokenizer(), tmp_path, CARD)
     assert (tmp_path / "notes.txt").read_text() == (tmp_path / "model.gguf").read_text() == "mine"
-    assert not (tmp_path / "additional_chat_templates").exists()
+    assert (tmp_path / "additional_chat_templates" / "old.jinja").read_text() == "old"
 
 
 def test_a_torn_checkpoint_stays_ours_to_overwrite(tmp_path):
@@ -213,13 +219,17 @@ def test_a_torn_checkpoint_stays_ours_to_overwrite(tmp_path):
 
 
 def test_overwriting_leaves_nothing_of_the_old_checkpoint(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model-00001-of-00002.safetensors").write_text("old")
-    prepare(tmp_path, "k", {}, overwrite=True)
+    chatting = byte_tokenizer()
+    chatting.chat_template = "{{ messages }}"
+    prepare(tmp_path, "first", {}, overwrite=False)
+    write(tiny_llama(), chatting, tmp_path, CARD, key="first")
+    assert (tmp_path / "chat_template.jinja").exists()
+    prepare(tmp_path, "second", {}, overwrite=True)
     assert (tmp_path / "config.json").exists()  # the old one stays until the new one is whole
-    write(tiny_llama(), byte_tokenizer(), tmp_path, CARD)
-    assert not (tmp_path / "model-00001-of-00002.safetensors").exists()
+    write(tiny_llama(), byte_tokenizer(), tmp_path, CARD, key="second")
+    assert not (tmp_path / "chat_template.jinja").exists()
     assert not (tmp_path / ".calr").exists()
+    assert not list(tmp_path.glob("*.before-calr"))
     assert AutoTokenizer.from_pretrained(tmp_path)("a").input_ids == [66]
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.hidden_size == 32
 

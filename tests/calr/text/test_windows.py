@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from calr.errors import CalrError
 from calr.testing import byte_tokenizer, tiny_llama
@@ -12,6 +13,7 @@ from calr.text import (
     evaluation_windows,
     hard_wrapped,
     read_text,
+    sample_from,
 )
 from calr.text.sources import held_out_topics
 
@@ -172,3 +174,34 @@ def test_directories_and_binary_files_are_refused(tmp_path):
 def test_text_without_a_tokenizer_says_what_to_pass():
     with pytest.raises(CalrError, match="tokenizer: none was given"):
         calibration_windows(["a"], None, tiny_llama(), samples=1, window=8, seed=0)
+
+
+@pytest.mark.parametrize("family", ["Gemma4TextConfig", "MambaConfig"])
+def test_families_that_state_less_sample_text_too(family):
+    """No attribute of a configuration is assumed: Gemma 4's head_dim differs by layer."""
+    options = {
+        "hidden_size": 32,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "vocab_size": 258,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    options |= {
+        "Gemma4TextConfig": {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "vocab_size_per_layer_input": 258,
+            "hidden_size_per_layer_input": 8,
+            "num_kv_shared_layers": 0,
+        },
+        "MambaConfig": {"state_size": 4},
+    }[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, family)(**options)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert sample_from(model, byte_tokenizer(), 3, 16, 0).shape == (3, 16)

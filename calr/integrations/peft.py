@@ -1,0 +1,94 @@
+"""Adapters on top of low-rank layers: what PEFT would get wrong is refused or put right.
+
+PEFT takes a low-rank layer for an `nn.Linear` whose `weight` is the dense matrix. Training an
+adapter beside it needs no such thing; merging one, and starting one from the weight, do. Registered
+as soon as PEFT's LoRA is imported.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from calr.errors import CalrError
+from calr_kernels import LowRankLinear
+
+READ_WEIGHT = (  # ways to start an adapter that read or change the base weight
+    "pissa_init",
+    "olora_init",
+    "mica_init",
+    "corda_init",
+    "loftq_init",
+    "lora_ga_init",
+)
+
+
+MERGE = (
+    "an adapter cannot be merged into a low-rank layer; keep it beside the model, or call "
+    "dequantize() on the model before the adapter is added"
+)
+
+
+def register_layers(module: Any) -> None:
+    """Guard peft.tuners.lora.layer: no merge into, and no start from, half of a weight."""
+    _guard(module.Linear, "merge", MERGE)
+    for name in READ_WEIGHT:
+        if hasattr(module.LoraLayer, name):
+            _guard(
+                module.LoraLayer,
+                name,
+                f"{name.removesuffix('_init')} starts an adapter from the dense weight, which a "
+                "low-rank layer does not hold; use init_lora_weights=True, or call dequantize() on "
+                "the model before",
+            )
+
+
+def register_models(module: Any) -> None:
+    """Guard peft.tuners.tuners_utils: refuse a merge before any layer is merged, and let
+    target_modules="all-linear" mean whole low-rank layers."""
+    for name in ("_unload_and_optionally_merge", "merge_adapter"):
+        if hasattr(module.BaseTuner, name):
+            _guard_model(module, name)
+    _without_inner(module)
+
+
+def _guard_model(module: Any, name: str) -> None:
+    original: Callable[..., Any] = getattr(module.BaseTuner, name)
+
+    @functools.wraps(original)
+    def guarded(self: Any, *args: Any, merge: bool = True, **kwargs: Any) -> Any:
+        adapted = [m for m in self.model.modules() if isinstance(m, module.BaseTunerLayer)]
+        if merge and any(isinstance(m.get_base_layer(), LowRankLinear) for m in adapted):
+            raise CalrError(MERGE)
+        given = {} if name == "merge_adapter" else {"merge": merge}
+        return original(self, *args, **given, **kwargs)
+
+    setattr(module.BaseTuner, name, guarded)
+
+
+def _without_inner(module: Any) -> None:
+    name = "_maybe_include_all_linear_layers"
+    original: Callable[..., Any] | None = getattr(module, name, None)
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def without_inner(config: Any, model: Any) -> Any:
+        result = original(config, model)
+        if isinstance(getattr(result, "target_modules", None), set):
+            layers = [n for n, m in model.named_modules() if isinstance(m, LowRankLinear)]
+            result.target_modules -= {f"{layer}.down" for layer in layers}
+        return result
+
+    setattr(module, name, without_inner)
+
+
+def _guard(owner: Any, name: str, message: str) -> None:
+    original: Callable[..., Any] = getattr(owner, name)
+
+    @functools.wraps(original)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.get_base_layer(), LowRankLinear):
+            raise CalrError(message)
+        return original(self, *args, **kwargs)
+
+    setattr(owner, name, guarded)

@@ -1,0 +1,71 @@
+"""LoRA on top of low-rank layers: trains; what PEFT would get wrong is refused or put right."""
+
+import copy
+
+import peft
+import pytest
+import torch
+
+import calr
+from calr.errors import CalrError
+from calr.testing import tiny_llama
+from calr_kernels import LowRankLinear
+
+KINDS = ["elastic", "pivoted", "two_factor"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request, ids):
+    layout = "two_factor" if request.param == "two_factor" else "pivoted"
+    recipe = calr.Recipe(keep=0.7, rank_step=2, correction_tokens=0, layout=layout)
+    elastic = request.param == "elastic"
+    return calr.compress(tiny_llama(), recipe, calibration=ids, elastic=elastic)
+
+
+def adapted(model, **options):
+    settings = {"r": 2, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
+    return peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**(settings | options)))
+
+
+def test_merging_is_refused_in_one_sentence_and_changes_nothing(model, ids):
+    on_top = adapted(model)
+    with torch.no_grad():
+        for name, p in on_top.named_parameters():
+            p.add_(0.05 if "lora_B" in name else 0)
+        before = on_top(ids).logits
+        with pytest.raises(CalrError, match=r"cannot be merged into a low-rank layer.*dequantize"):
+            on_top.merge_and_unload()
+        assert torch.equal(on_top(ids).logits, before)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_starts_from_the_dense_weight_are_refused(start, model):
+    with pytest.raises(CalrError, match=f"{start} starts an adapter from the dense weight"):
+        adapted(model, init_lora_weights=start)
+
+
+def test_all_linear_means_whole_layers(model, ids):
+    on_top = adapted(model, target_modules="all-linear")
+    with torch.no_grad():
+        torch.testing.assert_close(on_top(ids).logits, model(ids).logits)
+    wrapped = {n for n, m in on_top.named_modules() if isinstance(m, peft.tuners.lora.Linear)}
+    assert not [name for name in wrapped if name.endswith(".down")]
+    layers = [m for m in on_top.modules() if isinstance(m, LowRankLinear)]
+    assert len(wrapped) >= len(layers) > 0
+
+
+def test_after_dequantize_merging_is_right(model, ids):
+    dense = copy.deepcopy(model).dequantize()
+    on_top = adapted(dense)
+    with torch.no_grad():
+        for name, p in on_top.named_parameters():
+            p.add_(0.05 if "lora_B" in name else 0)
+        before = on_top(ids).logits
+        torch.testing.assert_close(
+            on_top.merge_and_unload()(ids).logits, before, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_dense_model_is_not_touched(ids):
+    on_top = adapted(tiny_llama(), init_lora_weights="pissa")
+    assert on_top.merge_and_unload()(ids).logits.isfinite().all()

@@ -1,0 +1,251 @@
+"""Files are safe: checksums, one run at a time, nothing of somebody else's is removed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+import calr
+from calr.errors import CalrError
+from calr.storage import Store, finished, locked, prepare, verify, write, writing
+from calr.storage.manifest import MANIFEST, listed
+from calr.testing import byte_tokenizer, tiny_llama
+
+CARD = ModelCard("---\n{}\n---\n")
+RECIPE = calr.Recipe(
+    keep=0.6, rank_step=2, samples=6, gradient_samples=2, window=32, correction_tokens=0
+)
+OPTIONS = {"calibration": "builtin", "eval_windows": 0}
+
+
+def compress(source, directory, **options):
+    return calr.compress_to(str(source), directory, RECIPE, **(OPTIONS | options))
+
+
+def weights(directory):
+    return (directory / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "cut", "empty", "foreign"])
+def test_a_damaged_part_is_named_and_made_again(damage, tmp_path, caplog):
+    from transformers.utils import logging
+
+    Store(tmp_path).save("a", {"x": torch.ones(100)})
+    path = tmp_path / "a.safetensors"
+    data = path.read_bytes()
+    head = 8 + int.from_bytes(data[:8], "little")
+    path.write_bytes(
+        {
+            "zeroed": data[:head] + bytes(len(data) - head),
+            "cut": data[:50],
+            "empty": b"",
+            "foreign": (8).to_bytes(8, "little") + b"{}      ",
+        }[damage]
+    )
+    store = Store(tmp_path)
+    logging.enable_propagation()
+    assert "a" not in store
+    logging.disable_propagation()
+    assert "a.safetensors: is damaged" in caplog.text
+    store.save("a", {"x": torch.zeros(2)})
+    assert torch.equal(Store(tmp_path).load("a")["x"], torch.zeros(2))
+
+
+@pytest.mark.parametrize("name", ["curvature-0001", "inputs-0000", "errors-calr-gradient"])
+def test_damaged_statistics_are_collected_again_to_the_same_bits(name, source, tmp_path):
+    compress(source, tmp_path / "a", statistics=tmp_path / "s")
+    path = tmp_path / "s" / f"{name}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-20:] = bytes(20)
+    path.write_bytes(data)
+    compress(source, tmp_path / "b", statistics=tmp_path / "s")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_the_second_run_says_who_holds_the_directory(tmp_path):
+    held = f"out: is in use by process {os.getpid()} on"
+    with locked(tmp_path / "lock", "out"):
+        for _ in range(2):  # the first still holds it
+            with pytest.raises(CalrError, match=held), locked(tmp_path / "lock", "out"):
+                pass
+    with locked(tmp_path / "lock", "out"):
+        pass
+    assert not (tmp_path / "lock").exists()
+
+
+def test_a_lock_dies_with_its_process(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from calr.storage import locked\n"
+        "with locked(Path(sys.argv[1]), 'out'): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    held = f"process {holder.pid} on"
+    with pytest.raises(CalrError, match=held), locked(tmp_path / "lock", "out"):
+        pass
+    holder.kill()
+    holder.wait()
+    with locked(tmp_path / "lock", "out"):
+        pass
+
+
+def test_two_runs_into_one_directory(source, tmp_path):
+    with writing(tmp_path / "out"), pytest.raises(CalrError, match="out: is in use by process"):
+        compress(source, tmp_path / "out")
+    assert compress(source, tmp_path / "out")["bytes"] > 0
+    assert not (tmp_path / "out" / ".calr").exists()
+
+
+def test_overwriting_removes_nothing_that_calr_did_not_write(source, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(source, mine)
+    ours = {"notes.txt", "README.md", "vocab_research/paper.tex", "pytorch_model_old/run.log"}
+    for name in ours:
+        (mine / name).parent.mkdir(exist_ok=True)
+        (mine / name).write_text("mine")
+    dense = weights(mine)
+    compress(source, mine, overwrite=True)
+    kept = {name: (mine / name).read_text() for name in ours - {"README.md"}}
+    assert set(kept.values()) == {"mine"}
+    assert (mine / "README.md.before-calr").read_text() == "mine"
+    assert (mine / "model.safetensors.before-calr").read_bytes() == dense
+    first = weights(mine)
+    compress(source, mine, overwrite=True)  # now the files are calr's: replaced, not kept
+    assert weights(mine) == first
+    assert (mine / "model.safetensors.before-calr").read_bytes() == dense
+    assert not list(mine.glob("*.before-calr.before-calr"))
+
+
+def test_links_are_not_followed(source, tmp_path):
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    shutil.copytree(source, out)
+    outside.mkdir()
+    (outside / "precious").write_text("mine")
+    (out / "tokenizer_cache").symlink_to(outside)
+    (out / "chat_template.jinja").symlink_to(outside / "precious")
+    compress(source, out, overwrite=True)
+    assert (outside / "precious").read_text() == "mine"
+    assert (out / "tokenizer_cache").is_symlink()
+    shutil.copytree(source, tmp_path / "other")
+    (tmp_path / "other" / ".calr").symlink_to(outside)
+    with pytest.raises(CalrError, match=r"\.calr: is not calr's"):
+        compress(source, tmp_path / "other", overwrite=True)
+
+
+def test_a_model_inside_of_the_output_is_refused(source, tmp_path):
+    inner = tmp_path / "tokenizer_models" / "m"
+    shutil.copytree(source, inner)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CalrError, match=r"holds the model .*tokenizer_models"):
+        compress(inner, tmp_path, overwrite=True)
+    assert (inner / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_work_directory_of_somebody_else_is_not_touched(kind, source, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(source, out)
+    if kind == "file":
+        (out / ".calr").write_text("mine")
+    else:
+        (out / ".calr").mkdir()
+        (out / ".calr" / "diary.txt").write_text("mine")
+    with pytest.raises(CalrError, match=r"\.calr: is not calr's"):
+        compress(source, out, overwrite=True)
+    assert (out / ".calr").is_file() or (out / ".calr" / "diary.txt").read_text() == "mine"
+
+
+def test_a_leftover_adapter_would_be_loaded_with_the_new_model(source, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(source, out)
+    (out / "adapter_config.json").write_text("{}")
+    with pytest.raises(CalrError, match="holds an adapter"):
+        compress(source, out, overwrite=True)
+
+
+@pytest.mark.parametrize("removed", [0, 1, 99])
+def test_a_run_killed_while_it_cleaned_up_has_ended_well(removed, source, tmp_path, monkeypatch):
+    """After it removed some of the parts, or all of them and the ledger, which goes last."""
+    from calr.storage import checkpoint
+
+    clear = checkpoint._clear
+
+    def killed(work):
+        if not (work / "ledger.json").exists():
+            return clear(work)
+        parts = [path for path in work.iterdir() if path.name not in ("ledger.json", "lock")]
+        for path in parts[:removed]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if removed > len(parts):
+            (work / "ledger.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_clear", killed)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        compress(source, out)
+    monkeypatch.undo()
+    before = weights(out)
+    (out / ".calr").mkdir(exist_ok=True)  # the lock's owner would have left it
+    found = compress(source, out)
+    assert found["keep"] <= 0.6
+    assert weights(out) == before
+    assert not (out / ".calr").exists()
+
+
+def test_every_file_is_verified(source, tmp_path):
+    out = tmp_path / "out"
+    compress(source, out)
+    assert verify(out) == len(listed(out)) > 4
+    (out / "tokenizer.json").write_text((out / "tokenizer.json").read_text() + " ")
+    with pytest.raises(CalrError, match=r"tokenizer\.json: differs from what calr wrote"):
+        verify(out)
+    (out / "tokenizer.json").unlink()
+    with pytest.raises(CalrError, match=r"tokenizer\.json: is missing"):
+        verify(out)
+    (out / MANIFEST).unlink()
+    with pytest.raises(CalrError, match="has no manifest"):
+        verify(out)
+
+
+def test_a_manifest_names_no_file_elsewhere(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    out = tmp_path / "out"
+    prepare(out, "k", {}, overwrite=False)
+    write(tiny_llama(), byte_tokenizer(), out, CARD, key="k")
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["files"] |= {"../precious": "", str(tmp_path / "precious"): ""}
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    prepare(out, "k2", {}, overwrite=True)
+    write(tiny_llama(), byte_tokenizer(), out, CARD, key="k2")
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert finished(out, "other") is None
+
+
+def test_a_name_that_is_too_long_is_one_sentence(source, tmp_path):
+    with pytest.raises(CalrError, match=r"nnn: cannot be written: .*too long"):
+        compress(source, tmp_path / ("n" * 300))
+
+
+def test_terminated_is_interrupted(source, tmp_path):
+    arguments = ["compress", source, tmp_path / "out", "--calibration", "builtin"]
+    arguments += ["--samples", 400, "--window", 128, "--correction_tokens", 0]
+    command = [sys.executable, "-m", "calr", *map(str, arguments)]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out" / ".calr" / "ledger.json").exists():
+        assert run.poll() is None
+        time.sleep(0.01)
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate()[1]
+    assert run.returncode == 130
+    assert "interrupted; the same command continues" in said
+    assert "Traceback" not in said
