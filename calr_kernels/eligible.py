@@ -23,15 +23,8 @@ class Replacement:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Tell whether a tensor has its numbers at its address: no subclass, not sparse, not nested, no
-    view that negates, and storage that was not freed."""
-    return (
-        type(x) in PLAIN
-        and x.layout is torch.strided
-        and not x.is_nested
-        and not x.is_neg()
-        and (x.numel() == 0 or x.data_ptr() != 0)
-    )
+    """Tell whether a tensor has its numbers at its address: no subclass, not sparse, not nested."""
+    return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested
 
 
 def readable(x: Tensor, bias: Tensor | None, *weights: Tensor | None) -> bool:
@@ -109,22 +102,23 @@ def native(x: Tensor, layer: Factors, in_features: int | None = None) -> bool:
         and layer.in_features == (in_features or x.shape[-1])
         and 0 < x.numel() <= MAX_ROWS[kind] * x.shape[-1]
         and is_plain(x)
+        and _at_hand(x)
         and _native_weight(up)
         and (down is None or (down.dtype is kind and down.shape[0] > 0 and _native_weight(down)))
-        and (bias is None or bias.is_contiguous())
-        and (pivots is None or pivots.is_contiguous())
+        and (bias is None or (bias.is_contiguous() and _at_hand(bias)))
+        and (pivots is None or (pivots.is_contiguous() and _at_hand(pivots)))
         and library() is not None
     )
 
 
 def _native_weight(weight: Tensor) -> bool:
-    return (
-        type(weight) in PLAIN
-        and weight.is_cpu
-        and weight.is_contiguous()
-        and not weight.is_neg()
-        and (weight.numel() == 0 or weight.data_ptr() != 0)
-    )
+    return type(weight) in PLAIN and weight.is_cpu and weight.is_contiguous() and _at_hand(weight)
+
+
+def _at_hand(tensor: Tensor) -> bool:
+    """Tell whether the numbers at a plain tensor's address are its own: storage that was not freed,
+    no view that negates."""
+    return (tensor.numel() == 0 or tensor.data_ptr() != 0) and not tensor.is_neg()
 
 
 def native_norm(x: Tensor, weight: Tensor) -> bool:
@@ -138,6 +132,8 @@ def native_norm(x: Tensor, weight: Tensor) -> bool:
         and x.numel() > 0
         and (x.dtype is not torch.float16 or x.numel() <= MAX_ROWS[x.dtype] * x.shape[-1])
         and weight.is_contiguous()
+        and _at_hand(x)
+        and _at_hand(weight)
         and library() is not None
     )
 
@@ -153,6 +149,7 @@ def native_interleave(t: Tensor, rest: Tensor, pivots: Tensor) -> bool:
         and pivots.is_cpu
         and t.numel() > 0
         and all(map(is_plain, (t, rest, pivots)))
+        and all(map(_at_hand, (t, rest, pivots)))
         and not needs_gradients(t, rest)
         and library() is not None
     )
