@@ -93,26 +93,38 @@ def native(x: Tensor, layer: Factors, in_features: int | None = None) -> bool:
     that is not x itself. Written out, since it runs at every call.
     """
     up, down, pivots, bias = layer
-    kind = up.dtype
+    kind, first = up.dtype, up if down is None else down
     return (
         kind in TYPES
         and (x.dtype is kind or x.dtype is torch.float32)
         and x.is_cpu
         and x.dim() > 0
-        and layer.in_features == (in_features or x.shape[-1])
+        and first.shape[1] == (in_features or x.shape[-1])
         and 0 < x.numel() <= MAX_ROWS[kind] * x.shape[-1]
         and is_plain(x)
-        and _at_hand(x)
-        and _native_weight(up)
-        and (down is None or (down.dtype is kind and down.shape[0] > 0 and _native_weight(down)))
-        and (bias is None or (bias.is_contiguous() and _at_hand(bias)))
-        and (pivots is None or (pivots.is_contiguous() and _at_hand(pivots)))
+        and x.data_ptr() != 0
+        and not x.is_neg()
+        and first.dtype is kind
+        and first.shape[0] > 0
+        and type(first) in PLAIN
+        and first.is_cpu
+        and first.is_contiguous()
+        and first.data_ptr() != 0
+        and not first.is_neg()
+        and (
+            first is up
+            or (
+                type(up) in PLAIN
+                and up.is_cpu
+                and up.is_contiguous()
+                and (up.data_ptr() != 0 or up.numel() == 0)
+                and not up.is_neg()
+            )
+        )
+        and (bias is None or (bias.is_contiguous() and bias.data_ptr() != 0))
+        and (pivots is None or (pivots.is_contiguous() and pivots.data_ptr() != 0))
         and library() is not None
     )
-
-
-def _native_weight(weight: Tensor) -> bool:
-    return type(weight) in PLAIN and weight.is_cpu and weight.is_contiguous() and _at_hand(weight)
 
 
 def _at_hand(tensor: Tensor) -> bool:
