@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -218,13 +218,15 @@ def _check_files(model: PreTrainedModel, files: list[str], layers: Iterable[str]
     transformers itself only warns about a missing tensor and initialises it at random.
     """
     expected: dict[str, Tensor] = model.state_dict()
-    found: dict[str, tuple[str, list[int]]] = {}
-    renamed = _renaming(model, expected)
+    found: dict[str, tuple[str, list[int] | None]] = {}  # no shape: of a tensor that is converted
+    named = _naming(model, expected)
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 (no iterator)
-                    found[renamed(key)] = (file, opened.get_slice(key).get_shape())
+                    name, converted = named(key)
+                    shape = None if converted else opened.get_slice(key).get_shape()
+                    found[name] = (file, shape)
         except (SafetensorError, OSError) as error:
             raise CalrError(f"{file}: damaged or truncated ({error}); copy it again") from error
     optional = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -235,7 +237,7 @@ def _check_files(model: PreTrainedModel, files: list[str], layers: Iterable[str]
         if key not in found:
             raise CalrError(f"{key}: missing from the checkpoint's files; copy them again")
         file, shape = found[key]
-        if shape != list(tensor.shape):
+        if shape is not None and shape != list(tensor.shape):
             raise CalrError(
                 f"{key}: has shape {shape} in {file}, but config.json needs {list(tensor.shape)}"
             )
@@ -245,15 +247,17 @@ def _check_files(model: PreTrainedModel, files: list[str], layers: Iterable[str]
             raise CalrError(f"{key}: in {file}, but config.json lists no layer that it belongs to")
 
 
-def _renaming(model: Any, expected: dict[str, Tensor]) -> Callable[[str], str]:
-    """Return what transformers calls, in a model, a tensor of a name on disk.
+def _naming(model: Any, expected: dict[str, Tensor]) -> Callable[[str], tuple[str, str | None]]:
+    """Return what transformers calls, in a model, a tensor of a name on disk, and what converts it.
 
-    Some families have other names there (GPT-NeoX, text models of multimodal checkpoints).
+    Some families have other names there (GPT-NeoX, text models of multimodal checkpoints), or store
+    apart what the model holds as one (experts).
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     prefix = getattr(model, "base_model_prefix", None)
-    return lambda key: rename_source_key(key, renamings, [], prefix, expected)[0]
+    return lambda key: rename_source_key(key, renamings, converters, prefix, expected)
 
 
 def _check_loaded(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from calr.errors import CalrError
 from calr.model import Layer, Structure, hooked, require_finite, requiring
 from calr.progress import progress
 from calr.storage import Store
@@ -50,6 +51,11 @@ def gradient_moments(
             labels = _sample(logits.detach(), generator)
             cross_entropy(logits, labels, reduction="sum").backward()
     for layer in structure.layers:
+        if f"{layer.name}.gradient" not in sums:
+            raise CalrError(
+                f"{layer.name}: the loss has no gradient with respect to its outputs; leave it out "
+                "(skip), or use sensitivity=none with another method"
+            )
         sums[f"{layer.name}.gradient"] /= layer.out_features
         require_finite(sums[f"{layer.name}.gradient"], f"{layer.name}: its gradients", model.dtype)
     for block in range(structure.blocks):
