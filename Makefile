@@ -6,7 +6,7 @@ NATIVE := $(wildcard calr_kernels/csrc/*)
 OUTPUT := demo/SmolLM2-135M-Instruct-keep-0.8
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint gpu clean
+.PHONY: demo test lint gpu fuzz clean
 
 demo: .venv/installed .venv/model  ## compress a real model, measure it, let it speak
 	$(BIN)/calr compress "$(MODEL)" $(OUTPUT) --keep 0.8 --overwrite
@@ -26,6 +26,14 @@ gpu: .venv/developed .venv/model  ## on a machine with a GPU: test, tune and mea
 	$(BIN)/python -m pytest --device cuda
 	$(BIN)/python -m calr_kernels.tools.tune bench/results/tuned.json
 	CALR_TUNED=bench/results/tuned.json $(BIN)/python bench/kernels.py --device cuda
+
+fuzz: .venv/developed  ## tens of thousands of damaged files; the kernels on every BLAS core type
+	CALR_FUZZ=20000 $(BIN)/python -m pytest tests/calr/test_fuzz.py
+	cores="Haswell Zen"; grep -q avx512f /proc/cpuinfo && cores="$$cores SkylakeX"; \
+	for core in $$cores; do for capability in default avx2; do \
+		OPENBLAS_CORETYPE=$$core ATEN_CPU_CAPABILITY=$$capability \
+			$(BIN)/python -m pytest tests/calr_kernels || exit 1; \
+	done; done
 
 clean:
 	rm -rf .venv demo build *.egg-info
