@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calr.elastic import every_rank, fill_unseen
+from calr.errors import CalrError
 from calr.evaluation import measured
 from calr.factoring import factorise
 from calr.integrations.transformers import CalrConfig, attach
@@ -89,6 +90,8 @@ def compress(
     run = _Compression.of(model, recipe or Recipe(), calibration, tokenizer, elastic)
     if work is None:
         return run.run(Store(), statistics)
+    if Path(work).is_file():
+        raise CalrError(f"{work}: is a file; name a directory")
     with locked(Path(work) / "lock", str(work)):
         refusal = "holds parts of another run; name another directory or delete it"
         return run.run(claim(Path(work), run.key, refusal), statistics)

@@ -105,7 +105,10 @@ def _known_curves(budget: Budget, recipe: Recipe, statistics: str | Path) -> dic
     name, place = curves_name(recipe), Path(statistics)
     if not (place / f"{name}.safetensors").exists():
         raise CalrError(f"{statistics}: holds no error curves of {name}; compress with it first")
-    curves = Store(place).load(name)
+    store = Store(place)
+    if name not in store:
+        raise CalrError(f"{statistics}: its error curves are damaged; compress with it again")
+    curves = store.load(name)
     for shape in budget.shapes:
         length = min(shape.out_features, shape.in_features) + 1
         if shape.name not in curves or len(curves[shape.name]) != length:

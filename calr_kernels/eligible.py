@@ -121,7 +121,7 @@ def native(x: Tensor, layer: Factors, in_features: int | None = None) -> bool:
                 and not up.is_neg()
             )
         )
-        and (bias is None or (bias.is_contiguous() and bias.data_ptr() != 0))
+        and (bias is None or (bias.is_contiguous() and _at_hand(bias)))
         and (pivots is None or (pivots.is_contiguous() and pivots.data_ptr() != 0))
         and library() is not None
     )
@@ -159,6 +159,8 @@ def native_interleave(t: Tensor, rest: Tensor, pivots: Tensor) -> bool:
         and rest.dtype is t.dtype
         and pivots.dtype is torch.int32
         and pivots.is_cpu
+        and pivots.shape == t.shape[-1:]
+        and rest.shape[:-1] == t.shape[:-1]
         and t.numel() > 0
         and all(map(is_plain, (t, rest, pivots)))
         and all(map(_at_hand, (t, rest, pivots)))
@@ -176,5 +178,9 @@ def triton(x: Tensor, *weights: Tensor) -> bool:
         and x.dtype in TYPES
         and x.numel() > 0
         and type(x) in PLAIN
-        and all(w.dtype is x.dtype and type(w) in PLAIN and w.shape[-1] > 0 for w in weights)
+        and not x.is_neg()
+        and all(
+            w.dtype is x.dtype and type(w) in PLAIN and w.shape[-1] > 0 and not w.is_neg()
+            for w in weights
+        )
     )

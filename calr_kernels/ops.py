@@ -223,7 +223,10 @@ def assemble(t: Tensor, rest: Tensor, pivots: Tensor | None, bias: Tensor | None
     """Make a layer's outputs from its two products: t = down x [..., r] and rest = up t.
 
     Without pivots the outputs are rest; with them t goes to the pivots, rest to the other places.
+    Raises ValueError when there are not as many pivots as columns of t.
     """
+    if pivots is not None and pivots.shape != t.shape[-1:]:
+        raise ValueError(f"pivots: has size {tuple(pivots.shape)}, must be {tuple(t.shape[-1:])}")
     if pivots is None:
         y = rest
     elif eligible.native_interleave(t, rest, pivots):

@@ -31,6 +31,15 @@ MERGE = (
 def register_layers(module: Any) -> None:
     """Guard peft.tuners.lora.layer: no merge into, and no start from, half of a weight."""
     _guard(module.Linear, "merge", MERGE)
+    _guard(
+        module.LoraLayer,
+        "update_layer",
+        "DoRA scales by the norms of the dense weight, which a low-rank layer does not hold; leave "
+        "use_dora out, or call dequantize() on the model before",
+        when=lambda kwargs: bool(
+            kwargs.get("use_dora") or getattr(kwargs.get("config"), "use_dora", False)
+        ),
+    )
     for name in READ_WEIGHT:
         if hasattr(module.LoraLayer, name):
             _guard(
@@ -82,12 +91,17 @@ def _without_inner(module: Any) -> None:
     setattr(module, name, without_inner)
 
 
-def _guard(owner: Any, name: str, message: str) -> None:
+def _guard(
+    owner: Any,
+    name: str,
+    message: str,
+    when: Callable[[dict[str, Any]], bool] = lambda kwargs: True,
+) -> None:
     original: Callable[..., Any] = getattr(owner, name)
 
     @functools.wraps(original)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.get_base_layer(), LowRankLinear):
+        if isinstance(self.get_base_layer(), LowRankLinear) and when(kwargs):
             raise CalrError(message)
         return original(self, *args, **kwargs)
 

@@ -257,7 +257,14 @@ def _naming(model: Any, expected: dict[str, Tensor]) -> Callable[[str], tuple[st
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     prefix = getattr(model, "base_model_prefix", None)
-    return lambda key: rename_source_key(key, renamings, converters, prefix, expected)
+
+    def named(key: str) -> tuple[str, str | None]:  # as transformers names it when it loads
+        found, converted = rename_source_key(key, renamings, converters, prefix, expected)
+        if found not in expected and key in expected:
+            found, converted = rename_source_key(key, [], [], prefix, expected)
+        return found, converted
+
+    return named
 
 
 def _check_loaded(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> None:

@@ -49,6 +49,7 @@ class Decompositions:
 
         moment [K, K]: their second moment.
         """
+        self._kept.pop(layer.name, None)
         weight = self._weight(layer).double()
         moments = self.statistics.moments(layer).to(weight.device)
         output = moments.output

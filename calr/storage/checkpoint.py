@@ -8,9 +8,10 @@ A manifest lists the files with their checksums; only what it lists is ever remo
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,26 @@ from transformers.utils import logging
 from calr.errors import CalrError
 from calr.storage.ledger import LEDGER, read_ledger, write_ledger
 from calr.storage.lock import locked
-from calr.storage.manifest import MANIFEST, listed, read_manifest, write_manifest
+from calr.storage.manifest import MANIFEST, owned, read_manifest, write_manifest
 from calr.storage.store import Store
 
 WORK = ".calr"
 LOCK = "lock"  # in the work directory: held by the run that is at work there
 MOVING = "moving"  # in the work directory: the checkpoint beside it is being replaced
+CONFIG = Path("config.json")
+LOADED = (  # what transformers would load with a new checkpoint
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model*.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+)
 KEPT = ".before-calr"  # suffix of a file of somebody else's in whose place a new one goes
 logger = logging.get_logger(__name__)
 
@@ -94,7 +109,9 @@ def prepare(directory: Path, key: str, summary: dict[str, Any], *, overwrite: bo
     Raises CalrError as `refuse` does, and for another unfinished run without overwrite.
     """
     refuse(directory, overwrite=overwrite)
-    work = directory / WORK
+    work, there = directory / WORK, read_manifest(directory)
+    if not overwrite and there is not None and there["key"] and not (work / MOVING).exists():
+        raise CalrError(f"{directory}: exists; name another directory or pass --overwrite")
     found = read_ledger(work)
     if found is not None:
         if found["key"] == key:
@@ -105,12 +122,9 @@ def prepare(directory: Path, key: str, summary: dict[str, Any], *, overwrite: bo
                 f"{directory}: holds an unfinished run of something else ({found['summary']}); "
                 "finish it with the same arguments, name another directory, or pass --overwrite"
             )
-    torn = (work / MOVING).exists()  # what lies beside is still ours to replace
-    _clear(work)
+    _clear(work, but={LOCK, MOVING})  # what lies beside a torn one is still ours to replace
     work.mkdir(parents=True, exist_ok=True)
     write_ledger(work, key, summary)
-    if torn:
-        (work / MOVING).touch()
     return Store(work)
 
 
@@ -154,15 +168,16 @@ def write(
     if check is not None:
         check(complete)
     write_manifest(complete, key, results or {})
-    new, old = listed(complete), listed(directory)
-    _refuse_shadows(directory, new, old)
+    new, old = set(owned(complete)), set(owned(directory))
+    _refuse_links(directory, new)
     (work / MOVING).touch()
-    _set_aside(directory, set(new) - set(old))
-    write_manifest(directory, "", {}, {*new, *old})  # from now on all of these are ours
-    (directory / "config.json").unlink(missing_ok=True)
-    for name in set(old) - set(new):
+    if CONFIG in old:  # first: without it nothing is a checkpoint that could be half replaced
+        (directory / CONFIG).unlink(missing_ok=True)
+    _set_aside(directory, new, old)
+    write_manifest(directory, "", {}, new | old)  # from now on all of these are ours
+    for name in old - new:
         _remove(directory, name)
-    for name in sorted(new, key=lambda name: name.name == "config.json"):
+    for name in sorted(new, key=lambda name: name == CONFIG):
         (directory / name).parent.mkdir(exist_ok=True)
         os.replace(complete / name, directory / name)
     os.replace(complete / MANIFEST, directory / MANIFEST)
@@ -224,12 +239,12 @@ def _left_behind(directory: Path) -> bool:
     return (directory / WORK).exists() and read_manifest(directory) is not None
 
 
-def _clear(work: Path) -> None:
+def _clear(work: Path, but: Collection[str] = (LOCK,)) -> None:
     """Empty and remove a work directory, its ledger last; a lock that is held stays."""
     if not work.is_dir():
         return
     for path in sorted(work.iterdir(), key=lambda path: path.name == LEDGER):
-        if path.name == LOCK:
+        if path.name in but:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -239,29 +254,30 @@ def _clear(work: Path) -> None:
         work.rmdir()
 
 
-def _refuse_shadows(directory: Path, new: list[Path], old: list[Path]) -> None:
-    """Refuse what would come between the new checkpoint and who loads it: weights of somebody
-    else's, and links in the place of folders."""
-    weights = Path("model.safetensors")
-    if weights not in {*new, *old} and (directory / weights).exists():
-        raise CalrError(
-            f"{directory / weights}: was not written by calr and would be loaded instead of the "
-            "new files; move it away or name another directory"
-        )
-    for name in new:
-        if (directory / name).parent.is_symlink() and len(name.parts) > 1:
+def _refuse_links(directory: Path, names: set[Path]) -> None:
+    """Refuse links in the place of folders that new files go into."""
+    for name in names:
+        if len(name.parts) > 1 and (directory / name).parent.is_symlink():
             raise CalrError(
                 f"{(directory / name).parent}: is a link; move it away or name another directory"
             )
 
 
-def _set_aside(directory: Path, names: set[Path]) -> None:
-    """Keep, under another name, files of somebody else's in whose place new ones go."""
-    for name in names:
+def _set_aside(directory: Path, new: set[Path], old: set[Path]) -> None:
+    """Keep, under another name, files of somebody else's: those in whose place new ones go, and
+    those that would be loaded with them. config.json goes first."""
+    beside = {path.relative_to(directory) for how in LOADED for path in directory.glob(how)}
+    beside = {name for name in beside if (directory / name).is_file() and KEPT not in name.name}
+    if read_manifest(directory) is None:
+        beside.add(Path(MANIFEST))
+    for name in sorted((new | beside) - old, key=lambda name: name != CONFIG):
         path = directory / name
-        if path.exists() or path.is_symlink():
-            os.replace(path, path.with_name(path.name + KEPT))
-            logger.warning(f"{path}: was not written by calr; kept as {path.name}{KEPT}")
+        if not path.exists() and not path.is_symlink():
+            continue
+        free = (f"{path.name}{KEPT}{'' if i == 0 else f'.{i}'}" for i in itertools.count())
+        kept = next(path.with_name(n) for n in free if not path.with_name(n).exists())
+        os.replace(path, kept)
+        logger.warning(f"{path}: was not written by calr; kept as {kept.name}")
 
 
 def _remove(directory: Path, name: Path) -> None:

@@ -1,5 +1,6 @@
 """What the parts in a directory belong to: one small file, written before the first of them."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -20,11 +21,18 @@ def read_ledger(directory: Path) -> dict[str, Any] | None:
     return found
 
 
-def write_ledger(directory: Path, key: str, summary: dict[str, Any]) -> None:
-    """Note what the parts in a directory will belong to, atomically."""
+def write_ledger(
+    directory: Path, key: str, summary: dict[str, Any], *, replace: bool = True
+) -> None:
+    """Note what the parts in a directory will belong to, atomically; replace one that is there."""
     temporary = directory / f"{LEDGER}.{os.getpid()}.tmp"
     temporary.write_text(json.dumps({"key": key, "summary": summary}, indent=2))
-    temporary.rename(directory / LEDGER)
+    if not replace:
+        with contextlib.suppress(OSError):  # it is there, or the file system has no links
+            os.link(temporary, directory / LEDGER)
+    if replace or not (directory / LEDGER).exists():
+        temporary.rename(directory / LEDGER)
+    temporary.unlink(missing_ok=True)
 
 
 def claim(directory: Path, key: str, refusal: str) -> Store:
@@ -36,7 +44,7 @@ def claim(directory: Path, key: str, refusal: str) -> Store:
         raise CalrError(f"{directory}: is a file; name a directory")
     store = Store(directory)
     if read_ledger(directory) is None:
-        write_ledger(directory, key, {})
+        write_ledger(directory, key, {}, replace=False)  # another run may have just done so
     found = read_ledger(directory)
     if found is None or found["key"] != key:
         raise CalrError(f"{directory}: {refusal}")

@@ -37,6 +37,10 @@ def locked(path: Path, what: str) -> Iterator[None]:
         if _same(file, path):  # not one that its last holder has just removed
             break
         os.close(file)
+    written = os.read(file, 200)
+    if written and not written.startswith(b"process "):
+        os.close(file)
+        raise CalrError(f"{path}: is no lock of calr's; move it away or name another directory")
     try:
         os.truncate(file, 0)
         os.write(file, f"process {os.getpid()} on {platform.node()}".encode())

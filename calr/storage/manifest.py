@@ -50,6 +50,21 @@ def listed(directory: Path) -> list[Path]:
     return [name for name in names if not name.is_absolute() and ".." not in name.parts]
 
 
+def owned(directory: Path) -> list[Path]:
+    """List the files of a manifest that are still as calr wrote them, or are not there.
+
+    One that was changed since is somebody else's.
+    """
+    found = read_manifest(directory)
+    sums = {} if found is None else found["files"]
+
+    def ours(name: Path) -> bool:
+        path, written = directory / name, sums[name.as_posix()]
+        return not path.is_file() or not written or _checksum(path) == written
+
+    return [name for name in listed(directory) if ours(name)]
+
+
 def verify(directory: Path) -> int:
     """Compare every listed file with its checksum; return how many there are.
 

@@ -39,9 +39,8 @@ class Store:
                 written = (opened.metadata() or {}).get("sha256")
             if written != _checksum(load_file(path)):
                 raise SafetensorError("its checksum is another")
-        except (SafetensorError, OSError) as error:
-            logger.warning(f"{path}: is damaged ({error}); it is made again")
-            path.unlink()
+        except SafetensorError as error:
+            logger.warning(f"{path}: is damaged ({error}), and not used")
             return False
         self._checked.add(name)
         return True

@@ -15,11 +15,14 @@ Tokenizer = PreTrainedTokenizerBase | None
 
 
 def decoded(path: Path) -> str:
-    """Read a file as UTF-8 or, where its byte order mark says so, UTF-16; without the mark."""
+    """Read a file as UTF-8 or, where its byte order mark says so, UTF-16.
+
+    Without the mark; line ends become newlines.
+    """
     data = path.read_bytes()
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16")
-    return data.decode("utf-8-sig")
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16" if wide else "utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def json_texts(path: Path, field: str, tokenizer: Tokenizer) -> list[str]:

@@ -1,5 +1,8 @@
 """The Triton kernels, one a file: what runs when (`plans`), and how it is launched (`launches`)."""
 
-from importlib.util import find_spec
-
-AVAILABLE = find_spec("triton") is not None  # it has no build for every platform
+try:
+    import triton  # noqa: F401 (whether it is there, and whole)
+except ImportError:  # it has no build for every platform
+    AVAILABLE = False
+else:
+    AVAILABLE = True

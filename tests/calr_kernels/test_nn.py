@@ -235,3 +235,12 @@ def test_freed_storage_is_never_read(part, rows):
     freed.untyped_storage().resize_(0)
     with pytest.raises((RuntimeError, ValueError)):
         layer(x)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_pivots_that_do_not_fit_are_refused_where_down_is_hooked(rows):
+    layer = LowRankLinear(6, 4, 2, "pivoted")
+    layer.down.register_forward_hook(lambda module, arguments, y: y)
+    layer.pivots = layer.pivots[:1]
+    with pytest.raises((RuntimeError, ValueError)), torch.no_grad():
+        layer(torch.randn(rows, 6))

@@ -44,6 +44,11 @@ def test_starts_from_the_dense_weight_are_refused(start, model):
         adapted(model, init_lora_weights=start)
 
 
+def test_dora_reads_the_dense_weight_and_is_refused(model):
+    with pytest.raises(CalrError, match="DoRA scales by the norms of the dense weight"):
+        adapted(model, use_dora=True)
+
+
 def test_all_linear_means_whole_layers(model, ids):
     on_top = adapted(model, target_modules="all-linear")
     with torch.no_grad():

@@ -125,6 +125,51 @@ def test_overwriting_removes_nothing_that_calr_did_not_write(source, tmp_path):
     assert not list(mine.glob("*.before-calr.before-calr"))
 
 
+def test_what_was_changed_since_is_somebody_elses(source, tmp_path):
+    out = tmp_path / "out"
+    for round_ in range(2):
+        compress(source, out, overwrite=True)
+        (out / "README.md").write_text(f"my notes {round_}")
+    compress(source, out, overwrite=True)
+    assert (out / "README.md.before-calr").read_text() == "my notes 0"
+    assert (out / "README.md.before-calr.1").read_text() == "my notes 1"
+    assert verify(out) > 4
+
+
+def test_foreign_files_that_would_be_loaded_are_set_aside(source, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(source, out)
+    for name in ("chat_template.jinja", "model-00001-of-00002.safetensors", "calr.json"):
+        (out / name).write_text("mine")
+    found = compress(source, out, overwrite=True)
+    for name in ("chat_template.jinja", "model-00001-of-00002.safetensors", "calr.json"):
+        assert (out / f"{name}.before-calr").read_text() == "mine"
+    assert not (out / "chat_template.jinja").exists()
+    assert found["bytes"] == len(weights(out))
+
+
+@pytest.mark.parametrize("left", ["nothing", "another run"])
+def test_a_finished_checkpoint_is_replaced_only_when_asked(left, source, tmp_path):
+    """Whatever lies in its work directory: one that is being cleaned up, or of another run."""
+    out = tmp_path / "out"
+    compress(source, out)
+    before = weights(out)
+    (out / ".calr").mkdir()
+    if left == "another run":
+        (out / ".calr" / "ledger.json").write_text('{"key": "k", "summary": {}}')
+    other = calr.Recipe(**(vars(RECIPE) | {"keep": 0.5}))
+    with pytest.raises(CalrError, match="exists; name another directory or pass --overwrite"):
+        calr.compress_to(str(source), out, other, **OPTIONS)
+    assert weights(out) == before
+
+
+def test_a_lock_file_of_somebody_else_is_not_touched(tmp_path):
+    (tmp_path / "lock").write_text("mine")
+    with pytest.raises(CalrError, match="is no lock of calr's"), locked(tmp_path / "lock", "out"):
+        pass
+    assert (tmp_path / "lock").read_text() == "mine"
+
+
 def test_links_are_not_followed(source, tmp_path):
     out, outside = tmp_path / "out", tmp_path / "outside"
     shutil.copytree(source, out)
@@ -179,9 +224,9 @@ def test_a_run_killed_while_it_cleaned_up_has_ended_well(removed, source, tmp_pa
 
     clear = checkpoint._clear
 
-    def killed(work):
+    def killed(work, but=("lock",)):
         if not (work / "ledger.json").exists():
-            return clear(work)
+            return clear(work, but)
         parts = [path for path in work.iterdir() if path.name not in ("ledger.json", "lock")]
         for path in parts[:removed]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

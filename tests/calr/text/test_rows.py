@@ -18,6 +18,7 @@ FILES = {
     "separator.jsonl": (f"{ROW}\n", ""),
     "C# notes.txt": ("some text", ""),
     "bom.txt": ("\ufeffsome text", ""),
+    "plain.txt": ("some text", ""),
     "alpaca.json": (json.dumps([{"output": "some text"}, {"output": None}]), "#output"),
     "C# rows.jsonl": (json.dumps({"body": "some text"}), "#body"),
 }
@@ -28,6 +29,11 @@ def test_text_is_read_as_it_was_meant(name, tmp_path):
     content, field = FILES[name]
     (tmp_path / name).write_text(content, encoding="utf-8")
     assert read_text(f"{tmp_path / name}{field}") == "some text"
+
+
+def test_line_ends_become_newlines(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n")
+    assert read_text(str(tmp_path / "a.txt")) == "one\ntwo\nthree\n"
 
 
 def test_utf_16_is_known_by_its_mark(tmp_path):
