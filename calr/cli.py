@@ -93,6 +93,7 @@ def _set_up_logging() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     for name in ("torchao", "torch.utils._pytree", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     own = logging.getLogger("calr")

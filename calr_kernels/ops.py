@@ -225,7 +225,8 @@ def assemble(t: Tensor, rest: Tensor, pivots: Tensor | None, bias: Tensor | None
     Without pivots the outputs are rest; with them t goes to the pivots, rest to the other places.
     Raises ValueError when there are not as many pivots as columns of t.
     """
-    if pivots is not None and pivots.shape != t.shape[-1:]:
+    traced = torch._C._get_tracing_state() is not None  # where sizes are tensors
+    if pivots is not None and not traced and pivots.shape != t.shape[-1:]:
         raise ValueError(f"pivots: has size {tuple(pivots.shape)}, must be {tuple(t.shape[-1:])}")
     if pivots is None:
         y = rest
