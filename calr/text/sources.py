@@ -115,6 +115,7 @@ def _hub(name: str, field: str, tokenizer: Tokenizer) -> list[str]:
 
 
 def name_of(source: object) -> str:
+    """Name a source in a message."""
     return str(source) if isinstance(source, str | Path) else "calibration"
 
 
