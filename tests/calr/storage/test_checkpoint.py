@@ -249,7 +249,9 @@ def test_killed_and_started_again_gives_the_same_bits(
     target = tmp_path / "out"
     arguments = command(*compress_arguments(source, target))
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    while process.poll() is None and not any(target.rglob(f"{stage}*")):
+    while process.poll() is None and not any(
+        path.suffix != ".tmp" for path in target.rglob(f"{stage}*")  # still being written
+    ):
         time.sleep(0.002)
     process.send_signal(signal_number)
     _, errors = process.communicate()
