@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calr.elastic import every_rank, fill_unseen
+from calr.elastic import complete, every_rank
 from calr.errors import CalrError
 from calr.evaluation import measured
 from calr.factoring import factorise
@@ -202,7 +202,7 @@ class _Compression:
             ranks = self._ranks(decompositions)
             layers = factorise(decompositions, ranks, parts.within("blocks"))
             if self.elastic:
-                layers = pack(model, fill_unseen(model, layers), "two_factor")
+                layers = pack(model, complete(model, layers), "two_factor")
             elif recipe.correction_tokens and layers:
                 done, layers = corrected(model, layers, ids, recipe, collected.store, parts)
                 found["correction"] = dataclasses.asdict(done)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from calr.errors import CalrError
@@ -23,11 +24,22 @@ from calr.model import (
     low_rank,
     require_same,
     set_submodule,
+    two_factor,
 )
 from calr.progress import progress
 from calr.ranks import Budget, Shape, least_error, report
 from calr.recipe import Recipe
-from calr.storage import destination, finished, model_card, prepare, size, write, writing
+from calr.storage import (
+    destination,
+    finished,
+    model_card,
+    prepare,
+    read_manifest,
+    size,
+    verify,
+    write,
+    writing,
+)
 from calr_kernels import LowRankLinear
 from calr_kernels.layout import Layout
 
@@ -48,10 +60,7 @@ def resize(
             "the model is not elastic: correction and the pivoted layout lose the order of the "
             "factors; make one with `calr compress MODEL DIRECTORY --elastic`"
         )
-    known = {field.name for field in dataclasses.fields(Recipe)}
-    made = {name: value for name, value in config.recipe.items() if name in known}
-    made |= {"keep": keep, "layout": layout, "solver": solver, "skip": tuple(made.get("skip", ()))}
-    recipe = Recipe(**made)
+    recipe = Recipe.read(config.recipe | {"keep": keep, "layout": layout, "solver": solver})
     try:
         modules = {name: model.get_submodule(name) for name in errors}
     except AttributeError as error:
@@ -96,6 +105,8 @@ def resize_to(
     and for a directory that holds something else (without overwrite).
     """
     place = destination(directory, source, statistics=None, overwrite=overwrite)
+    if read_manifest(Path(source)) is not None:
+        verify(Path(source))
     skeleton = load_skeleton(source, trust_remote_code=trust_remote_code, dense=True)
     structure = analyse(skeleton)
     model, tokenizer = load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -141,16 +152,23 @@ def every_rank(recipe: Recipe) -> Recipe:
     )
 
 
-def fill_unseen(model: nn.Module, layers: dict[str, LowRankLinear]) -> dict[str, LowRankLinear]:
-    """Let full-rank factors, in place, give the dense weights also where calibration saw nothing.
+def complete(model: nn.Module, layers: dict[str, LowRankLinear]) -> dict[str, LowRankLinear]:
+    """Let full-rank factors give the dense weights also where calibration saw nothing.
 
-    A decomposition leaves out directions that calibration gave no energy.
+    A decomposition leaves out directions that calibration gave no energy. A second factor of the
+    dense weight's own shape gets a term of zeros more, so that no program that does not know the
+    format takes it for that weight.
     """
+    made = {}
     for name, layer in layers.items():
-        weight = model.get_submodule(name).get_parameter("weight").detach()
+        dense = model.get_submodule(name)
+        assert isinstance(dense, nn.Linear)
+        weight = dense.weight.detach()
         up, down = fill_empty_terms(weight, layer.weight.detach(), layer.down.weight.detach())
-        layer.weight.data, layer.down.weight.data = up, down
-    return layers
+        if up.shape == weight.shape:
+            up, down = pad(up, (0, 1)), pad(down, (0, 0, 0, 1))
+        made[name] = two_factor(dense, up, down)
+    return made
 
 
 def fill_empty_terms(weight: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,10 @@ Free of heavy imports, so that the command line can show its help at once.
 """
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from calr.errors import CalrError
@@ -81,7 +84,17 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise CalrError for a value outside its range."""
+        """Raise CalrError for a value of another type or outside its range."""
+        for name, kind in _TYPES.items():
+            value = getattr(self, name)
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise CalrError(f"{name}={value!r}: must be one of {get_args(kind)}")
+            if isinstance(value, str) and kind == tuple[str, ...]:
+                raise CalrError(f"{name}={value!r}: must be a sequence of patterns, not one string")
+            if not _fits(value, kind):
+                raise CalrError(
+                    f"{name}={value!r}: must be of type {getattr(kind, '__name__', kind)}"
+                )
         if not 0 < self.keep <= 1:
             raise CalrError(
                 f"keep={self.keep}: must be in (0, 1], the fraction of the decoder's linear "
@@ -89,8 +102,6 @@ class Recipe:
             )
         if not 0 <= self.seed < 2**63:
             raise CalrError(f"seed={self.seed}: must be in [0, 2^63)")
-        if isinstance(self.skip, str):
-            raise CalrError(f"skip={self.skip!r}: must be a sequence of patterns, not one string")
         for name, least in (
             ("rank_step", 1),
             ("samples", 1),
@@ -110,9 +121,16 @@ class Recipe:
             raise CalrError(f"cross_entropy={self.cross_entropy}: must be in [0, 1]")
         if not 0 < self.corrective_share <= 1:
             raise CalrError(f"corrective_share={self.corrective_share}: must be in (0, 1]")
-        for name, kind in _TYPES.items():
-            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
-                raise CalrError(f"{name}={getattr(self, name)!r}: must be one of {get_args(kind)}")
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> "Recipe":
+        """Make the recipe that a checkpoint states; what it says beside (calibration) is left out.
+
+        Raises CalrError naming a field of another type or outside its range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        made = {name: value for name, value in values.items() if name in known}
+        return cls(**made)
 
     @property
     def peak_learning_rate(self) -> float:
@@ -129,3 +147,23 @@ class Recipe:
 
 
 _TYPES = get_type_hints(Recipe)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Tell whether a value is of an annotated type; whole numbers are floats, too, NaN is not."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in inside
+    if origin is UnionType:
+        return any(_fits(value, option) for option in inside)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(x, inside[0]) for x in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(x, inside[0]) and _fits(y, inside[1]) for x, y in value.items()
+        )
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, kind)

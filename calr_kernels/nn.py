@@ -20,7 +20,8 @@ class LowRankLinear(nn.Linear):
 
     It is an `nn.Linear` whose own weight has the dense layer's name, so that PEFT, torchao and
     tensor parallel plans find it, and loading it into a dense model fails on the shape.
-    Raises ValueError when rank is not in [1, min(in_features, out_features)].
+    Raises ValueError when rank is not in [1, min(in_features, out_features)]. Two factors may have
+    one term more, of zeros: at full rank, where N >= K, `weight` would have the dense one's shape.
     """
 
     def __init__(
@@ -33,13 +34,14 @@ class LowRankLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not 1 <= rank <= min(in_features, out_features):
-            raise ValueError(
-                f"rank {rank} of a {out_features}x{in_features} layer: "
-                f"must lie between 1 and {min(in_features, out_features)}"
-            )
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r}: must be one of {LAYOUTS}")
+        most = min(in_features, out_features) + (layout == "two_factor")
+        if not 1 <= rank <= most:
+            raise ValueError(
+                f"rank {rank} of a {out_features}x{in_features} layer: "
+                f"must lie between 1 and {most}"
+            )
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.layout = rank, layout

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from calr_kernels import eligible, gpu, native, reference
+from calr_kernels.arguments import check, overlap
 from calr_kernels.layout import Factors
 
 if gpu.AVAILABLE:
@@ -128,7 +129,7 @@ def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
     """Compute the second moment's sum xᵀ x (+ out, in place) in float32.
 
     x [M, K] bfloat16, float16 or float32, out symmetric -> [K, K] float32; no gradients. Raises
-    ValueError for other shapes, dtypes or devices.
+    ValueError for other shapes, dtypes or devices, and where out lies in x's memory.
 
     >>> gram(torch.tensor([[1.0, 2.0]])).tolist()
     [[1.0, 2.0], [2.0, 4.0]]
@@ -146,6 +147,8 @@ def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
             f"out {list(out.shape)} {out.dtype} on {out.device}: must be contiguous "
             f"[{side}, {side}] float32 on {x.device}"
         )
+    if out is not None and overlap(x, out):
+        raise ValueError("out: lies in the memory of x, which it would overwrite")
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return gram(x, out)
@@ -171,52 +174,6 @@ def apply(
         return _forward(x, down, up, pivots, bias)
     result: Tensor = torch.ops.calr.lowrank_linear(x, down, up, pivots, bias)
     return result
-
-
-def check(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    pivots: Tensor | None,
-    bias: Tensor | None,
-    prefix: str = "",
-) -> None:
-    """Raise ValueError naming the first argument that does not fit the others."""
-    if x.is_nested or x.layout is not torch.strided:
-        raise ValueError("x: is nested or sparse, must be a dense tensor")
-    if down.dim() != 2 or up.dim() != 2 or x.dim() < 1:
-        raise ValueError(
-            f"x {list(x.shape)}, {prefix}down {list(down.shape)}, {prefix}up {list(up.shape)}: "
-            "must be [..., K], [r, K] and [rows, r]"
-        )
-    rank, k = down.shape
-    n = up.shape[0] + (0 if pivots is None else rank)
-    for name, found, wanted in (
-        ("x", x.shape[-1], k),
-        (f"{prefix}up", up.shape[1], rank),
-        ("bias", None if bias is None else tuple(bias.shape), (n,)),
-        ("pivots", None if pivots is None else tuple(pivots.shape), (rank,)),
-    ):
-        if found is not None and found != wanted:
-            raise ValueError(
-                f"{name}: has size {found} where {prefix}down {list(down.shape)} and {prefix}up "
-                f"{list(up.shape)} need {wanted}"
-            )
-    if pivots is not None and pivots.dtype != torch.int32:
-        raise ValueError(f"pivots: {pivots.dtype}, must be torch.int32")
-    mixed = x.dtype == torch.float32 and x.device.type == "cpu"
-    for name, tensor in (("down", down), ("up", up), ("bias", bias), ("pivots", pivots)):
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            raise ValueError(f"{prefix}{name}: is on {tensor.device}, but x on {x.device}")
-        wanted_dtype = down.dtype if name == "up" else x.dtype
-        if name != "pivots" and tensor.dtype != wanted_dtype:
-            small = tensor.dtype in (torch.bfloat16, torch.float16)
-            if not (mixed and small and name == "down"):
-                raise ValueError(f"{prefix}{name}: is {tensor.dtype}, but must be {wanted_dtype}")
-    if not x.is_floating_point():
-        raise ValueError(f"x: is {x.dtype}, must be a floating dtype")
 
 
 def assemble(t: Tensor, rest: Tensor, pivots: Tensor | None, bias: Tensor | None) -> Tensor:

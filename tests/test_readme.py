@@ -1,34 +1,50 @@
-"""The README's example runs as it stands, on a tiny model instead of a hub id."""
+"""README's table "works with": a row for each test marked `works`, no more and no fewer.
 
+    python tests/test_readme.py
+
+runs those tests and, when all pass, writes the table.
+"""
+
+import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from calr_kernels import LowRankLinear
-
-README = Path(__file__).parents[1] / "README.md"
-
-
-def test_the_example_runs(source, tmp_path, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", README.read_text(), re.S).group(1)
-    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in code
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(source))
-    assert "keep=0.8" in code
-    small = "keep=0.8, samples=4, gradient_samples=2, window=32, correction_tokens=256"
-    exec(code.replace("keep=0.8", small), names)
-    layers = [m for m in names["model"].modules() if isinstance(m, LowRankLinear)]
-    assert layers
-    assert (tmp_path / "smaller" / "model.safetensors").exists()
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+LAYOUTS = ("two_factor", "pivoted")
+TABLE = re.compile(r"(?<=## Works with\n\n)(\|.*\n)+")
 
 
-@pytest.mark.parametrize("command", ["plan", "compress", "eval", "bench"])
-def test_the_commands_exist(command, capsys):
-    from calr.cli import main
+def table():
+    """Build the table from the marks: what works, and how, in each layout ("yes" unless said)."""
+    lines = [f"| | {' | '.join(LAYOUTS)} |", "|---|---|---|"]
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.works":
+                what = ast.literal_eval(node.args[0])
+                said = {key.arg: ast.literal_eval(key.value) for key in node.keywords}
+                lines.append(f"| {what} | {' | '.join(said.get(x, 'yes') for x in LAYOUTS)} |")
+    return "\n".join(dict.fromkeys(lines)) + "\n"
 
-    assert f"calr {command} " in README.read_text()
-    with pytest.raises(SystemExit) as exit_:
-        main([command, "--help"])
-    assert exit_.value.code == 0
+
+def test_what_works_is_what_is_tested():
+    assert TABLE.search(README.read_text()).group() == table()
+
+
+def test_families_named_are_families_that_come_back():
+    named = re.search(r"\n\n(Llama, .*?) work\.", README.read_text(), re.DOTALL).group(1)
+    swept = (ROOT / "docs" / "families.md").read_text()
+    named = named.replace(" and 3 (text)", ", Gemma 3_text")
+    for family in re.split(r", | and ", named):
+        kind = re.sub(r"[- ]", "", family.lower())
+        assert re.search(rf"\| `?{kind}`? \| loads", swept), family
+
+
+if __name__ == "__main__":
+    failed = pytest.main(["-q", "-m", "works", str(ROOT / "tests")])
+    if not failed:
+        README.write_text(TABLE.sub(lambda _: table(), README.read_text()))
+    sys.exit(failed)

@@ -25,10 +25,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from calr.errors import CalrError
+from calr.recipe import Recipe
 from calr_kernels import LowRankLinear
 from calr_kernels.layout import LAYOUTS
 
 QUANT_METHOD = "calr"
+FLOATS = ("F64", "F32", "F16", "BF16")  # of weights and, below, of pivots, as safetensors says
+INTEGERS = ("I32", "I64", "BOOL")
 FORMAT_VERSION = 1
 
 
@@ -66,6 +69,10 @@ class CalrConfig(QuantizationConfigMixin):
         self.layers = layers
         if recipe is not None and not isinstance(recipe, dict):
             raise CalrError(f"config.json: the recipe is {recipe!r}, must be an object")
+        try:
+            Recipe.read(recipe or {})
+        except CalrError as error:
+            raise CalrError(f"config.json: the recipe's {error}") from error
         self.recipe = recipe or {}
         if errors is not None:
             _check_errors(errors, layers)
@@ -213,20 +220,22 @@ def _wildcard(name: str) -> str:
 
 
 def _check_files(model: PreTrainedModel, files: list[str], layers: Iterable[str]) -> None:
-    """Compare names and shapes on disk with the modules built from config.json.
+    """Compare names, shapes and dtypes on disk with the modules built from config.json.
 
     transformers itself only warns about a missing tensor and initialises it at random.
     """
     expected: dict[str, Tensor] = model.state_dict()
     found: dict[str, tuple[str, list[int] | None]] = {}  # no shape: of a tensor that is converted
+    stored: dict[str, str] = {}
     named = _naming(model, expected)
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 (no iterator)
                     name, converted = named(key)
-                    shape = None if converted else opened.get_slice(key).get_shape()
-                    found[name] = (file, shape)
+                    tensor = opened.get_slice(key)
+                    stored[name] = tensor.get_dtype()
+                    found[name] = (file, None if converted else tensor.get_shape())
         except (SafetensorError, OSError) as error:
             raise CalrError(f"{file}: damaged or truncated ({error}); copy it again") from error
     optional = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -240,6 +249,11 @@ def _check_files(model: PreTrainedModel, files: list[str], layers: Iterable[str]
         if shape is not None and shape != list(tensor.shape):
             raise CalrError(
                 f"{key}: has shape {shape} in {file}, but config.json needs {list(tensor.shape)}"
+            )
+        allowed = FLOATS if tensor.is_floating_point() else INTEGERS
+        if stored[key] not in allowed:
+            raise CalrError(
+                f"{key}: has type {stored[key]} in {file}, must be one of {', '.join(allowed)}"
             )
     for key, (file, _) in found.items():
         factor = key.endswith((".down.weight", ".pivots"))

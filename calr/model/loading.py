@@ -19,6 +19,7 @@ from transformers import (
 
 from calr.errors import CalrError
 from calr.integrations.transformers import QUANT_METHOD
+from calr.model.weights import require_finite
 
 LONG = 500  # characters, of a message that says too much
 SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # of llama.cpp's splitting
@@ -32,7 +33,8 @@ def load(
     source: hub id, directory, directory with one GGUF file, or that file (dequantised on load).
     dtype: "auto" keeps the checkpoint's; or a torch dtype's name. Raises CalrError with the source
     and the cause when it cannot be loaded, and naming a tensor that the files lack, that is left
-    over or that does not fit: transformers itself would put random numbers in its place.
+    over, that does not fit (transformers itself would put random numbers in its place) or that
+    holds NaN or infinity.
     """
     arguments = _arguments(source) | {"trust_remote_code": trust_remote_code}
     tokenizer_arguments = {k: v for k, v in arguments.items() if k != "quantization_config"}
@@ -44,6 +46,9 @@ def load(
         )
     model: PreTrainedModel = loaded[0]
     _require_all(source, loaded[1])
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "meta":
+            require_finite(parameter.detach(), f"{source}: {name}: the values", parameter.dtype)
     return model.eval(), tokenizer
 
 

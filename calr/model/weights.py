@@ -50,4 +50,4 @@ def require_finite(tensor: Tensor, what: str, computed: torch.dtype | None = Non
     remedy = "Check the checkpoint"
     if computed == torch.float16:
         remedy = "They overflow float16: use --dtype bfloat16 or float32"
-    raise CalrError(f"{what} hold NaN or infinity; nothing was written. {remedy}")
+    raise CalrError(f"{what} hold NaN or infinity. {remedy}")

@@ -4,7 +4,7 @@ from calr.storage.card import model_card, recipe_yaml
 from calr.storage.checkpoint import destination, finished, prepare, size, write, writing
 from calr.storage.ledger import claim
 from calr.storage.lock import locked
-from calr.storage.manifest import verify
+from calr.storage.manifest import read_manifest, verify
 from calr.storage.store import Store
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "locked",
     "model_card",
     "prepare",
+    "read_manifest",
     "recipe_yaml",
     "size",
     "verify",

@@ -317,3 +317,20 @@ def test_grouped_calls_without_matrices_are_refused():
         ops.grouped_linear(torch.ones(1, 3), torch.ones(0, 3), [])
     with pytest.raises(ValueError, match="must be"):
         ops.grouped_linear(torch.ones(1, 3), torch.ones(0, 3), [torch.tensor(1.0)])
+
+
+@pytest.mark.parametrize("rows", [4, 7])
+def test_a_sum_in_the_memory_of_its_input_is_refused(rows):
+    memory = torch.zeros(64)
+    x = memory[:16].view(4, 4).t()[:, :4]
+    with pytest.raises(ValueError, match="out: lies in the memory of x"):
+        ops.gram(x, memory[rows : rows + 16].view(4, 4))
+    beside = ops.gram(x, memory[16:32].view(4, 4))
+    assert torch.equal(beside, x.mT @ x)
+
+
+@pytest.mark.parametrize("name", ["x", "down", "up", "bias"])
+def test_what_is_no_tensor_is_named(name):
+    tensors = {"x": torch.ones(1, 2), "down": torch.ones(1, 2), "up": torch.ones(3, 1)}
+    with pytest.raises(TypeError, match=f"{name}: is list, must be a tensor"):
+        lowrank_linear(**(tensors | {name: [1.0, 2.0]}))

@@ -27,6 +27,7 @@ def test_another_class_is_refused_with_the_reason(kind, saved):
         kind.from_pretrained(saved[1])
 
 
+@pytest.mark.works("training of all factors, or of a PEFT LoRA on top")
 def test_peft_lora_trains_one_step_on_top(saved, ids):
     peft = pytest.importorskip("peft")
     model = AutoModelForCausalLM.from_pretrained(saved[1])
@@ -47,12 +48,14 @@ def test_peft_lora_trains_one_step_on_top(saved, ids):
     assert all(torch.equal(frozen[name], after[name]) for name in frozen)
 
 
+@pytest.mark.works("training of all factors, or of a PEFT LoRA on top")
 def test_every_factor_can_be_trained(saved, ids):
     model = AutoModelForCausalLM.from_pretrained(saved[1])
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.works("`device_map` with CPU and disk offload")
 def test_offload_to_disk_and_cpu(saved, ids, tmp_path):
     model, directory, _ = saved
     for place in ("disk", "cpu"):
@@ -70,6 +73,7 @@ def test_offload_to_disk_and_cpu(saved, ids, tmp_path):
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.works("torchao int8 weights")
 def test_torchao_int8(saved, ids):
     quantization = pytest.importorskip("torchao.quantization")
     model = AutoModelForCausalLM.from_pretrained(saved[1])
@@ -79,6 +83,7 @@ def test_torchao_int8(saved, ids):
     assert 0 < error < 0.05
 
 
+@pytest.mark.works("`generate`, `torch.compile`")
 @pytest.mark.parametrize("mode", ["generate", "compile"])
 def test_generation(saved, mode):
     model = AutoModelForCausalLM.from_pretrained(saved[1])
@@ -117,6 +122,10 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.works(
+    "tensor parallel (transformers, 2 gloo processes)",
+    pivoted="refused, in one sentence",
+)
 def test_tensor_parallel_on_two_processes(saved, tmp_path):
     _, directory, layout = saved
     script = tmp_path / "parallel.py"

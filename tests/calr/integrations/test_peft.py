@@ -27,6 +27,11 @@ def adapted(model, **options):
     return peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**(settings | options)))
 
 
+@pytest.mark.works(
+    "PEFT `merge_and_unload`",
+    two_factor="refused, in one sentence",
+    pivoted="refused, in one sentence",
+)
 def test_merging_is_refused_in_one_sentence_and_changes_nothing(model, ids):
     on_top = adapted(model)
     with torch.no_grad():
@@ -59,6 +64,7 @@ def test_all_linear_means_whole_layers(model, ids):
     assert len(wrapped) >= len(layers) > 0
 
 
+@pytest.mark.works("`model.dequantize()` back to dense, and merging then")
 def test_after_dequantize_merging_is_right(model, ids):
     dense = copy.deepcopy(model).dequantize()
     on_top = adapted(dense)

@@ -47,6 +47,11 @@ def compress_arguments(source, target, *more):
     ]  # fmt: skip
 
 
+@pytest.mark.works(
+    "`save_pretrained` → `from_pretrained` → `save_pretrained`",
+    two_factor="byte-identical",
+    pivoted="byte-identical",
+)
 def test_save_load_save_is_byte_identical_and_logits_are_equal(saved, tmp_path, ids):
     model, directory = saved
     loaded = AutoModelForCausalLM.from_pretrained(directory)
@@ -70,15 +75,35 @@ def test_sharded_files_and_dtype(saved, tmp_path, ids):
     assert loaded.half().dtype == torch.float16
 
 
-def test_loading_without_calr_fails_loudly(saved):
-    _, directory = saved
+def loaded_without_calr(directory):
     code = (
         "from transformers import AutoModelForCausalLM\n"
         f"AutoModelForCausalLM.from_pretrained({str(directory)!r})"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_loading_without_calr_fails_loudly(saved):
+    result = loaded_without_calr(saved[1])
     assert result.returncode != 0
     assert "mismatch" in result.stderr
+
+
+def test_an_elastic_factor_is_never_taken_for_the_dense_weight(ids, tmp_path):
+    """Where N >= K a second factor of full rank has the dense weight's shape."""
+    recipe = calr.Recipe(correction_tokens=0, skip=("*k_proj", "*v_proj", "*down_proj"))
+    model = calr.compress(tiny_llama(), recipe, calibration=ids, elastic=True)
+    assert all(
+        layer.out_features >= layer.in_features
+        for layer in map(model.get_submodule, model.config.quantization_config.layers)
+    )
+    model.save_pretrained(tmp_path)
+    result = loaded_without_calr(tmp_path)
+    assert result.returncode != 0
+    assert "mismatch" in result.stderr
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits
+    )
 
 
 def edit_config(directory, change):
@@ -122,6 +147,16 @@ TAMPERED = {
     ),
     "new field": (edit_config, lambda c: c.update(format_version=2, x=1), "format_version 2"),
     "recipe": (edit_config, lambda c: c.update(recipe=9), "the recipe is 9, must be an object"),
+    "recipe field": (
+        edit_config,
+        lambda c: c["recipe"].update(samples="64"),
+        "the recipe's samples='64': must be of type int",
+    ),
+    "integers": (
+        edit_tensors,
+        lambda t: t.update({f"{NAME}.weight": t[f"{NAME}.weight"].int()}),
+        f"{NAME}.weight: has type I32 in .*, must be one of F64",
+    ),
     "nan": (
         edit_tensors,
         lambda t: t[f"{NAME}.weight"].view(-1)[3:4].fill_(float("nan")),
@@ -250,7 +285,8 @@ def test_killed_and_started_again_gives_the_same_bits(
     arguments = command(*compress_arguments(source, target))
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     while process.poll() is None and not any(
-        path.suffix != ".tmp" for path in target.rglob(f"{stage}*")  # still being written
+        path.suffix != ".tmp"
+        for path in target.rglob(f"{stage}*")  # still being written
     ):
         time.sleep(0.002)
     process.send_signal(signal_number)
