@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from calr.errors import CalrError
-from calr.recipe import Recipe, Solver
+from calr.recipe import KEEP, Recipe, Solver
 from calr.version import __version__
 from calr_kernels.layout import Layout
 
@@ -217,7 +217,7 @@ def _resize(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--keep",
         type=float,
-        default=Recipe.keep,
+        default=KEEP,
         help="Fraction kept of the parameters of the decoder's linear layers, in (0, 1].",
     )
     parser.add_argument(

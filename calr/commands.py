@@ -17,8 +17,9 @@ from calr.elastic import resize_to
 from calr.errors import CalrError
 from calr.evaluation import perplexity
 from calr.inference import optimize_for_inference
+from calr.integrations.config import CalrConfig
 from calr.integrations.lm_eval import evaluate, retention
-from calr.integrations.transformers import CalrConfig, replace_with_low_rank
+from calr.integrations.modules import replace
 from calr.model import analyse, check_vocabulary, check_window, is_compressed, load, load_skeleton
 from calr.ranks import report
 from calr.recipe import Recipe
@@ -223,7 +224,7 @@ def inspect(arguments: Namespace) -> None:
     skeleton = load_skeleton(arguments.model, trust_remote_code=trust, dense=True)
     structure = analyse(skeleton)
     for name, stated in config.layers.items():  # refuses what the model cannot hold
-        replace_with_low_rank(skeleton, name, **stated)
+        replace(skeleton, name, stated)
     rows = report.rows(structure, config.layers)
     counted = report.totals(structure, config.layers)
     totals = {name: counted[name] for name in ("keep", "removed_of_model", "model_parameters")}

@@ -14,7 +14,8 @@ from calr.elastic import complete, every_rank
 from calr.errors import CalrError
 from calr.evaluation import measured
 from calr.factoring import factorise
-from calr.integrations.transformers import CalrConfig, attach
+from calr.integrations.config import CalrConfig
+from calr.integrations.transformers import attach
 from calr.methods import resolve
 from calr.model import (
     Structure,
@@ -27,16 +28,20 @@ from calr.model import (
     fingerprint,
     load,
     pack,
+    quantize,
     require_same,
     require_supported,
     set_submodule,
 )
+from calr.quantising import Quantiser, dense_copies
 from calr.ranks import (
     Budget,
+    ByteBudget,
     Decompositions,
     FinalState,
     Ranks,
     by_block,
+    byte_budget,
     last_k,
     least_error,
     report,
@@ -58,7 +63,7 @@ from calr.storage import (
     writing,
 )
 from calr.text import Source, calibration_windows, content_of, describe, spread
-from calr.training import corrected, windows_needed, windows_used
+from calr.training import corrected, corrected_norms, windows_needed, windows_used
 
 
 def compress(
@@ -124,7 +129,7 @@ def compress_to(
     loading: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     model, tokenizer = load(source, device=device, **loading)
     run = _Compression.of(model, recipe, calibration, tokenizer, elastic)
-    summary = {"model": source, "keep": recipe.keep, "method": recipe.method}
+    summary = {"model": source, "budget": recipe.budget, "method": recipe.method}
     with writing(place):
         done = None if overwrite else finished(place, run.key)
         if done is not None:
@@ -159,7 +164,7 @@ class _Compression:
     tokenizer: PreTrainedTokenizerBase | None
     elastic: bool
     structure: Structure
-    budget: Budget
+    budget: Budget | ByteBudget
 
     @classmethod
     def of(
@@ -173,8 +178,8 @@ class _Compression:
         """Check a recipe against a model; CalrError says what does not fit."""
         recipe = every_rank(recipe) if elastic else recipe
         structure = analyse(model, recipe.skip)
-        budget = Budget.of(structure, recipe)
-        if recipe.allocation == "uniform":
+        budget = byte_budget(model, structure, recipe) or Budget.of(structure, recipe)
+        if isinstance(budget, Budget) and recipe.allocation == "uniform":
             uniform(budget)
         check_finite(model)
         require_supported(model, structure)
@@ -198,8 +203,10 @@ class _Compression:
         with evaluating(model):
             ids = self._windows(parts)
             collected = self._statistics(spread(ids, recipe.samples), parts, statistics)
+            if isinstance(self.budget, ByteBudget):
+                return self._quantised(self.budget, ids, collected, parts)
             decompositions = Decompositions(model, self.structure, recipe, collected)
-            ranks = self._ranks(decompositions)
+            ranks = self._ranks(self.budget, decompositions)
             layers = factorise(decompositions, ranks, parts.within("blocks"))
             if self.elastic:
                 layers = pack(model, complete(model, layers), "two_factor")
@@ -212,10 +219,35 @@ class _Compression:
         for name, layer in layers.items():
             set_submodule(model, name, layer.train(model.training))
         stored = {n: {"layout": layer.layout, "rank": layer.rank} for n, layer in layers.items()}
-        described = recipe.to_dict() | {"calibration": describe(self.calibration), **found}
-        described["tokens"] = min(len(ids), recipe.samples) * ids.shape[1]
+        described = self._described(ids) | found
         attach(model, CalrConfig(layers=stored, recipe=described, errors=errors))
         return model
+
+    def _quantised(
+        self, budget: ByteBudget, ids: Tensor, statistics: Statistics, parts: Store
+    ) -> PreTrainedModel:
+        """Choose forms, round, train the norms beside the rounded weights, replace the matrices."""
+        model, recipe, found = self.model, self.recipe, {}
+        quantiser = Quantiser(model, budget, statistics, parts.within("rounded"))
+        forms = quantiser.forms(exact=recipe.solver == "exact")
+        made = quantiser.rounded(forms)
+        if recipe.correction_tokens and made:
+            copies = dense_copies(model, budget, forms, made)
+            done = corrected_norms(model, copies, ids, recipe, statistics.store, parts)
+            found["correction"] = dataclasses.asdict(done)
+        stored: dict[str, dict[str, Any]] = {}
+        for matrix in budget.matrices:
+            form = forms[matrix.name]
+            if form is not None:
+                quantize(model, matrix.names, form, made[matrix.name])
+                stored |= {name: dataclasses.asdict(form) for name in matrix.names}
+        attach(model, CalrConfig(layers=stored, recipe=self._described(ids) | found))
+        return model
+
+    def _described(self, ids: Tensor) -> dict[str, Any]:
+        """State the recipe as it goes into the checkpoint."""
+        described = self.recipe.to_dict() | {"calibration": describe(self.calibration)}
+        return described | {"tokens": min(len(ids), self.recipe.samples) * ids.shape[1]}
 
     def _windows(self, parts: Store) -> Tensor:
         """Draw all windows of text [S, T] that the run needs, once."""
@@ -243,6 +275,7 @@ class _Compression:
         """Open the statistics over windows ids [S, T]; they are collected when they are needed."""
         recipe, method = self.recipe, resolve(self.recipe.method, self.recipe.method_options)
         windows = min(recipe.gradient_samples, len(ids))
+        gradients = recipe.quantised or method.needs_gradients(recipe)
         directory = directory or parts.path("statistics")
         key = "" if directory is None else digest(self.identity, ids, windows, recipe.seed)
         return Statistics(
@@ -250,22 +283,22 @@ class _Compression:
             self.structure,
             ids,
             open_statistics(directory, key),
-            gradient_ids=spread(ids, windows) if method.needs_gradients(recipe) else None,
-            outputs=method.needs_outputs,
+            gradient_ids=spread(ids, windows) if gradients else None,
+            outputs=method.needs_outputs and not recipe.quantised,
             seed=recipe.seed,
         )
 
-    def _ranks(self, decompositions: Decompositions) -> Ranks:
+    def _ranks(self, budget: Budget, decompositions: Decompositions) -> Ranks:
         """Choose the rank of every layer; None leaves it dense."""
         if self.elastic:
-            return {s.name: min(s.out_features, s.in_features) for s in self.budget.shapes}
+            return {s.name: min(s.out_features, s.in_features) for s in budget.shapes}
         if self.recipe.allocation == "uniform":
-            return uniform(self.budget)
+            return uniform(budget)
         if self.recipe.allocation == "last_k":
-            blocks = by_block(self.budget, self.structure)
-            return last_k(self.budget, blocks, FinalState(decompositions).error)
+            blocks = by_block(budget, self.structure)
+            return last_k(budget, blocks, FinalState(decompositions).error)
         curves = {name: curve.numpy() for name, curve in decompositions.curves().items()}
-        return least_error(self.budget, curves, exact=self.recipe.solver == "exact")
+        return least_error(budget, curves, exact=self.recipe.solver == "exact")
 
     def _sampled_errors(self, decompositions: Decompositions) -> dict[str, list[float]]:
         """Return every layer's errors at the multiples of rank_step."""

@@ -13,7 +13,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from calr.errors import CalrError
-from calr.integrations.transformers import CalrConfig, attach
+from calr.integrations.config import CalrConfig
+from calr.integrations.transformers import attach
 from calr.methods import resolve
 from calr.model import (
     analyse,
@@ -135,6 +136,8 @@ def every_rank(recipe: Recipe) -> Recipe:
     Raises CalrError for another allocation than global, and for a method whose factors have no
     order.
     """
+    if recipe.quantised:
+        raise CalrError("elastic: is a low-rank checkpoint in 16 bit; leave bits and size out")
     if not resolve(recipe.method, recipe.method_options).ordered:
         raise CalrError(
             f"elastic: the factors of method={recipe.method} have no order in which they could be "

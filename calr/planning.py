@@ -165,7 +165,7 @@ def _peak_memory(structure: Structure, recipe: Recipe, element: int, vocabulary:
     weights = element * structure.model_parameters
     training = 0.0
     if recipe.correction_tokens:  # float32: values, gradients, two moments, start and best
-        training = 6 * 4 * recipe.keep * structure.linear_parameters
+        training = 6 * 4 * recipe.fraction * structure.linear_parameters
         training += 4 * 4 * vocabulary * PART_TOKENS
         step = max(recipe.window, min(recipe.step_tokens, PART_TOKENS))
         training += 4 * step * features / (structure.blocks if recipe.gradient_checkpointing else 1)
@@ -189,7 +189,7 @@ def _seconds(structure: Structure, recipe: Recipe) -> float:
     if resolve(recipe.method, recipe.method_options).needs_gradients(recipe):
         gradient_tokens = min(recipe.gradient_samples, recipe.samples) * recipe.window
         forward += 6 * structure.model_parameters * gradient_tokens
-    student = structure.model_parameters - (1 - recipe.keep) * structure.linear_parameters
+    student = structure.model_parameters - (1 - recipe.fraction) * structure.linear_parameters
     forward += recipe.correction_tokens * (2 * structure.model_parameters + 6 * student)
     passes = 5 * recipe.shifted_inputs + 3 * recipe.block_epochs  # through the blocks
     forward += passes * 2 * structure.block_parameters * tokens

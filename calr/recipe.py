@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from calr.errors import CalrError
 from calr_kernels.layout import Layout
 
+KEEP = 0.8  # of a recipe that names no budget
+SCALE_GROUPS = (32, 64, 128)
 Solver = Literal["lagrangian", "exact"]
 
 
@@ -21,7 +23,12 @@ class Recipe:
     """How to compress a model.
 
     Args:
-        keep: Fraction kept of the parameters of the decoder's linear layers, in (0, 1].
+        keep: A budget: the fraction kept of the parameters of the decoder's linear layers, in
+            (0, 1], as low-rank factors. 0.8 where no budget is named; at most one of the three is.
+        bits: A budget: average bits per parameter of the whole model, everything stored counted, as
+            quantised matrices.
+        size: A budget: bytes of the tensors, such as 90MB, as quantised matrices.
+        scale_group: Weights along a row of a quantised matrix that share a scale: 32, 64 or 128.
         method: Decomposition of one weight: a file in calr/methods (svd, svd_llm, erc_svd, calr).
         method_options: Options of the method, for example {"beta": 0.05} of erc_svd.
         layout: Storage of a rank-r layer: pivoted, r(N+K-r) numbers, or two_factor, r(N+K).
@@ -44,8 +51,8 @@ class Recipe:
         correction_tokens: Tokens of text on which the compressed layers are trained to give the
             dense model's outputs again; 0: no training.
         learning_rate: Peak learning rate of that training; by default 2.5e-4 (1 - keep), since a
-            model that lost more has farther to go, and beyond 81,920 tokens less, as their square
-            root.
+            model that lost more has farther to go, or 5e-4 for the norms of a quantised one; beyond
+            81,920 tokens less, as their square root.
         step_tokens: Tokens of one step of that training, at least a window; gradients are
             accumulated, so that more takes no more memory.
         cross_entropy: Weight, in [0, 1], of the text's own next tokens beside the dense model's
@@ -59,7 +66,10 @@ class Recipe:
         seed: Seed of sampling and of the order of training.
     """
 
-    keep: float = 0.8
+    keep: float | None = None
+    bits: float | None = None
+    size: str | None = None
+    scale_group: int = 64
     method: str = "calr"
     method_options: dict[str, float] = field(default_factory=dict)
     layout: Layout = "pivoted"
@@ -95,11 +105,20 @@ class Recipe:
                 raise CalrError(
                     f"{name}={value!r}: must be of type {getattr(kind, '__name__', kind)}"
                 )
-        if not 0 < self.keep <= 1:
+        named = [name for name in ("keep", "bits", "size") if getattr(self, name) is not None]
+        if len(named) > 1:
+            raise CalrError(f"{' and '.join(named)}: are several budgets; name one")
+        if not named:
+            object.__setattr__(self, "keep", KEEP)
+        if self.keep is not None and not 0 < self.keep <= 1:
             raise CalrError(
                 f"keep={self.keep}: must be in (0, 1], the fraction of the decoder's linear "
                 "parameters that is kept"
             )
+        if self.bits is not None and not 0 < self.bits <= 16:
+            raise CalrError(f"bits={self.bits}: must be above 0 and at most 16")
+        if self.scale_group not in SCALE_GROUPS:
+            raise CalrError(f"scale_group={self.scale_group}: must be one of {SCALE_GROUPS}")
         if not 0 <= self.seed < 2**63:
             raise CalrError(f"seed={self.seed}: must be in [0, 2^63)")
         for name, least in (
@@ -133,10 +152,27 @@ class Recipe:
         return cls(**made)
 
     @property
+    def budget(self) -> str:
+        """The budget as it was named."""
+        named = {"keep": self.keep, "bits": self.bits, "size": self.size}
+        return next(f"{name}={value}" for name, value in named.items() if value is not None)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the budget is one of bytes, for quantised matrices."""
+        return self.keep is None
+
+    @property
+    def fraction(self) -> float:
+        """What of the linear layers' parameters is kept; 1 under a budget of bytes."""
+        return 1.0 if self.keep is None else self.keep
+
+    @property
     def peak_learning_rate(self) -> float:
         """The learning rate of the correction, asked for or by default."""
         longer = max(1.0, self.correction_tokens / 81_920) ** 0.5
-        return self.learning_rate or 2.5e-4 * (1 - self.keep) / longer
+        usual = 5e-4 if self.quantised else 2.5e-4 * (1 - self.fraction)
+        return self.learning_rate or usual / longer
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values, the learning rate as it is used."""

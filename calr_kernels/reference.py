@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from calr_kernels.forms import Form
+from calr_kernels.records import dequantize
+
 
 def lowrank_linear(
     x: Tensor,
@@ -47,6 +50,15 @@ def pivoted_linear(
     t = linear(x, down)  # [..., r]
     y = interleave(t, linear(t, up), pivots)  # [..., N]
     return y if bias is None else y + bias
+
+
+def quantized_linear(x: Tensor, weight: Tensor, form: Form, bias: Tensor | None = None) -> Tensor:
+    """Apply `y = ŵ x + bias`: the records' weights, each rounded once to x's dtype.
+
+    x [..., K], weight [N, groups, record] uint8, bias [N] -> y [..., N]. Differentiable with
+    respect to x and bias.
+    """
+    return linear(x, dequantize(weight, form, x.shape[-1], x.dtype), bias)
 
 
 def interleave(t: Tensor, rest: Tensor, pivots: Tensor, dim: int = -1) -> Tensor:

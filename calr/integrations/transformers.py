@@ -1,12 +1,11 @@
 """Make compressed checkpoints load and save like any transformers model.
 
 Registered on `import calr` (as soon as transformers is loaded): config.json's quantization_config
-names every factored layer, its layout and rank; the modules are built from that on the meta device
-before the weights are read.
+names every compressed module and how it is stored; the modules are built from that on the meta
+device before the weights are read.
 """
 
 import itertools
-import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -22,87 +21,19 @@ from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from calr.errors import CalrError
-from calr.recipe import Recipe
-from calr_kernels import LowRankLinear
-from calr_kernels.layout import LAYOUTS
+from calr.integrations.config import QUANT_METHOD, CalrConfig, is_quantised
+from calr.integrations.modules import replace
+from calr_kernels import LowRankLinear, QuantizedEmbedding, QuantizedLinear, records
 
-QUANT_METHOD = "calr"
 FLOATS = ("F64", "F32", "F16", "BF16")  # of weights and, below, of pivots, as safetensors says
-INTEGERS = ("I32", "I64", "BOOL")
-FORMAT_VERSION = 1
-
-
-class CalrConfig(QuantizationConfigMixin):
-    """The block `quantization_config` of a compressed checkpoint.
-
-    layers: {layer name: {"layout": "two_factor" | "pivoted", "rank": int}}; a layer that is not
-    listed is dense. recipe: how the checkpoint was made. errors, of an elastic checkpoint alone:
-    {layer name: error at ranks 0, rank_step, 2 rank_step, …}. Raises CalrError, naming the layer or
-    the field, for anything malformed and for a format version that this release does not know.
-    """
-
-    def __init__(
-        self,
-        layers: dict[str, dict[str, Any]] | None = None,
-        format_version: int = FORMAT_VERSION,
-        recipe: dict[str, Any] | None = None,
-        errors: dict[str, list[float]] | None = None,
-        quant_method: str = QUANT_METHOD,
-        **unknown: Any,
-    ) -> None:
-        if format_version != FORMAT_VERSION:
-            raise CalrError(
-                f"config.json: format_version {format_version!r} of the checkpoint is not "
-                f"{FORMAT_VERSION}, the one this release of calr reads; upgrade calr"
-            )
-        if unknown:
-            raise CalrError(f"config.json: unknown field {next(iter(unknown))!r} in its calr block")
-        if not isinstance(layers, dict):
-            raise CalrError("config.json: quantization_config.layers must map names to layers")
-        for name, layer in layers.items():
-            _check_layer(name, layer)
-        self.quant_method: Any = quant_method
-        self.format_version = format_version
-        self.layers = layers
-        if recipe is not None and not isinstance(recipe, dict):
-            raise CalrError(f"config.json: the recipe is {recipe!r}, must be an object")
-        try:
-            Recipe.read(recipe or {})
-        except CalrError as error:
-            raise CalrError(f"config.json: the recipe's {error}") from error
-        self.recipe = recipe or {}
-        if errors is not None:
-            _check_errors(errors, layers)
-            self.errors = errors
-
-
-def _check_layer(name: str, layer: Any) -> None:
-    if not isinstance(layer, dict) or set(layer) != {"layout", "rank"}:
-        raise CalrError(f"config.json: layer {name} must have exactly a layout and a rank")
-    if layer["layout"] not in LAYOUTS:
-        raise CalrError(f"config.json: layer {name} has the unknown layout {layer['layout']!r}")
-    if type(layer["rank"]) is not int or layer["rank"] < 1:
-        raise CalrError(f"config.json: layer {name} has the impossible rank {layer['rank']!r}")
-
-
-def _check_errors(errors: Any, layers: Iterable[str]) -> None:
-    if not isinstance(errors, dict):
-        raise CalrError("config.json: quantization_config.errors must map names to lists")
-    for name in {*layers, *errors}:
-        curve = errors.get(name)
-        if not isinstance(curve, list) or not all(
-            type(x) in (float, int) and 0 <= x < math.inf for x in curve
-        ):
-            raise CalrError(f"config.json: the errors of layer {name} must be a list of numbers")
-        if any(later > earlier for earlier, later in itertools.pairwise(curve)):
-            raise CalrError(f"config.json: the errors of layer {name} must fall with the rank")
+PIVOTS = ("I32", "I64", "BOOL")
+INTEGERS = {torch.uint8: ("U8",)}  # records
 
 
 class CalrQuantizer(HfQuantizer):
-    """Build, check, plan and undo low-rank layers on behalf of transformers."""
+    """Build, check, plan and undo compressed modules on behalf of transformers."""
 
     requires_calibration = True
     quantization_config: CalrConfig
@@ -115,7 +46,7 @@ class CalrQuantizer(HfQuantizer):
     ) -> None:
         try:
             for name, layer in self.quantization_config.layers.items():
-                replace_with_low_rank(model, name, **layer)
+                replace(model, name, layer)
             if checkpoint_files:
                 _check_files(model, checkpoint_files, self.quantization_config.layers)
         except CalrError as error:
@@ -130,7 +61,7 @@ class CalrQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         vars(model)["is_quantized"] = (
-            False  # float factors: .half(), .float() and training are all fine
+            False  # .half(), .float() and training are all fine: records are frozen integers
         )
         _check_loaded(model, self.quantization_config.layers)
 
@@ -153,12 +84,17 @@ class CalrQuantizer(HfQuantizer):
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
     ) -> PreTrainedModel:
-        """Replace every low-rank layer by the dense layer that computes the same."""
+        """Replace every compressed module by the dense one that computes the same."""
         found: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        for name in self.quantization_config.layers:
-            layer = model.get_submodule(name)
-            assert isinstance(layer, LowRankLinear)
-            model.set_submodule(name, layer.to_dense(found))
+        made: dict[int, nn.Module] = {}  # by the weight, which a tied lm_head shares
+        for name, stated in self.quantization_config.layers.items():
+            layer: Any = model.get_submodule(name)
+            kind = found or (model.dtype if is_quantised(stated) else None)
+            dense = layer.to_dense(kind)
+            if id(layer.weight) in made:
+                dense.weight = made[id(layer.weight)].weight
+            made[id(layer.weight)] = dense
+            model.set_submodule(name, dense)
         return model
 
     def is_serializable(self) -> bool:
@@ -174,33 +110,6 @@ class CalrQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """torch.compile works."""
         return True
-
-
-def replace_with_low_rank(model: nn.Module, name: str, layout: Any, rank: int) -> LowRankLinear:
-    """Put an empty LowRankLinear in the place of a linear layer, on its device, in its dtype.
-
-    Raises CalrError when there is no such layer or the rank does not fit it.
-    """
-    try:
-        dense = model.get_submodule(name)
-    except AttributeError:
-        dense = None
-    if type(dense) is not nn.Linear:
-        raise CalrError(f"config.json: layer {name} is no linear layer of this model")
-    try:
-        layer = LowRankLinear(
-            dense.in_features,
-            dense.out_features,
-            rank,
-            layout,
-            bias=dense.bias is not None,
-            device=dense.weight.device,
-            dtype=dense.weight.dtype,
-        )
-    except ValueError as error:
-        raise CalrError(f"config.json: layer {name}: {error}") from error
-    model.set_submodule(name, layer)
-    return layer
 
 
 def attach(model: PreTrainedModel, config: CalrConfig) -> None:
@@ -250,7 +159,7 @@ def _check_files(model: PreTrainedModel, files: list[str], layers: Iterable[str]
             raise CalrError(
                 f"{key}: has shape {shape} in {file}, but config.json needs {list(tensor.shape)}"
             )
-        allowed = FLOATS if tensor.is_floating_point() else INTEGERS
+        allowed = FLOATS if tensor.is_floating_point() else INTEGERS.get(tensor.dtype, PIVOTS)
         if stored[key] not in allowed:
             raise CalrError(
                 f"{key}: has type {stored[key]} in {file}, must be one of {', '.join(allowed)}"
@@ -282,13 +191,20 @@ def _naming(model: Any, expected: dict[str, Tensor]) -> Callable[[str], tuple[st
 
 
 def _check_loaded(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> None:
-    """Check factors and pivots, and refuse what tensor parallelism cannot shard."""
+    """Check factors, pivots and records, and refuse what tensor parallelism cannot shard."""
     for name in layers:
+        _check_records(name, model.get_submodule(name))
         for factor, parameter in model.get_submodule(name).named_parameters():
             if parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
                 raise CalrError(f"{name}.{factor}: holds NaN or infinity; the file is damaged")
     parallel = any(type(p).__name__ == "DTensor" for p in model.parameters())
-    pivoted = [name for name, layer in layers.items() if layer["layout"] == "pivoted"]
+    pivoted = [name for name, layer in layers.items() if layer.get("layout") == "pivoted"]
+    quantised = [name for name, layer in layers.items() if is_quantised(layer)]
+    if parallel and quantised:
+        raise CalrError(
+            f"{quantised[0]}: a quantised layer cannot be sharded by tensor parallelism; load the "
+            "model on one device"
+        )
     if parallel and pivoted:
         raise CalrError(
             f"{pivoted[0]}: the pivoted layout cannot be sharded by tensor parallelism; compress "
@@ -308,6 +224,21 @@ def _check_loaded(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> 
                 f"{name}.pivots: not ascending distinct rows below {rows} of type int32; the file "
                 "is damaged"
             )
+
+
+def _check_records(name: str, module: nn.Module) -> None:
+    """Refuse records that no matrix of the module's form has."""
+    if isinstance(module, QuantizedLinear):
+        sizes = module.out_features, module.in_features
+    elif isinstance(module, QuantizedEmbedding):
+        sizes = module.num_embeddings, module.embedding_dim
+    else:
+        return
+    if module.weight.device.type != "meta":
+        try:
+            records.check(module.weight, module.form, *sizes)
+        except ValueError as error:
+            raise CalrError(f"{name}.weight: {error}; the file is damaged") from error
 
 
 def _check_row_parallel(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> None:

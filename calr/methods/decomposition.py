@@ -1,7 +1,7 @@
 """What every method takes and gives, and the linear algebra that they share."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,12 +17,13 @@ class Moments:
 
     input: E[x xᵀ] [K, K]. gradient: mean over tokens and outputs of g², g the gradient of the
     summed loss with respect to y (labels sampled from the model: the true Fisher). output: E[g gᵀ]
-    [N, N] where N <= K, otherwise E[Wᵀg (Wᵀg)ᵀ] [K, K].
+    [N, N] where N <= K, otherwise E[Wᵀg (Wᵀg)ᵀ] [K, K]. rows: the mean of g² of each output [N].
     """
 
     input: Tensor
     gradient: float | None = None
     output: Tensor | None = None
+    rows: Tensor | None = None
 
     def with_prior(self) -> "Moments":
         """Return them with a little energy in every direction of the input, the same in all.
@@ -33,12 +34,12 @@ class Moments:
         typical = float(self.input.diagonal().double().median()) or 1.0
         prior = PRIOR * typical * torch.eye(len(self.input), dtype=torch.float64)
         wide = self.input.double() + prior.to(self.input.device)
-        return Moments(wide, self.gradient, self.output)
+        return replace(self, input=wide)
 
     def to(self, device: torch.device) -> "Moments":
         """Return them on a device."""
-        output = None if self.output is None else self.output.to(device)
-        return Moments(self.input.to(device), self.gradient, output)
+        output, rows = (None if x is None else x.to(device) for x in (self.output, self.rows))
+        return Moments(self.input.to(device), self.gradient, output, rows)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from calr.model.blocks import BlockRunner, checkpointed
 from calr.model.loading import is_compressed, load, load_skeleton, resolve_dtype
 from calr.model.lowrank import balance, low_rank, pack, pivot, two_factor
+from calr.model.matrices import Matrix, matrices
+from calr.model.quantized import quantize, tensor_bytes, weight_of
 from calr.model.readback import require_same
 from calr.model.structure import (
     Layer,
@@ -19,6 +21,7 @@ from calr.model.weights import check_finite, digest, fingerprint, require_finite
 __all__ = [
     "BlockRunner",
     "Layer",
+    "Matrix",
     "Structure",
     "Swapped",
     "analyse",
@@ -36,13 +39,17 @@ __all__ = [
     "load",
     "load_skeleton",
     "low_rank",
+    "matrices",
     "pack",
     "pivot",
+    "quantize",
     "require_finite",
     "require_same",
     "require_supported",
     "requiring",
     "resolve_dtype",
     "set_submodule",
+    "tensor_bytes",
     "two_factor",
+    "weight_of",
 ]

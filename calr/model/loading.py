@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from calr.errors import CalrError
-from calr.integrations.transformers import QUANT_METHOD
+from calr.integrations.config import QUANT_METHOD
 from calr.model.weights import require_finite
 
 LONG = 500  # characters, of a message that says too much

@@ -1,23 +1,41 @@
-"""Who gets which rank: budgets, error curves, the knapsack."""
+"""Who gets which rank, and which bits: budgets, error curves, the knapsack."""
 
 from calr.ranks import report
 from calr.ranks.allocation import feasible_last_k, last_k, least_error, uniform
+from calr.ranks.bits import (
+    PRICED,
+    ByteBudget,
+    Forms,
+    best_form,
+    byte_budget,
+    even,
+    least_loss,
+    parse_size,
+)
 from calr.ranks.budget import Budget, Ranks, Shape
 from calr.ranks.decompositions import CACHE_BYTES, Decompositions, curves_name
 from calr.ranks.final_state import FinalState, by_block
 
 __all__ = [
     "CACHE_BYTES",
+    "PRICED",
     "Budget",
+    "ByteBudget",
     "Decompositions",
     "FinalState",
+    "Forms",
     "Ranks",
     "Shape",
+    "best_form",
     "by_block",
+    "byte_budget",
     "curves_name",
+    "even",
     "feasible_last_k",
     "last_k",
     "least_error",
+    "least_loss",
+    "parse_size",
     "report",
     "uniform",
 ]

@@ -93,7 +93,7 @@ class Budget:
         if not shapes:
             raise CalrError("skip: matches every linear layer, so there is nothing to compress")
         fixed = structure.linear_parameters - sum(shape.dense for shape in shapes)
-        return cls(shapes, recipe.keep, recipe.layout, recipe.rank_step, fixed)
+        return cls(shapes, recipe.fraction, recipe.layout, recipe.rank_step, fixed)
 
     @property
     def total(self) -> int:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from calr.methods import Moments
 from calr.model import Layer, Structure
-from calr.statistics.gradients import gradient_moments, gradients_name
+from calr.statistics.gradients import VOCABULARY, gradient_moments, gradients_name
 from calr.statistics.inputs import input_moments
 from calr.storage import Store, claim
 
@@ -69,9 +69,19 @@ class Statistics:
         tensors = self._block[1]
         return Moments(
             input=tensors[layer.group],
-            gradient=float(tensors[f"{layer.name}.gradient"]) if gradients else None,
+            gradient=float(tensors[f"{layer.name}.gradient"].mean()) if gradients else None,
             output=tensors[f"{layer.name}.output"] if self._outputs else None,
+            rows=tensors[f"{layer.name}.gradient"] if gradients else None,
         )
+
+    def vocabulary(self) -> dict[str, Tensor]:
+        """Return what the backward pass found of embeddings and lm_head, and "tokens" [V]: how
+        often each occurs in the windows."""
+        if not self._collected:
+            self.collect()
+        found = self.store.load(VOCABULARY)
+        counts = self.ids.flatten().bincount(minlength=len(found["outputs"])).double()
+        return found | {"tokens": counts}
 
 
 def open_statistics(directory: str | Path | None, key: str) -> Store:

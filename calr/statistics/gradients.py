@@ -6,12 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from calr.errors import CalrError
 from calr.model import Layer, Structure, hooked, require_finite, requiring
 from calr.progress import progress
 from calr.storage import Store
+
+VOCABULARY = "vocabulary"  # the file of what is known of embeddings and lm_head
 
 
 def gradient_moments(
@@ -23,32 +26,31 @@ def gradient_moments(
     outputs: bool,
     seed: int,
 ) -> None:
-    """Save gradient statistics at the outputs of every layer, block by block.
+    """Save gradient statistics at the outputs of every layer, block by block, and of the tokens.
 
     g is the gradient, with respect to y = Wx, of the loss summed over tokens, with labels sampled
     from the model's own distribution (the true Fisher). "<layer>.gradient": mean of g² over tokens
-    and outputs. With outputs, "<layer>.output": E[g gᵀ] [N, N] where N <= K, else
-    E[Wᵀg (Wᵀg)ᵀ] [K, K].
+    [N]. With outputs, "<layer>.output": E[g gᵀ] [N, N] where N <= K, else E[Wᵀg (Wᵀg)ᵀ] [K, K].
+    "vocabulary": see `_watch_vocabulary`.
     """
     names = [gradients_name(store, block, outputs) for block in range(structure.blocks)]
-    if all(name in store for name in names):
+    if all(name in store for name in [*names, VOCABULARY]):
         return
     sums: dict[str, Tensor] = {}
     hooks = [
         model.get_submodule(layer.name).register_forward_hook(_watch(sums, layer, outputs))
         for layer in structure.layers
     ]
-    hooks.append(
-        model.get_input_embeddings().register_forward_hook(
-            lambda m, a, out: out.detach().requires_grad_().clone()  # no leaf: it may be changed
-        )
-    )
+    vocabulary: dict[str, Tensor] = {}
+    hooks += _watch_vocabulary(vocabulary, model)
     generator = torch.Generator().manual_seed(seed)
     with hooked(hooks), requiring(model, []), torch.enable_grad():
         for window in progress(ids.split(1), desc="gradients", unit="window"):
             window = window.to(model.device)
             logits = model(input_ids=window, use_cache=False).logits[0].float()
             labels = _sample(logits.detach(), generator)
+            p = logits.detach().softmax(-1)
+            _add(vocabulary, "outputs", (p * (1 - p)).sum(0))
             cross_entropy(logits, labels, reduction="sum").backward()
     for layer in structure.layers:
         if f"{layer.name}.gradient" not in sums:
@@ -56,12 +58,12 @@ def gradient_moments(
                 f"{layer.name}: the loss has no gradient with respect to its outputs; leave it out "
                 "(skip), or use sensitivity=none with another method"
             )
-        sums[f"{layer.name}.gradient"] /= layer.out_features
         require_finite(sums[f"{layer.name}.gradient"], f"{layer.name}: its gradients", model.dtype)
     for block in range(structure.blocks):
         prefix = f"{structure.blocks_name}.{block}."
         chosen = {name: s / ids.numel() for name, s in sums.items() if name.startswith(prefix)}
         store.save(names[block], chosen)
+    store.save(VOCABULARY, {name: s / ids.numel() for name, s in vocabulary.items()})
 
 
 def gradients_name(store: Store, block: int, outputs: bool) -> str:
@@ -75,24 +77,51 @@ def _watch(
 ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
     """Add a layer's output gradients to the sums when they arrive."""
 
-    def add(name: str, value: Tensor) -> None:
-        if name in sums:
-            sums[name] += value
-        else:
-            sums[name] = value
-
     def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         def receive(gradient: Tensor) -> None:
             g = gradient.reshape(-1, gradient.shape[-1]).float()  # [tokens, N]
-            add(f"{layer.name}.gradient", g.square().sum())
+            _add(sums, f"{layer.name}.gradient", g.square().sum(0))
             if outputs:
                 if layer.out_features > layer.in_features:
                     g = g @ module.get_parameter("weight").detach().float()
-                add(f"{layer.name}.output", g.mT @ g)
+                _add(sums, f"{layer.name}.output", g.mT @ g)
 
         y.register_hook(receive)
 
     return hook
+
+
+def _watch_vocabulary(sums: dict[str, Tensor], model: PreTrainedModel) -> list[RemovableHandle]:
+    """Add up what embeddings and lm_head are rounded and priced by.
+
+    "inputs": E[g gᵀ] [d, d], g the gradient at the embeddings' outputs; "hidden": the second moment
+    [d, d] of lm_head's inputs. Beside them "outputs" is E[p (1 - p)] [V], the curvature of the loss
+    with respect to each logit.
+    """
+
+    def first(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        def receive(gradient: Tensor) -> None:
+            g = gradient.reshape(-1, gradient.shape[-1]).float()
+            _add(sums, "inputs", g.mT @ g)
+
+        y = out.detach().requires_grad_()
+        y.register_hook(receive)
+        return y.clone()  # no leaf: it may be changed
+
+    def last(module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+        _add(sums, "hidden", x.mT @ x)
+
+    hooks = [model.get_input_embeddings().register_forward_hook(first)]
+    head = model.get_output_embeddings()
+    return hooks if head is None else [*hooks, head.register_forward_pre_hook(last)]
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    if name in sums:
+        sums[name] += value
+    else:
+        sums[name] = value
 
 
 def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:

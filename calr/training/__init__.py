@@ -1,7 +1,13 @@
 """Training what compression lost: recorded outputs, the loop, what moves, block by block."""
 
 from calr.training.blockwise import BlockFit
-from calr.training.correction import corrected, norm_parameters, windows_needed, windows_used
+from calr.training.correction import (
+    corrected,
+    corrected_norms,
+    norm_parameters,
+    windows_needed,
+    windows_used,
+)
 from calr.training.loop import Trained, train
 from calr.training.precision import mixed
 from calr.training.targets import PART_TOKENS, Targets, collect_targets, logits_of
@@ -13,6 +19,7 @@ __all__ = [
     "Trained",
     "collect_targets",
     "corrected",
+    "corrected_norms",
     "logits_of",
     "mixed",
     "norm_parameters",

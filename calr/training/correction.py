@@ -82,6 +82,34 @@ def corrected(
         raise
 
 
+def corrected_norms(
+    model: PreTrainedModel,
+    copies: dict[str, nn.Module],
+    ids: Tensor,
+    recipe: Recipe,
+    recorded: Store,
+    work: Store,
+) -> Trained:
+    """Train the norms of a dense model while modules of rounded weights stand in its own's places.
+
+    ids [S, T], recorded and work: as in `corrected`. Only the norms are another afterwards; on any
+    failure they are as before.
+    """
+    targets, held_out = (
+        collect_targets(model, part, recorded) for part in windows_used(ids, recipe)
+    )
+    parameters = norm_parameters(model)
+    before = [(p, p.data) for p in parameters]
+    blocks = list(find_blocks(model)[1]) if recipe.gradient_checkpointing else []
+    try:
+        with Swapped(model, copies), checkpointed(blocks):
+            return _train(model, parameters, targets, held_out, recipe, work)
+    except BaseException:
+        for p, value in before:
+            p.data = value
+        raise
+
+
 def correct(
     model: PreTrainedModel,
     layers: dict[str, LowRankLinear],
@@ -105,17 +133,28 @@ def correct(
             frozen.append(layer.weight.register_hook(_without(count, dim=1)))
             frozen.append(layer.down.weight.register_hook(_without(count, dim=0)))
     with hooked(frozen), checkpointed(blocks):
-        return train(
-            model,
-            parameters,
-            targets,
-            held_out,
-            learning_rate=recipe.peak_learning_rate,
-            step_tokens=recipe.step_tokens,
-            cross_entropy=recipe.cross_entropy,
-            seed=recipe.seed,
-            store=store,
-        )
+        return _train(model, parameters, targets, held_out, recipe, store)
+
+
+def _train(
+    model: PreTrainedModel,
+    parameters: list[nn.Parameter],
+    targets: Targets,
+    held_out: Targets,
+    recipe: Recipe,
+    store: Store,
+) -> Trained:
+    return train(
+        model,
+        parameters,
+        targets,
+        held_out,
+        learning_rate=recipe.peak_learning_rate,
+        step_tokens=recipe.step_tokens,
+        cross_entropy=recipe.cross_entropy,
+        seed=recipe.seed,
+        store=store,
+    )
 
 
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -1,0 +1,138 @@
+"""What quantised matrices may store together, and who gets which form."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from calr.errors import CalrError
+from calr.model import Matrix, Structure, matrices, tensor_bytes, weight_of
+from calr.ranks import knapsack
+from calr.recipe import Recipe
+from calr_kernels.forms import Form, Levels
+
+BEST_LEVELS: dict[int, Levels] = {
+    3: "table", 4: "table", 5: "formula", 6: "formula", 8: "uniform"
+}  # fmt: skip
+PRICED = 4  # bits at which a matrix is really rounded to learn what its rounding costs
+# squared error of a width over that at 4 bits, Gaussian groups of 64 (bench/rounding.py)
+RATIOS = {3: 4.36, 4: 1.0, 5: 0.237, 6: 0.0596, 8: 0.0048}
+
+Forms = dict[str, Form | None]  # by matrix; None leaves it as it is
+
+
+def best_form(bits: int, scale_group: int, columns: int) -> Form:
+    """Return the form of a width that errs least, for rows of some columns.
+
+    A scale group that does not divide them becomes the next smaller that does, at least 32.
+    """
+    while scale_group > 32 and columns % scale_group:
+        scale_group -= 32
+    return Form(bits, BEST_LEVELS[bits], scale_group)
+
+
+@dataclass(frozen=True)
+class ByteBudget:
+    """How many bytes a model's tensors may take.
+
+    matrices: those that may be quantised; fixed: bytes of all others; total: bytes allowed;
+    element: bytes of a number that is not quantised; parameters: of the whole model. Raises
+    CalrError for a budget below what the smallest forms take.
+    """
+
+    matrices: tuple[Matrix, ...]
+    fixed: int
+    total: int
+    element: int
+    parameters: int
+    scale_group: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuse a budget that no forms meet."""
+        if self.smallest > self.total:
+            raise CalrError(
+                f"{self.total / 1e6:.1f} MB ({8 * self.total / self.parameters:.2f} bits per "
+                f"parameter): is below the {self.smallest / 1e6:.1f} MB "
+                f"({8 * self.smallest / self.parameters:.2f} bits) that the smallest forms take; "
+                "raise bits or size"
+            )
+
+    @property
+    def smallest(self) -> int:
+        """Bytes of the smallest model that the forms allow."""
+        return self.fixed + sum(map(min, self.costs()))
+
+    def choices(self) -> list[list[Form | None]]:
+        """List the forms that each matrix may have, None for none."""
+        return [
+            [*(best_form(b, self.scale_group, m.in_features) for b in RATIOS), None]
+            for m in self.matrices
+        ]
+
+    def costs(self) -> list[list[int]]:
+        """List the bytes that these take."""
+        return [
+            [
+                m.parameters * self.element if f is None else f.bytes(m.out_features, m.in_features)
+                for f in forms
+            ]
+            for m, forms in zip(self.matrices, self.choices(), strict=True)
+        ]
+
+
+def byte_budget(model: PreTrainedModel, structure: Structure, recipe: Recipe) -> ByteBudget | None:
+    """Return what a recipe's bits or size allow a model; None under a budget of parameters."""
+    if recipe.bits is not None:
+        total = math.floor(recipe.bits * structure.model_parameters / 8)
+    elif recipe.size is not None:
+        total = parse_size(recipe.size)
+    else:
+        return None
+    found = tuple(matrices(model, structure))
+    element = weight_of(model, found[0].name).element_size()
+    others = tensor_bytes(model) - element * sum(m.parameters for m in found)
+    parameters = structure.model_parameters
+    return ByteBudget(found, others, total, element, parameters, recipe.scale_group)
+
+
+def least_loss(budget: ByteBudget, prices: Mapping[str, float], *, exact: bool = False) -> Forms:
+    """Minimise the summed loss of all matrices: a multiple-choice knapsack over their forms.
+
+    prices: the loss that rounding a matrix to PRICED bits costs, in nats; another width costs a
+    fixed multiple of that. exact: by HiGHS, else by Lagrangian bisection.
+    """
+    choices = budget.choices()
+    values = [
+        np.array([0.0 if f is None else prices[m.name] * RATIOS[f.bits] for f in forms])
+        for m, forms in zip(budget.matrices, choices, strict=True)
+    ]
+    at = knapsack.solve(budget.costs(), values, budget.total - budget.fixed, exact=exact)
+    pairs = zip(budget.matrices, choices, at, strict=True)
+    return {matrix.name: forms[i] for matrix, forms, i in pairs}
+
+
+def even(budget: ByteBudget) -> Forms:
+    """Return nearly the same width for every matrix: what a plan shows before calibration."""
+    return least_loss(budget, {m.name: float(m.parameters) for m in budget.matrices})
+
+
+def parse_size(size: str) -> int:
+    """Read "90MB" or "1.5GB" (powers of ten), or a plain number of bytes.
+
+    >>> parse_size("90MB"), parse_size("1.5 GB")
+    (90000000, 1500000000)
+    """
+    text, unit = size.strip().upper(), 1.0
+    for suffix, scale in (("KB", 1e3), ("MB", 1e6), ("GB", 1e9), ("B", 1.0)):
+        if text.endswith(suffix):
+            text, unit = text.removesuffix(suffix), scale
+            break
+    try:
+        count = float(text) * unit
+    except ValueError:
+        count = math.nan
+    if not 0 < count < math.inf:
+        raise CalrError(f"size={size!r}: must be like 90MB or 1.5GB")
+    return int(count)

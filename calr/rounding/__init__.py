@@ -1,0 +1,5 @@
+"""Rounding of a weight matrix to a quantised form: scales by search, integers by GPTQ, refit."""
+
+from calr.rounding.matrix import Rounded, round_matrix
+
+__all__ = ["Rounded", "round_matrix"]

@@ -1,0 +1,80 @@
+"""The scales of a quantised matrix: found by search, and fitted again to the integers chosen."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from calr_kernels.forms import Form
+from calr_kernels.records import level_cells, nearest
+
+FRACTIONS = 16  # scales tried of each sign
+LEAST, MOST = 0.75, 1.15  # of the scale under which the largest weight gets the outermost level
+CACHED = 1 << 15  # weights searched at once: they stay in a CPU's cache
+FIT_NUMBERS = 1 << 24  # float32 numbers of normal equations held at once
+DAMPING = 1e-6  # of the normal equations, relative to their diagonal
+
+
+def search(weight: Tensor, importance: Tensor, form: Form) -> Tensor:
+    """Return scales [N, groups] float32, all of them float16 numbers, of weight [N, K].
+
+    importance [K]: what an error of each column weighs (the diagonal of the inputs' second moment).
+    Both signs are tried, since the levels reach farther on one side. Of each scale tried, the
+    integers nearest to it get the scale that fits them best; the best of these is taken.
+    """
+    weighed = _grouped(importance.float()[None], form)  # [1, G, g]
+    cells = level_cells(form, weight.device)
+    rows = max(1, CACHED // weight.shape[1])
+    parts = [_grouped(part, form) for part in weight.float().split(rows)]
+    return torch.cat([_best(groups, weighed, cells) for groups in parts])
+
+
+def _best(groups: Tensor, weighed: Tensor, cells: Tensor) -> Tensor:
+    """Search the scales [n, G] of groups [n, G, g]; weighed [1, G, g], cells: levels by ratio."""
+    largest = groups.abs().amax(-1, keepdim=True) / float(cells.abs().max())
+    inverse = torch.where(largest == 0, 0.0, 1 / largest)
+    ratios, products = groups * inverse, groups * weighed
+    best = torch.zeros_like(largest)[..., 0]
+    gain = torch.zeros_like(best)  # of the error of scale 0
+    for fraction in torch.linspace(LEAST, MOST, FRACTIONS).tolist():
+        for sign in (1.0, -1.0):
+            levels = nearest(ratios * (sign / fraction), cells)
+            along = (products * levels).sum(-1)
+            energy = (levels.square_() * weighed).sum(-1).clamp_(min=1e-30)
+            fitted = (along / energy).half().float()
+            gained = fitted * (2 * along - fitted * energy)
+            better = (gained > gain) & torch.isfinite(fitted)
+            best, gain = torch.where(better, fitted, best), torch.where(better, gained, gain)
+    return best
+
+
+def refit(weight: Tensor, codes: Tensor, moment: Tensor, scales: Tensor, form: Form) -> Tensor:
+    """Return the scales [N, groups] of a row together that err least with codes [N, K] uint8.
+
+    Minimises (w - ŵ) G (w - ŵ)ᵀ row by row, G = moment [K, K]: small least-squares problems. A
+    scale that is 0 stays 0, a sign stays as it is.
+    """
+    values = torch.tensor(form.values, dtype=torch.float32, device=weight.device)
+    rows, columns = weight.shape
+    count = form.groups(columns)
+    index = torch.arange(columns, device=weight.device) // form.scale_group
+    g, found = moment.float(), []
+    step = max(1, FIT_NUMBERS // (count * columns))
+    for start in range(0, rows, step):
+        levels = values[codes[start : start + step].int()]  # [n, K]
+        spread = torch.zeros(len(levels), count, columns, device=weight.device)
+        spread.scatter_(1, index.expand(len(levels), 1, columns), levels[:, None])
+        products = spread @ g  # [n, G, K]: of each group's levels
+        normal = (products @ spread.mT).double()
+        right = (products @ weight[start : start + step].float()[..., None]).double()
+        diagonal = normal.diagonal(dim1=-2, dim2=-1)
+        diagonal += DAMPING * diagonal.mean(-1, keepdim=True) + 1e-30
+        found.append(torch.linalg.solve_ex(normal, right)[0][..., 0])
+    fitted = torch.cat(found).half().float()
+    good = torch.isfinite(fitted) & (fitted * scales > 0)
+    return torch.where(good, fitted, scales)
+
+
+def _grouped(weight: Tensor, form: Form) -> Tensor:
+    """View [N, K], padded with zeros, as [N, groups, scale_group]."""
+    padding = form.groups(weight.shape[1]) * form.scale_group - weight.shape[1]
+    return pad(weight, (0, padding)).view(len(weight), -1, form.scale_group)

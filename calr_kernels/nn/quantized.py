@@ -1,0 +1,110 @@
+"""The drop-in modules of a quantised linear layer and of a quantised embedding."""
+
+import torch
+from torch import Tensor, nn
+
+from calr_kernels import records
+from calr_kernels.forms import Form
+from calr_kernels.quantized import quantized_linear
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer of quantised weights: x [..., K] -> y [..., N] in x's dtype.
+
+    `weight` holds the records [N, groups, record] uint8 of a form (calr_kernels.forms), a frozen
+    parameter under the dense layer's name: programs that look for it find it, and loading it into a
+    dense model fails on the shape. bias [N].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        form: Form,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.form = in_features, out_features, form
+        self.weight = _empty_records(form, out_features, in_features, device)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer: [..., in_features] -> [..., out_features]."""
+        return quantized_linear(input, self.weight, self.form, self.bias)
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight matrix [out_features, in_features], rounded once to a dtype."""
+        return records.dequantize(self.weight, self.form, self.in_features, dtype)
+
+    @torch.no_grad()
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """Make the dense layer that computes the same; dtype: by default the bias's, or float32."""
+        dtype = dtype or (torch.float32 if self.bias is None else self.bias.dtype)
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        dense.weight = nn.Parameter(self.dense_weight(dtype))
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
+        return dense
+
+    def extra_repr(self) -> str:
+        """Describe the layer in `print(model)`."""
+        return f"{super().extra_repr()}, {self.form}"
+
+
+class QuantizedEmbedding(nn.Embedding):
+    """An embedding of quantised rows: ids [...] -> [..., embedding_dim] in the module's dtype.
+
+    `weight` holds records, as in QuantizedLinear, so that a tied lm_head shares them. scale: what
+    the rows are multiplied by, as Gemma does.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        form: Form,
+        scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.form = num_embeddings, embedding_dim, form
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self.scale = scale
+        self.weight = _empty_records(form, num_embeddings, embedding_dim, device)
+        # follows .to(dtype) where the records do not: the dtype of the output
+        self.register_buffer("like", torch.empty(0, device=device, dtype=dtype), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Look ids up: [...] int -> [..., embedding_dim]."""
+        dtype, rows = self.get_buffer("like").dtype, self.weight[input.reshape(-1)]
+        found = records.dequantize(rows, self.form, self.embedding_dim, dtype)
+        if self.scale != 1:
+            found = found * torch.tensor(self.scale, dtype=dtype, device=found.device)
+        return found.view(*input.shape, self.embedding_dim)
+
+    @torch.no_grad()
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """Make the dense embedding of the same rows, without the scale."""
+        dtype = dtype or self.get_buffer("like").dtype
+        weight = records.dequantize(self.weight, self.form, self.embedding_dim, dtype)
+        dense: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=False)
+        return dense
+
+    def extra_repr(self) -> str:
+        """Describe the module in `print(model)`."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.form}"
+
+
+def _empty_records(
+    form: Form, rows: int, columns: int, device: torch.device | str | None
+) -> nn.Parameter:
+    """Make records of zeros: every scale is 0."""
+    zeros = torch.zeros(form.shape(rows, columns), dtype=torch.uint8, device=device)
+    return nn.Parameter(zeros, requires_grad=False)

@@ -1,0 +1,86 @@
+"""The quantised linear operation as users call it: checked arguments, custom operator.
+
+`torch.ops.calr.quantized_linear` has a fake kernel and a gradient with respect to x and the bias:
+integers and scales are frozen.
+"""
+
+import torch
+from torch import Tensor
+
+from calr_kernels import eligible, records, reference
+from calr_kernels.forms import Form, Levels
+
+NAME = "calr::quantized_linear"
+torch.library.define(
+    NAME, "(Tensor x, Tensor weight, int bits, str levels, int scale_group, Tensor? bias) -> Tensor"
+)
+
+
+def quantized_linear(x: Tensor, weight: Tensor, form: Form, bias: Tensor | None = None) -> Tensor:
+    """Apply `y = ŵ x + bias`, ŵ the weights of records, each rounded once to x's dtype.
+
+    x [..., K] of a floating dtype, weight [N, groups, record] uint8 of a form, bias [N] of x's
+    dtype -> y [..., N] in x's dtype. Raises ValueError naming the argument whose shape, dtype or
+    device does not fit.
+    """
+    check(x, weight, form, bias)
+    if not eligible.watched() and not eligible.needs_gradients(x, bias):
+        return reference.quantized_linear(x, weight, form, bias)
+    result: Tensor = torch.ops.calr.quantized_linear(
+        x, weight, form.bits, form.levels, form.scale_group, bias
+    )
+    return result
+
+
+def check(x: Tensor, weight: Tensor, form: Form, bias: Tensor | None) -> None:
+    """Raise ValueError naming the first argument that does not fit the others."""
+    if not x.is_floating_point() or x.dim() < 1:
+        raise ValueError(f"x {list(x.shape)} {x.dtype}: must be [..., K] of a floating dtype")
+    rows = weight.shape[0] if weight.dim() else 0
+    wanted = form.shape(rows, x.shape[-1])
+    if weight.dtype != torch.uint8 or tuple(weight.shape) != wanted:
+        raise ValueError(
+            f"weight {list(weight.shape)} {weight.dtype}: must be {list(wanted)} torch.uint8, the "
+            f"records of {form} for x {list(x.shape)}"
+        )
+    if bias is not None and (bias.shape != (rows,) or bias.dtype != x.dtype):
+        raise ValueError(f"bias {list(bias.shape)} {bias.dtype}: must be [{rows}] {x.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: is on {tensor.device}, but x on {x.device}")
+
+
+def _checked(
+    x: Tensor, weight: Tensor, bits: int, levels: Levels, scale_group: int, bias: Tensor | None
+) -> Tensor:
+    form = Form(bits, levels, scale_group)
+    check(x, weight, form, bias)
+    return reference.quantized_linear(x, weight, form, bias)
+
+
+def _fake(
+    x: Tensor, weight: Tensor, bits: int, levels: Levels, scale_group: int, bias: Tensor | None
+) -> Tensor:
+    check(x, weight, Form(bits, levels, scale_group), bias)
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, weight, bits, levels, scale_group, _ = inputs
+    ctx.save_for_backward(weight)
+    ctx.form, ctx.columns = Form(bits, levels, scale_group), x.shape[-1]
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    (weight,) = ctx.saved_tensors
+    dx = db = None
+    if ctx.needs_input_grad[0]:
+        dx = grad @ records.dequantize(weight, ctx.form, ctx.columns, grad.dtype)
+    if ctx.needs_input_grad[5]:
+        db = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
+    return dx, None, None, None, None, db
+
+
+torch.library.impl(NAME, "default", _checked)
+torch.library.register_fake(NAME, _fake)
+torch.library.register_autograd(NAME, _backward, setup_context=_setup)
