@@ -17,10 +17,20 @@ from calr.elastic import resize_to
 from calr.errors import CalrError
 from calr.evaluation import perplexity
 from calr.inference import optimize_for_inference
-from calr.integrations.config import CalrConfig
+from calr.integrations.config import CalrConfig, is_quantised
 from calr.integrations.lm_eval import evaluate, retention
 from calr.integrations.modules import replace
-from calr.model import analyse, check_vocabulary, check_window, is_compressed, load, load_skeleton
+from calr.model import (
+    analyse,
+    check_vocabulary,
+    check_window,
+    is_compressed,
+    load,
+    load_skeleton,
+    matrices,
+    tensor_bytes,
+    weight_of,
+)
 from calr.ranks import report
 from calr.recipe import Recipe
 from calr.storage import size, verify
@@ -43,6 +53,9 @@ def plan(arguments: Namespace) -> None:
     if arguments.json:
         tables.print_json(result.to_dict())
         return
+    if "tensor_bytes" in result.totals:
+        _print_quantised_plan(result)
+        return
     tables.print_layers(result.layers)
     if result.ranks_follow_calibration:
         print("Ranks follow calibration under this allocation; shown are nearly uniform ones.")
@@ -58,6 +71,24 @@ def plan(arguments: Namespace) -> None:
             "compressible share of the decoder blocks": f"{result.coverage:.2%}",
             "weights": f"{tables.gigabytes(totals['bytes_before'])} -> "
             f"{tables.gigabytes(totals['bytes_after'])}",
+            "peak memory (estimate)": tables.gigabytes(result.peak_memory_bytes),
+            "time (estimate, this machine's CPU)": f"{result.seconds:.0f} s",
+        }
+    )
+
+
+def _print_quantised_plan(result: planning.Plan) -> None:
+    tables.print_matrices(result.layers)
+    print("Which matrix gets which bits follows calibration; shown are nearly equal ones.")
+    totals = result.totals
+    tables.print_facts(
+        {
+            "bits per parameter, of the whole model": f"{totals['bits_per_parameter']:.3f}",
+            "tensors": f"{tables.gigabytes(totals['tensor_bytes_before'])} -> "
+            f"{tables.gigabytes(totals['tensor_bytes'])}",
+            "smallest that the forms reach": f"{tables.gigabytes(totals['smallest_bytes'])}, "
+            f"{totals['smallest_bits']:.2f} bits",
+            "share of the model that can be quantised": f"{result.coverage:.2%}",
             "peak memory (estimate)": tables.gigabytes(result.peak_memory_bytes),
             "time (estimate, this machine's CPU)": f"{result.seconds:.0f} s",
         }
@@ -223,16 +254,23 @@ def inspect(arguments: Namespace) -> None:
     trust = arguments.trust_remote_code
     skeleton = load_skeleton(arguments.model, trust_remote_code=trust, dense=True)
     structure = analyse(skeleton)
+    quantised, dense = matrices(skeleton, structure), tensor_bytes(skeleton)
+    element = weight_of(skeleton, structure.layers[0].name).element_size()
     for name, stated in config.layers.items():  # refuses what the model cannot hold
         replace(skeleton, name, stated)
-    rows = report.rows(structure, config.layers)
-    counted = report.totals(structure, config.layers)
-    totals = {name: counted[name] for name in ("keep", "removed_of_model", "model_parameters")}
+    if any(map(is_quantised, config.layers.values())):
+        rows = report.quantised_rows(quantised, config.layers, element)
+        saved = sum(m.parameters * element for m in quantised) - sum(r["bytes"] for r in rows)
+        totals = report.quantised_totals(structure, dense - saved, dense)
+    else:
+        rows = report.rows(structure, config.layers)
+        counted = report.totals(structure, config.layers)
+        totals = {name: counted[name] for name in ("keep", "removed_of_model", "model_parameters")}
     totals |= {"bytes": size(directory), **verified}
     if arguments.json:
         tables.print_json({"layers": rows, "totals": totals, "recipe": config.recipe})
         return
-    tables.print_layers(rows)
+    (tables.print_matrices if "bits" in rows[0] else tables.print_layers)(rows)
     tables.print_facts(totals | {f"recipe: {name}": value for name, value in config.recipe.items()})
 
 

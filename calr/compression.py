@@ -2,10 +2,11 @@
 
 import dataclasses
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +33,7 @@ from calr.model import (
     require_same,
     require_supported,
     set_submodule,
+    tensor_bytes,
 )
 from calr.quantising import Quantiser, dense_copies
 from calr.ranks import (
@@ -134,11 +136,12 @@ def compress_to(
         done = None if overwrite else finished(place, run.key)
         if done is not None:
             return done | {"bytes": size(place), "directory": str(place)}
+        before = tensor_bytes(model)
         parts = prepare(place, run.key, summary, overwrite=overwrite)
         dense = measured("dense", model, tokenizer, eval_windows, recipe.window)
         run.run(parts, statistics)
         config: Any = model.config.quantization_config
-        results: dict[str, Any] = dict(report.outcome(run.structure, config.layers))
+        results = run.outcome(before)
         for name, value in config.recipe.get("correction", {}).items():
             results[f"correction_{name}"] = round(value, 4)
         results |= dense | measured("compressed", model, tokenizer, eval_windows, recipe.window)
@@ -248,6 +251,16 @@ class _Compression:
         """State the recipe as it goes into the checkpoint."""
         described = self.recipe.to_dict() | {"calibration": describe(self.calibration)}
         return described | {"tokens": min(len(ids), self.recipe.samples) * ids.shape[1]}
+
+    def outcome(self, before: int) -> dict[str, Any]:
+        """Count what the compressed model is made of; before: bytes of the dense one's tensors."""
+        stored = cast(Any, self.model.config).quantization_config.layers
+        if not isinstance(self.budget, ByteBudget):
+            return dict(report.outcome(self.structure, stored))
+        rows = report.quantised_rows(self.budget.matrices, stored, self.budget.element)
+        widths = Counter(row["bits"] or 8 * self.budget.element for row in rows)
+        counts = {f"matrices_of_{bits}_bits": count for bits, count in sorted(widths.items())}
+        return report.quantised_totals(self.structure, tensor_bytes(self.model), before) | counts
 
     def _windows(self, parts: Store) -> Tensor:
         """Draw all windows of text [S, T] that the run needs, once."""

@@ -11,14 +11,17 @@ import torch
 
 from calr.errors import CalrError
 from calr.methods import resolve
-from calr.model import Structure, analyse, load_skeleton, resolve_dtype
+from calr.model import Structure, analyse, load_skeleton, resolve_dtype, tensor_bytes
 from calr.ranks import (
     CACHE_BYTES,
     Budget,
+    ByteBudget,
     Ranks,
     Shape,
     by_block,
+    byte_budget,
     curves_name,
+    even,
     feasible_last_k,
     least_error,
     report,
@@ -36,7 +39,7 @@ EIGEN_FLOPS = 25  # eigenvalues and vectors of an n Ã— n matrix cost about 25 nÂ
 class Plan:
     """What a compression would do.
 
-    ranks_follow_calibration: the ranks of `layers` are not final. feasible_last_k: under
+    ranks_follow_calibration: the ranks (or bits) of `layers` are not final. feasible_last_k: under
     allocation=last_k, the exact ranks for every number k of last blocks that can reach keep.
     """
 
@@ -71,6 +74,9 @@ def plan(
     recipe = recipe or Recipe()
     model = load_skeleton(source, trust_remote_code=trust_remote_code)
     structure = analyse(model, recipe.skip)
+    bytes_allowed = byte_budget(model, structure, recipe)
+    if bytes_allowed is not None:
+        return _quantised(source, model, structure, recipe, bytes_allowed)
     budget = Budget.of(structure, recipe)
     ranks, exact = _ranks(budget, recipe, statistics)
     stored = report.stored_at(ranks, recipe.layout)
@@ -86,6 +92,29 @@ def plan(
         ranks_follow_calibration=not exact,
         feasible_last_k=_feasible_last_k(structure, budget, recipe),
         peak_memory_bytes=_peak_memory(structure, recipe, element, _vocabulary(model)),
+        seconds=_seconds(structure, recipe),
+    )
+
+
+def _quantised(
+    source: str, model: Any, structure: Structure, recipe: Recipe, budget: ByteBudget
+) -> Plan:
+    """Plan forms of nearly one width; which matrix gets which follows calibration."""
+    forms = even(budget)
+    stored = {name: dataclasses.asdict(form) for name, form in forms.items() if form is not None}
+    rows = report.quantised_rows(budget.matrices, stored, budget.element)
+    after = budget.fixed + sum(row["bytes"] for row in rows)
+    totals = report.quantised_totals(structure, after, tensor_bytes(model))
+    totals["smallest_bytes"] = budget.smallest
+    totals["smallest_bits"] = 8 * budget.smallest / structure.model_parameters
+    return Plan(
+        model=source,
+        layers=rows,
+        totals=totals,
+        coverage=sum(m.parameters for m in budget.matrices) / structure.model_parameters,
+        ranks_follow_calibration=True,
+        feasible_last_k={},
+        peak_memory_bytes=_peak_memory(structure, recipe, budget.element, _vocabulary(model)),
         seconds=_seconds(structure, recipe),
     )
 

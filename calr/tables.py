@@ -63,6 +63,21 @@ def print_layers(layers: list[dict[str, Any]]) -> None:
     _console(110).print(table)
 
 
+def print_matrices(matrices: list[dict[str, Any]]) -> None:
+    """Print how every matrix is quantised: `ranks.report.quantised_rows`."""
+    table = Table("matrix", "shape", "bits", "levels", "scale group", "bytes")
+    for matrix in matrices:
+        table.add_row(
+            Text(plain(matrix["name"])),
+            "×".join(map(str, matrix["shape"])),
+            str(matrix["bits"] or "as it was"),
+            matrix["levels"] or "",
+            str(matrix["scale_group"] or ""),
+            f"{matrix['bytes']:,}",
+        )
+    _console(110).print(table)
+
+
 def print_tasks(rows: list[dict[str, Any]]) -> None:
     """Print accuracy per task; with two models also the retention, plain and above chance."""
     table = Table(

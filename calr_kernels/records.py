@@ -27,11 +27,13 @@ def pack(codes: Tensor, scales: Tensor, form: Form) -> Tensor:
         raise ValueError(f"codes: {int(codes.max())} has more than {form.bits} bits")
     padding = form.groups(columns) * form.scale_group - columns
     codes = torch.nn.functional.pad(codes, (0, padding), value=_zero(form))
-    codes = codes.view(rows, -1, form.scale_group)
+    codes = codes.view(rows, form.groups(columns), form.scale_group)
     parts, shift = [stored[..., None].view(torch.uint8)], 0
     for bits in PLANES[form.bits]:
         per = 8 // bits
-        plane = ((codes >> shift) & ((1 << bits) - 1)).view(*codes.shape[:2], per, -1)
+        plane = ((codes >> shift) & ((1 << bits) - 1)).view(
+            *codes.shape[:2], per, form.scale_group // per
+        )
         packed = plane[:, :, 0].clone()
         for j in range(1, per):
             packed |= plane[:, :, j] << (j * bits)

@@ -23,6 +23,7 @@ def replace(model: nn.Module, name: str, layer: Mapping[str, Any]) -> nn.Module:
     try:
         if is_quantised(layer):
             made: nn.Module = quantized_like(dense, Form(**layer))
+            vars(made)["_is_hf_initialized"] = True  # no random numbers for records on the disk
         else:
             made = low_rank_like(dense, **layer)
     except ValueError as error:

@@ -1,6 +1,6 @@
-"""Adapters on top of low-rank layers: what PEFT would get wrong is refused or put right.
+"""Adapters on top of compressed layers: what PEFT would get wrong is refused or put right.
 
-PEFT takes a low-rank layer for an `nn.Linear` whose `weight` is the dense matrix. Training an
+PEFT takes a compressed layer for an `nn.Linear` whose `weight` is the dense matrix. Training an
 adapter beside it needs no such thing; merging one, and starting one from the weight, do. Registered
 as soon as PEFT's LoRA is imported.
 """
@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from calr.errors import CalrError
-from calr_kernels import LowRankLinear
+from calr_kernels import LowRankLinear, QuantizedLinear
 
+COMPRESSED = (LowRankLinear, QuantizedLinear)
 READ_WEIGHT = (  # ways to start an adapter that read or change the base weight
     "pissa_init",
     "olora_init",
@@ -23,7 +24,7 @@ READ_WEIGHT = (  # ways to start an adapter that read or change the base weight
 
 
 MERGE = (
-    "an adapter cannot be merged into a low-rank layer; keep it beside the model, or call "
+    "an adapter cannot be merged into a compressed layer; keep it beside the model, or call "
     "dequantize() on the model before the adapter is added"
 )
 
@@ -34,8 +35,8 @@ def register_layers(module: Any) -> None:
     _guard(
         module.LoraLayer,
         "update_layer",
-        "DoRA scales by the norms of the dense weight, which a low-rank layer does not hold; leave "
-        "use_dora out, or call dequantize() on the model before",
+        "DoRA scales by the norms of the dense weight, which a compressed layer does not hold; "
+        "leave use_dora out, or call dequantize() on the model before",
         when=lambda kwargs: bool(
             kwargs.get("use_dora") or getattr(kwargs.get("config"), "use_dora", False)
         ),
@@ -46,8 +47,8 @@ def register_layers(module: Any) -> None:
                 module.LoraLayer,
                 name,
                 f"{name.removesuffix('_init')} starts an adapter from the dense weight, which a "
-                "low-rank layer does not hold; use init_lora_weights=True, or call dequantize() on "
-                "the model before",
+                "compressed layer does not hold; use init_lora_weights=True, or call dequantize() "
+                "on the model before",
             )
 
 
@@ -66,7 +67,7 @@ def _guard_model(module: Any, name: str) -> None:
     @functools.wraps(original)
     def guarded(self: Any, *args: Any, merge: bool = True, **kwargs: Any) -> Any:
         adapted = [m for m in self.model.modules() if isinstance(m, module.BaseTunerLayer)]
-        if merge and any(isinstance(m.get_base_layer(), LowRankLinear) for m in adapted):
+        if merge and any(isinstance(m.get_base_layer(), COMPRESSED) for m in adapted):
             raise CalrError(MERGE)
         given = {} if name == "merge_adapter" else {"merge": merge}
         return original(self, *args, **given, **kwargs)
@@ -101,7 +102,7 @@ def _guard(
 
     @functools.wraps(original)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.get_base_layer(), LowRankLinear) and when(kwargs):
+        if isinstance(self.get_base_layer(), COMPRESSED) and when(kwargs):
             raise CalrError(message)
         return original(self, *args, **kwargs)
 

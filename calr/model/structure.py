@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from calr.errors import CalrError
 from calr.model.swapping import evaluating, hooked
-from calr_kernels import LowRankLinear
+from calr_kernels import LowRankLinear, QuantizedLinear
 
 UNCOVERED_LIMIT = 0.1  # share of stacked expert weights above which a model is refused
 
@@ -152,7 +152,7 @@ def check_vocabulary(model: PreTrainedModel, what: str, ids: Tensor) -> None:
 
 
 def _refuse_compressed(model: PreTrainedModel) -> None:
-    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+    if any(isinstance(module, LowRankLinear | QuantizedLinear) for module in model.modules()):
         raise CalrError("the model is compressed already; start from its dense original")
     quantization = getattr(model.config, "quantization_config", None)
     if quantization is not None:

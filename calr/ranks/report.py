@@ -1,10 +1,11 @@
 """What is kept: exact counts, layer by layer and in all."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from calr.model import Structure
+from calr.model import Matrix, Structure
 from calr.ranks.budget import Ranks, Shape
+from calr_kernels.forms import Form
 from calr_kernels.layout import Layout
 
 Stored = Mapping[str, Mapping[str, Any]]  # {layer: {"layout", "rank"}} of those that are factored
@@ -54,4 +55,40 @@ def outcome(structure: Structure, stored: Stored) -> dict[str, float]:
         "coverage": structure.coverage,
         "factored_layers": len(stored),
         "dense_layers": len(structure.layers) - len(stored),
+    }
+
+
+def quantised_rows(
+    matrices: Sequence[Matrix], stored: Stored, element: int
+) -> list[dict[str, Any]]:
+    """Describe every matrix: name, shape, bits (None: not quantised), levels, scale group, bytes.
+
+    element: bytes of a number that is not quantised.
+    """
+    found = []
+    for matrix in matrices:
+        how = stored.get(matrix.name)
+        form = None if how is None else Form(**how)
+        sizes = matrix.out_features, matrix.in_features
+        found.append(
+            {
+                "name": matrix.name,
+                "kind": matrix.kind,
+                "shape": list(sizes),
+                "bits": form and form.bits,
+                "levels": form and form.levels,
+                "scale_group": form and form.scale_group,
+                "bytes": form.bytes(*sizes) if form else matrix.parameters * element,
+            }
+        )
+    return found
+
+
+def quantised_totals(structure: Structure, size: int, dense: int) -> dict[str, float]:
+    """Count a quantised model: size and dense are bytes of tensors, after and before."""
+    return {
+        "bits_per_parameter": 8 * size / structure.model_parameters,
+        "tensor_bytes": size,
+        "tensor_bytes_before": dense,
+        "model_parameters": structure.model_parameters,
     }

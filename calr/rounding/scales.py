@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 from calr_kernels.forms import Form
 from calr_kernels.records import level_cells, nearest
 
-FRACTIONS = 16  # scales tried of each sign
+FRACTIONS = 17  # scales tried of each sign, the one that is exactly 1 among them
 LEAST, MOST = 0.75, 1.15  # of the scale under which the largest weight gets the outermost level
 CACHED = 1 << 15  # weights searched at once: they stay in a CPU's cache
 FIT_NUMBERS = 1 << 24  # float32 numbers of normal equations held at once
@@ -22,20 +22,25 @@ def search(weight: Tensor, importance: Tensor, form: Form) -> Tensor:
     integers nearest to it get the scale that fits them best; the best of these is taken.
     """
     weighed = _grouped(importance.float()[None], form)  # [1, G, g]
+    tried = torch.linspace(LEAST, MOST, FRACTIONS, dtype=torch.float64).tolist()
+    tried.append(abs(form.values[0] / form.values[-1]))  # the largest weight on the other side
     cells = level_cells(form, weight.device)
     rows = max(1, CACHED // weight.shape[1])
     parts = [_grouped(part, form) for part in weight.float().split(rows)]
-    return torch.cat([_best(groups, weighed, cells) for groups in parts])
+    return torch.cat([_best(groups, weighed, cells, tried) for groups in parts])
 
 
-def _best(groups: Tensor, weighed: Tensor, cells: Tensor) -> Tensor:
-    """Search the scales [n, G] of groups [n, G, g]; weighed [1, G, g], cells: levels by ratio."""
+def _best(groups: Tensor, weighed: Tensor, cells: Tensor, tried: list[float]) -> Tensor:
+    """Search the scales [n, G] of groups [n, G, g]; weighed [1, G, g], cells: levels by ratio.
+
+    tried: scales, relative to that under which the largest weight gets the outermost level.
+    """
     largest = groups.abs().amax(-1, keepdim=True) / float(cells.abs().max())
     inverse = torch.where(largest == 0, 0.0, 1 / largest)
     ratios, products = groups * inverse, groups * weighed
     best = torch.zeros_like(largest)[..., 0]
     gain = torch.zeros_like(best)  # of the error of scale 0
-    for fraction in torch.linspace(LEAST, MOST, FRACTIONS).tolist():
+    for fraction in tried:
         for sign in (1.0, -1.0):
             levels = nearest(ratios * (sign / fraction), cells)
             along = (products * levels).sum(-1)

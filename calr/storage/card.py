@@ -29,12 +29,16 @@ def model_card(source: str, command: str, recipe_yaml: str, results: dict[str, A
     data = ModelCardData(
         base_model=None if local else source,
         library_name="transformers",
-        tags=["calr", "low-rank", "compression"],
+        tags=["calr", "compression"],
     )
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in results.items())
     name = (Path(source).resolve().name if local else source).replace("`", "'")
     name = "".join(c if c.isprintable() and c not in "<>" else "_" for c in name)
     command = command.format(model=name)
+    quantised = "bits_per_parameter" in results
+    what = "the decoder's linear layers are stored as low-rank factors"
+    if quantised:
+        what = f"its matrices are quantised, {results['bits_per_parameter']:.2f} bits a parameter"
     return ModelCard(
         f"""---
 {data.to_yaml()}
@@ -45,7 +49,7 @@ package of that name on PyPI is another project.
 
 # {name}, compressed
 
-A low-rank compression of `{name}`: the decoder's linear layers are stored as factors.
+A compression of `{name}`: {what}.
 
 ```python
 import calr

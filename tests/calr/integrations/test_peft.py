@@ -38,7 +38,7 @@ def test_merging_is_refused_in_one_sentence_and_changes_nothing(model, ids):
         for name, p in on_top.named_parameters():
             p.add_(0.05 if "lora_B" in name else 0)
         before = on_top(ids).logits
-        with pytest.raises(CalrError, match=r"cannot be merged into a low-rank layer.*dequantize"):
+        with pytest.raises(CalrError, match=r"cannot be merged into .* layer.*dequantize"):
             on_top.merge_and_unload()
         assert torch.equal(on_top(ids).logits, before)
 

@@ -1,0 +1,101 @@
+"""Budgets of bytes: exact, never exceeded, spent where it is worth most."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calr.errors import CalrError
+from calr.model import Matrix, analyse, matrices, tensor_bytes
+from calr.ranks import ByteBudget, best_form, byte_budget, even, least_loss, parse_size
+from calr.ranks.bits import RATIOS
+from calr.recipe import Recipe
+from calr.testing import tiny_llama
+
+SIZES = [(64, 64), (128, 64), (64, 160), (300, 64)]
+
+
+def budget_of(total, fixed=100):
+    found = tuple(Matrix("linear", (f"m{i}",), n, k) for i, (n, k) in enumerate(SIZES))
+    return ByteBudget(found, fixed, total, 2, sum(m.parameters for m in found))
+
+
+def stored(budget, forms):
+    return budget.fixed + sum(
+        2 * m.parameters if forms[m.name] is None else forms[m.name].bytes(*sizes)
+        for m, sizes in zip(budget.matrices, SIZES, strict=True)
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(18_000, 110_000), st.lists(st.floats(1e-6, 1), min_size=4, max_size=4))
+def test_the_budget_is_kept_and_used_and_no_choice_of_that_size_loses_less(total, prices):
+    budget = budget_of(total)
+    named = {f"m{i}": price for i, price in enumerate(prices)}
+    exact, fast = least_loss(budget, named, exact=True), least_loss(budget, named)
+
+    def loss(forms):
+        return sum(named[n] * RATIOS[f.bits] for n, f in forms.items() if f is not None)
+
+    everything = itertools.product(*budget.choices())
+    best = min(
+        loss(forms)
+        for at in everything
+        if stored(budget, forms := {f"m{i}": f for i, f in enumerate(at)}) <= total
+    )
+    assert stored(budget, fast) <= total
+    assert stored(budget, exact) <= total
+    assert loss(exact) <= best * (1 + 1e-5)
+    assert loss(fast) <= 3 * best + 1e-12
+    for name, options, costs in zip(named, budget.choices(), budget.costs(), strict=True):
+        at = options.index(fast[name])
+        assert all(c - costs[at] > total - stored(budget, fast) for c in costs[at + 1 :])
+
+
+def test_costs_are_the_bytes_that_are_stored():
+    budget = budget_of(10**6)
+    for options, costs, (rows, columns) in zip(
+        budget.choices(), budget.costs(), SIZES, strict=True
+    ):
+        for form, cost in zip(options, costs, strict=True):
+            groups = 0 if form is None else -(-columns // form.scale_group)
+            wanted = 2 * rows * columns
+            if form is not None:
+                wanted = rows * groups * (2 + form.scale_group * form.bits // 8)
+            assert cost == wanted
+
+
+@pytest.mark.parametrize(
+    ("columns", "wanted"), [(64, 64), (96, 32), (160, 32), (576, 64), (100, 32), (31, 32)]
+)
+def test_a_scale_group_that_does_not_divide_becomes_the_next_that_does(columns, wanted):
+    assert best_form(4, 64, columns).scale_group == wanted
+    assert best_form(4, 128, 192).scale_group == 96
+
+
+def test_below_the_smallest_is_refused_with_the_smallest():
+    with pytest.raises(CalrError, match=r"below the 0\.02 MB|below the 0\.0 MB .* bits\) that"):
+        budget_of(10_000)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_everything_stored_is_counted(tied):
+    model = tiny_llama(tie_word_embeddings=tied)
+    structure = analyse(model)
+    found = matrices(model, structure)
+    assert [m.kind for m in found if m.kind != "linear"] == (
+        ["tied"] if tied else ["embedding", "head"]
+    )
+    budget = byte_budget(model, structure, Recipe(bits=9.0))
+    assert budget.total == int(9 * structure.model_parameters / 8)
+    assert budget.fixed + 4 * sum(m.parameters for m in found) == tensor_bytes(model)
+    assert tensor_bytes(model) == 4 * structure.model_parameters
+    assert set(even(budget)) == {m.name for m in found}
+
+
+def test_sizes_as_people_write_them():
+    assert parse_size("90MB") == parse_size(" 90 mb") == parse_size("90000000") == 90_000_000
+    for wrong in ("", "MB", "-1MB", "nanMB", "90 MiB", "infGB"):
+        with pytest.raises(CalrError, match="must be like 90MB"):
+            parse_size(wrong)

@@ -1,0 +1,112 @@
+"""Rounding: known answers, and every step better than what it replaces."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calr.rounding import Rounded, gptq, round_matrix
+from calr.rounding.scales import refit, search
+from calr_kernels import Form, records
+
+FORMS = [
+    Form(3, "table", 32),
+    Form(4, "uniform", 32),
+    Form(4, "table", 64),
+    Form(5, "formula", 64),
+    Form(6, "formula", 32),
+    Form(8, "uniform", 64),
+]
+
+
+def problem(rows=40, columns=96, seed=0):
+    """A weight and the second moment of correlated inputs of very different sizes."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=draw)
+    x = torch.randn(400, columns, generator=draw) @ torch.randn(columns, columns, generator=draw)
+    x = x * torch.rand(columns, generator=draw) * 3
+    return weight, x.mT @ x / len(x)
+
+
+def error(weight, rounded, moment):
+    lost = weight - rounded.weight()
+    return float(((lost @ moment) * lost).sum())
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_matrix_on_the_grid_comes_back_exactly(form):
+    """Of any rounding the first thing to ask: round(levels · scales) is itself."""
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(1 << form.bits, (6, 128), generator=draw).to(torch.uint8)
+    codes[:, :: form.scale_group] = 0  # the outermost level occurs in every group
+    codes[:, 1 :: form.scale_group] = (1 << form.bits) - 1
+    scales = torch.rand(6, form.groups(128), generator=draw) / 100 + 1e-3
+    weight = records.dequantize(records.pack(codes, scales, form), form, 128, torch.float32)
+    _, moment = problem(columns=128)
+    assert torch.equal(round_matrix(weight, form).weight(), weight)
+    assert torch.equal(round_matrix(weight, form, moment).weight(), weight)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_each_step_errs_less(form):
+    weight, moment = problem()
+    nearest = round_matrix(weight, form)
+    scales = search(weight, moment.diagonal(), form)
+    codes = gptq.choose(weight, scales, moment, form)
+    chosen = Rounded(form, codes, scales)
+    fitted = Rounded(form, codes, refit(weight, codes, moment, scales, form))
+    assert error(weight, chosen, moment) < 0.75 * error(weight, nearest, moment)
+    assert error(weight, fitted, moment) <= error(weight, chosen, moment) * (1 + 1e-3)
+
+
+def test_non_uniform_levels_err_less():
+    weight, moment = problem()
+    uniform, table = (round_matrix(weight, Form(4, x, 32), moment) for x in ("uniform", "table"))
+    assert error(weight, table, moment) < 0.9 * error(weight, uniform, moment)
+
+
+def test_a_wider_integer_errs_less():
+    weight, moment = problem()
+    by_bits = [error(weight, round_matrix(weight, f, moment), moment) for f in FORMS[2:]]
+    assert by_bits == sorted(by_bits, reverse=True)
+    assert by_bits[-1] < by_bits[0] / 50
+
+
+def test_the_refit_is_the_least_squares_solution():
+    weight, moment = problem(rows=3)
+    form = Form(4, "table", 32)
+    scales = search(weight, moment.diagonal(), form)
+    codes = gptq.choose(weight, scales, moment, form)
+    fitted = refit(weight, codes, moment, scales, form)
+    levels = torch.tensor(form.values, dtype=torch.float64)[codes.long()]
+    root = torch.linalg.cholesky(moment.double() + 1e-9 * torch.eye(96).double())
+    for row in range(3):
+        spread = torch.zeros(96, 3, dtype=torch.float64)
+        for group in range(3):
+            spread[group * 32 : group * 32 + 32, group] = levels[row, group * 32 : group * 32 + 32]
+        wanted = torch.linalg.lstsq(root.mT @ spread, root.mT @ weight[row].double()).solution
+        torch.testing.assert_close(fitted[row].double(), wanted, rtol=2e-3, atol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 5),
+    st.integers(1, 130),
+    st.sampled_from(FORMS),
+    st.sampled_from([0, 1, 1e-9, 1e6]),
+)
+def test_awkward_matrices_round_to_something_finite(rows, columns, form, size):
+    draw = torch.Generator().manual_seed(rows * 1000 + columns)
+    weight = torch.randn(rows, columns, generator=draw) * size
+    moment = torch.zeros(columns, columns)  # nothing was ever seen
+    for found in (round_matrix(weight, form), round_matrix(weight, form, moment)):
+        records.check(found.records, form, rows, columns)
+        assert (found.weight() - weight).norm() <= weight.norm()
+
+
+def test_a_column_that_is_always_zero_and_a_singular_moment():
+    weight, moment = problem()
+    moment[:, 5] = moment[5] = 0
+    one = moment[0][:, None] * moment[0] / moment[0].norm()  # of rank 1
+    for m in (moment, one):
+        assert torch.isfinite(round_matrix(weight, FORMS[2], m).weight()).all()

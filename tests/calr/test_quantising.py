@@ -1,0 +1,291 @@
+"""Compression to a budget of bytes: what is promised of every compressed model holds, too."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+
+import calr
+from calr.cli import main
+from calr.errors import CalrError
+from calr.model import tensor_bytes
+from calr.quantising import smoothed
+from calr.rounding import round_matrix
+from calr.testing import tiny_llama
+from calr_kernels import Form, QuantizedEmbedding, QuantizedLinear, records
+
+RECIPE = calr.Recipe(bits=5.5, scale_group=32, correction_tokens=0)
+
+
+def divergence(model, dense, ids):
+    with torch.no_grad():
+        log_p, log_q = (m(ids).logits.double().log_softmax(-1) for m in (dense, model))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def saved(request, ids, tmp_path_factory):
+    model = tiny_llama(tie_word_embeddings=request.param == "tied", attention_bias=True)
+    model = calr.compress(model, RECIPE, calibration=ids)
+    directory = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(directory)
+    return model, directory
+
+
+@pytest.mark.parametrize("bits", [4.6, 6.0, 8.6])
+def test_the_budget_is_kept_and_more_bytes_are_nearer(bits, ids):
+    dense = tiny_llama()
+    model = calr.compress(
+        tiny_llama(), dataclasses.replace(RECIPE, bits=bits, keep=None), calibration=ids
+    )
+    found = 8 * tensor_bytes(model) / sum(p.numel() for p in dense.parameters())
+    assert bits - 0.4 < found <= bits
+    assert divergence(model, dense, ids) < {4.6: 0.1, 6.0: 0.01, 8.6: 1e-3}[bits]
+
+
+def test_the_knapsack_beats_one_width_for_all(ids):
+    dense, model = tiny_llama(), calr.compress(tiny_llama(), RECIPE, calibration=ids)
+    flat = tiny_llama()
+    for name, module in list(flat.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            codes = round_matrix(module.weight, Form(5, "formula", 32))
+            module.weight.data = codes.weight()
+    assert divergence(model, dense, ids) < 3 * divergence(flat, dense, ids)
+
+
+def test_save_load_save_is_byte_identical_and_logits_are_equal(saved, tmp_path, ids):
+    model, directory = saved
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    loaded.save_pretrained(tmp_path)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / name).read_bytes() == (directory / name).read_bytes()
+    block = json.loads((directory / "config.json").read_text())["quantization_config"]
+    assert block["format_version"] == 2
+
+
+def test_another_dtype_leaves_the_records_as_they_are(saved, ids):
+    model, directory = saved
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    assert loaded(ids).logits.dtype == torch.bfloat16
+    for name, module in loaded.named_modules():
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            assert torch.equal(module.weight, model.get_submodule(name).weight)
+    assert loaded.float()(ids).logits.dtype == torch.float32
+
+
+def test_a_tied_matrix_is_stored_once(saved):
+    model, directory = saved
+    tied = model.config.tie_word_embeddings
+    assert ("lm_head.weight" in load_file(directory / "model.safetensors")) != tied
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+
+
+def test_loading_without_calr_fails_loudly(saved):
+    code = (
+        "from transformers import AutoModelForCausalLM\n"
+        f"AutoModelForCausalLM.from_pretrained({str(saved[1])!r})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "mismatch" in result.stderr
+
+
+def test_dequantize_gives_the_same_function(saved, ids, tmp_path):
+    model, directory = saved
+    dense = AutoModelForCausalLM.from_pretrained(directory).dequantize()
+    assert not any(isinstance(m, QuantizedLinear | QuantizedEmbedding) for m in dense.modules())
+    torch.testing.assert_close(dense(ids).logits, model(ids).logits)
+    dense.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, dense(ids).logits)
+
+
+def test_lora_on_top_trains_and_its_merge_is_refused(saved, ids):
+    model = AutoModelForCausalLM.from_pretrained(saved[1])
+    settings = {"r": 2, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
+    lora = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    optimizer = torch.optim.SGD([p for p in lora.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for _ in range(3):
+        loss = lora(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    with pytest.raises(CalrError, match="cannot be merged"):
+        lora.merge_and_unload()
+    with pytest.raises(CalrError, match="pissa"):
+        peft.get_peft_model(model, peft.LoraConfig(**settings, init_lora_weights="pissa"))
+
+
+def test_generation_and_offload(saved, ids, tmp_path):
+    model, directory = saved
+    tokens = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    prompt = torch.tensor([[5, 6, 7]])
+    wanted = model.generate(prompt, **tokens)
+    fast = calr.optimize_for_inference(AutoModelForCausalLM.from_pretrained(directory))
+    assert torch.equal(fast.generate(prompt, **tokens), wanted)
+    parts = {"model.embed_tokens", "lm_head", "model.norm", "model.rotary_emb", "model.layers.0"}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        directory,
+        device_map=dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"},
+        offload_folder=tmp_path,
+    )
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_gemma_scales_its_embeddings(ids, tmp_path):
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=32, vocab_size=258, sliding_window=16,
+    )  # fmt: skip
+    dense = Gemma3ForCausalLM(config).eval()
+    before = dense(ids).logits.detach()
+    model = calr.compress(dense, dataclasses.replace(RECIPE, bits=8.7, keep=None), calibration=ids)
+    assert isinstance(model.model.embed_tokens, QuantizedEmbedding)
+    assert (model(ids).logits - before).norm() < 0.03 * before.norm()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_training_the_norms_moves_nothing_else_and_helps(ids):
+    text = torch.randint(2, 258, (40, 32), generator=torch.Generator().manual_seed(9))
+    recipe = dataclasses.replace(RECIPE, bits=4.2, keep=None, window=32)
+    plain = calr.compress(tiny_llama(), recipe, calibration=text)
+    trained = calr.compress(
+        tiny_llama(), dataclasses.replace(recipe, correction_tokens=1024), calibration=text
+    )
+    done = trained.config.quantization_config.recipe["correction"]
+    assert done["loss_after"] < done["loss_before"]
+    for (name, a), (_, b) in zip(plain.named_parameters(), trained.named_parameters(), strict=True):
+        assert "norm" in name or torch.equal(a, b), name
+    assert not torch.equal(plain.model.norm.weight, trained.model.norm.weight)
+
+
+def test_what_was_not_seen_is_not_free():
+    found = smoothed(torch.tensor([5.0, 1.0, 0.0, 0.0]))
+    assert float(found.sum()) == pytest.approx(1)
+    assert (found > 0).all()
+    assert (smoothed(torch.zeros(4)) == 0.25).all()
+
+
+NAME = "model.layers.0.mlp.up_proj"
+
+
+def edited(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def infinite(tensors):
+    tensors[f"{NAME}.weight"][0, 0, :2] = torch.tensor([0, 0x7C], dtype=torch.uint8)
+
+
+TAMPERED = {
+    "bits": (lambda c: c["layers"][NAME].update(bits=7), None, "bits=7: must be one of"),
+    "levels": (lambda c: c["layers"][NAME].update(levels="x"), None, "levels='x'"),
+    "group": (lambda c: c["layers"][NAME].update(scale_group=33), None, "scale_group=33"),
+    "field": (lambda c: c["layers"][NAME].update(rank=3), None, "rank"),
+    "version": (lambda c: c.update(format_version=1), None, "need format_version 2"),
+    "module": (
+        lambda c: c["layers"].update({"model.norm": c["layers"][NAME]}),
+        None,
+        "model.norm: is a LlamaRMSNorm",
+    ),
+    "scale": (None, infinite, "a scale is NaN or infinity"),
+    "dtype": (
+        None,
+        lambda t: t.update({f"{NAME}.weight": t[f"{NAME}.weight"].to(torch.int8)}),
+        "has type I8 in",
+    ),
+    "shape": (
+        None,
+        lambda t: t.update({f"{NAME}.weight": t[f"{NAME}.weight"][:, :, 1:].contiguous()}),
+        "has shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_a_tampered_checkpoint_is_refused_by_name(what, saved, tmp_path):
+    in_config, in_tensors, message = TAMPERED[what]
+    saved[0].save_pretrained(tmp_path)
+    if in_config is not None:
+        config = json.loads((tmp_path / "config.json").read_text())
+        in_config(config["quantization_config"])
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    else:
+        edited(tmp_path, in_tensors)
+    with pytest.raises(CalrError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bits", 5, "--keep", 0.5], "keep and bits: are several budgets"),
+        (["--bits", 5, "--size", "9MB"], "bits and size: are several budgets"),
+        (["--bits", 1], "is below the .* that the smallest forms take"),
+        (["--bits", 17], "at most 16"),
+        (["--size", "lots"], "size='lots': must be like 90MB"),
+        (["--bits", 5, "--scale_group", 48], "scale_group=48: must be one of"),
+        (["--bits", 5, "--elastic"], "elastic: is a low-rank checkpoint"),
+    ],
+)
+def test_budgets_that_cannot_be(options, message, source, tmp_path, capsys):
+    arguments = ["compress", source, tmp_path / "out", *options]
+    assert main([str(a) for a in arguments]) == 1
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "Traceback" not in said
+    assert re.search(message, said), said
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_the_command_line_from_plan_to_inspect(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    few = ["--samples", 4, "--gradient_samples", 2, "--window", 32, "--calibration", "builtin"]
+    few += ["--correction_tokens", 64, "--eval_windows", 2]
+
+    def run(*arguments):
+        assert main([str(a) for a in arguments]) == 0
+        return capsys.readouterr().out
+
+    planned = json.loads(run("plan", source, "--size", "30KB", *few, "--json"))
+    assert planned["totals"]["tensor_bytes"] <= 30_000
+    assert "smallest that the forms reach" in run("plan", source, "--size", "30KB", *few)
+    made = json.loads(run("compress", source, out, "--size", "30KB", *few, "--json"))
+    assert made["tensor_bytes"] <= 30_000 < made["tensor_bytes_before"]
+    found = json.loads(run("inspect", out, "--json"))
+    assert found["totals"]["tensor_bytes"] == made["tensor_bytes"]
+    assert sum(row["bytes"] for row in found["layers"]) < made["tensor_bytes"]
+    assert "scale group" in run("inspect", out)
+    assert "quantised" in (out / "README.md").read_text()
+    run("generate", out, "--max_new_tokens", 2)
+    run("eval", out, "--windows", 2, "--window", 32)
+    with pytest.raises(CalrError, match="compressed already"):
+        calr.compress(calr.load(str(out))[0], RECIPE, calibration=torch.ones(2, 8).long())
+
+
+def test_records_in_a_checkpoint_are_those_of_the_form(saved):
+    tensors = load_file(saved[1] / "model.safetensors")
+    layers = saved[0].config.quantization_config.layers
+    assert NAME in layers
+    for name, how in layers.items():
+        if f"{name}.weight" in tensors:
+            module = saved[0].get_submodule(name)
+            rows = getattr(module, "out_features", None) or module.num_embeddings
+            columns = getattr(module, "in_features", None) or module.embedding_dim
+            records.check(tensors[f"{name}.weight"], Form(**how), rows, columns)

@@ -1,0 +1,101 @@
+"""The quantised operation and its modules."""
+
+import pytest
+import torch
+from torch import nn
+
+from calr_kernels import (
+    Form,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    quantized_linear,
+    records,
+    reference,
+)
+
+FORMS = [Form(3, "table", 32), Form(4, "table", 64), Form(5, "formula", 32), Form(8, "uniform", 64)]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def matrix(form, rows, columns, device="cpu"):
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(1 << form.bits, (rows, columns), generator=draw).to(torch.uint8)
+    scales = torch.randn(rows, form.groups(columns), generator=draw) / 500
+    return records.pack(codes, scales, form).to(device)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(7, 100), (1, 32), (33, 64)])
+def test_it_multiplies_by_the_weights_that_are_stored(form, rows, columns, dtype, device):
+    packed = matrix(form, rows, columns, device)
+    x = torch.randn(2, 3, columns, dtype=torch.float64, device=device).to(dtype)
+    bias = torch.randn(rows, dtype=torch.float64, device=device).to(dtype)
+    weight = records.dequantize(packed, form, columns, dtype).double()
+    wanted = nn.functional.linear(x.double(), weight, bias.double())
+    found = quantized_linear(x, packed, form, bias)
+    assert found.dtype == dtype
+    error = (found.double() - wanted).abs().max() / wanted.abs().max()
+    assert float(error) < TOLERANCE[dtype]
+
+
+def test_the_operator_is_a_good_citizen():
+    form, draw = FORMS[1], torch.Generator().manual_seed(1)
+    packed = matrix(form, 5, 64)
+    x = torch.randn(3, 64, generator=draw, requires_grad=True)
+    bias = torch.randn(5, generator=draw, requires_grad=True)
+    arguments = (x, packed, form.bits, form.levels, form.scale_group, bias)
+    torch.library.opcheck(torch.ops.calr.quantized_linear, arguments)
+    quantized_linear(x, packed, form, bias).square().sum().backward()
+    found = x.grad.clone(), bias.grad.clone()
+    x.grad = bias.grad = None
+    reference.quantized_linear(x, packed, form, bias).square().sum().backward()
+    torch.testing.assert_close(found, (x.grad, bias.grad))
+
+
+def test_it_compiles():
+    layer = QuantizedLinear(64, 5, FORMS[1])
+    layer.weight.data = matrix(FORMS[1], 5, 64)
+    x = torch.randn(2, 64)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(2, 65)}, "weight .*: must be"),
+        ({"x": torch.ones(2, 64).int()}, "x .*: must be"),
+        ({"weight": torch.ones(5, 64)}, "weight .*: must be"),
+        ({"bias": torch.ones(4)}, "bias .*: must be"),
+        ({"bias": torch.ones(5).half()}, "bias .*: must be"),
+        ({"bias": torch.ones(5, device="meta")}, "bias: is on meta"),
+    ],
+)
+def test_malformed_calls_are_refused_by_name(change, message):
+    given = {"x": torch.ones(2, 64), "weight": matrix(FORMS[1], 5, 64), "bias": torch.ones(5)}
+    with pytest.raises(ValueError, match=message):
+        quantized_linear(**(given | change), form=FORMS[1])
+
+
+def test_records_survive_a_change_of_dtype():
+    form = FORMS[2]
+    layer, packed = QuantizedLinear(64, 5, form), matrix(form, 5, 64)
+    layer.weight.data = packed.clone()
+    assert torch.equal(layer.to(torch.bfloat16).half().weight, packed)
+    assert layer.bias.dtype == torch.float16
+    assert layer(torch.ones(2, 64).half()).dtype == torch.float16
+    dense = layer.to_dense(torch.float32)
+    torch.testing.assert_close(dense.weight, records.dequantize(packed, form, 64, torch.float32))
+
+
+@pytest.mark.parametrize("scale", [1.0, 24.0])
+def test_an_embedding_looks_its_rows_up(scale):
+    form = FORMS[0]
+    module = QuantizedEmbedding(9, 40, form, scale=scale)
+    module.weight.data = matrix(form, 9, 40)
+    ids = torch.tensor([[0, 8, 3], [3, 3, 1]])
+    rows = module.to_dense().weight[ids]
+    assert torch.equal(module(ids), rows * scale)
+    assert module.bfloat16()(ids).dtype == torch.bfloat16
+    assert module.weight.dtype == torch.uint8
