@@ -22,7 +22,7 @@ def mixture(
     data is laid out as in bench/README.md. wrapped: with the first quarter hard-wrapped.
     """
     wikitext = str(data / "wikitext2/wiki.train.tokens")
-    shares = ((_pages(data)[:-HELD_OUT_PAGES], windows - windows // 4), (wikitext, windows // 4))
+    shares = ((pages(data)[:-HELD_OUT_PAGES], windows - windows // 4), (wikitext, windows // 4))
     ids = torch.cat(
         [spread_windows(text, tokenizer, count, WINDOW, seed=0) for text, count in shares]
     )
@@ -37,7 +37,7 @@ def unseen_windows(
     """Return the first windows of 512 tokens of each text."""
     texts = {
         "WikiText-2 raw test": data / "wikitext2/wiki.test.raw",
-        "web pages": _pages(data)[-HELD_OUT_PAGES:],
+        "web pages": pages(data)[-HELD_OUT_PAGES:],
         "Sherlock Holmes": data / "books/The-Adventures-of-Sherlock-Holmes_1661.txt",
     }
     return {
@@ -54,6 +54,7 @@ def write_json(path: Path, rows: object) -> None:
     temporary.rename(path)
 
 
-def _pages(data: Path) -> list[str]:
-    pages = (data / "web/openwebtext_1000.jsonl").read_text().splitlines()
-    return [json.loads(page)["text"] for page in pages]
+def pages(data: Path) -> list[str]:
+    """Return the web pages; the last HELD_OUT_PAGES are only measured on."""
+    lines = (data / "web/openwebtext_1000.jsonl").read_text().splitlines()
+    return [json.loads(line)["text"] for line in lines]

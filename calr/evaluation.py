@@ -61,6 +61,39 @@ def perplexity(model: PreTrainedModel, ids: Tensor) -> Perplexity:
     )
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """How far a model's next-token distributions are from the dense model's.
+
+    kl: mean KL(dense || model), nats per token. agreement: the share of positions at which both
+    hold the same token to be the most probable. ratio: of the perplexities.
+    """
+
+    kl: float
+    agreement: float
+    ratio: float
+
+
+@torch.no_grad()
+def compare(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> Comparison:
+    """Compare a model with the dense one, both in memory, on windows of token ids [S, T].
+
+    All positions but each window's last count. In float32, summed in float64.
+    """
+    kl, same, nats = 0.0, 0, 0.0
+    for window in progress(ids.split(1), desc="comparison", unit="window"):
+        q, p = (
+            m(input_ids=window.to(m.device), use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            for m in (model, dense)
+        )
+        p, labels = p.to(q.device), window[0, 1:, None].to(q.device)
+        kl += float((p.exp() * (p - q)).sum(-1).double().sum())
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        nats += float((p.gather(-1, labels) - q.gather(-1, labels)).double().sum())
+    predicted = ids.shape[0] * (ids.shape[1] - 1)
+    return Comparison(kl / predicted, same / predicted, math.exp(nats / predicted))
+
+
 def measured(
     name: str,
     model: PreTrainedModel,

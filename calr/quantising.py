@@ -29,17 +29,19 @@ class Quantiser:
     finished: Store
 
     def forms(self, *, exact: bool = False) -> Forms:
-        """Choose the form of every matrix: each is rounded once, to learn what that costs."""
-        prices = {}
+        """Choose the form of every matrix: each is rounded once, to learn what that costs.
+
+        What it costs is kept with the statistics, for other budgets.
+        """
+        prices, known = {}, self.statistics.store.within(f"prices-{self.budget.scale_group}")
         for matrix in progress(self.budget.matrices, desc="prices", unit="matrix"):
             form = best_form(PRICED, self.budget.scale_group, matrix.in_features)
-            name = f"price-{matrix.name}"
-            if name not in self.finished:
+            if matrix.name not in known:
                 curvature = self._curvature(matrix)
                 rounded = self._rounded(matrix, form, curvature)
                 loss = curvature.loss(weight_of(self.model, matrix.name), rounded, form)
-                self.finished.save(name, {"loss": torch.tensor(loss, dtype=torch.float64)})
-            prices[matrix.name] = float(self.finished.load(name)["loss"])
+                known.save(matrix.name, {"loss": torch.tensor(loss, dtype=torch.float64)})
+            prices[matrix.name] = float(known.load(matrix.name)["loss"])
         return least_loss(self.budget, prices, exact=exact)
 
     def rounded(self, forms: Forms) -> dict[str, Tensor]:

@@ -17,6 +17,8 @@ PLAIN = (Tensor, nn.Parameter)
 # rows of x above which torch's products are faster (bench/kernels.py; its bfloat16 uses AMX)
 MAX_ROWS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16}
 
+QUANTIZED_ROWS = 16  # of x, above which weights are made numbers first (bench/quantized.py)
+
 
 class Replacement:
     """Base of a forward that stands before a module's own and computes the same, faster."""
@@ -131,6 +133,32 @@ def _at_hand(tensor: Tensor) -> bool:
     """Tell whether the numbers at a plain tensor's address are its own: storage that was not freed,
     no view that negates."""
     return (tensor.numel() == 0 or tensor.data_ptr() != 0) and not tensor.is_neg()
+
+
+def native_records(records: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether the native kernel reads records as numbers of a dtype."""
+    return (
+        dtype in TYPES
+        and records.is_cpu
+        and records.numel() > 0
+        and type(records) in PLAIN
+        and records.is_contiguous()
+        and records.data_ptr() != 0
+        and not watched()
+        and library() is not None
+    )
+
+
+def native_quantized(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Tell whether the native kernel computes a quantised layer of x: few rows, plain tensors."""
+    return (
+        x.is_cpu
+        and is_plain(x)
+        and 0 < x.numel() <= QUANTIZED_ROWS * x.shape[-1]
+        and _at_hand(x)
+        and (bias is None or (bias.is_contiguous() and _at_hand(bias)))
+        and native_records(weight, x.dtype)
+    )
 
 
 def native_norm(x: Tensor, weight: Tensor) -> bool:

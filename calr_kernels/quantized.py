@@ -6,8 +6,9 @@ integers and scales are frozen.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from calr_kernels import eligible, records, reference
+from calr_kernels import eligible, native, records
 from calr_kernels.forms import Form, Levels
 
 NAME = "calr::quantized_linear"
@@ -25,7 +26,7 @@ def quantized_linear(x: Tensor, weight: Tensor, form: Form, bias: Tensor | None 
     """
     check(x, weight, form, bias)
     if not eligible.watched() and not eligible.needs_gradients(x, bias):
-        return reference.quantized_linear(x, weight, form, bias)
+        return _forward(x, weight, form, bias)
     result: Tensor = torch.ops.calr.quantized_linear(
         x, weight, form.bits, form.levels, form.scale_group, bias
     )
@@ -55,7 +56,21 @@ def _checked(
 ) -> Tensor:
     form = Form(bits, levels, scale_group)
     check(x, weight, form, bias)
-    return reference.quantized_linear(x, weight, form, bias)
+    return _forward(x, weight, form, bias)
+
+
+def _forward(x: Tensor, weight: Tensor, form: Form, bias: Tensor | None) -> Tensor:
+    """Choose the backend: the native kernel for few rows, or torch's product with numbers."""
+    if eligible.native_quantized(x, weight, bias):
+        return native.quantized_linear(x, weight, form, bias)
+    return linear(x, dequantize(weight, form, x.shape[-1], x.dtype), bias)
+
+
+def dequantize(weight: Tensor, form: Form, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return the weights [N, columns] of records: level · scale in float32, rounded to a dtype."""
+    if eligible.native_records(weight, dtype):
+        return native.dequantize(weight, form, columns, dtype)
+    return records.dequantize(weight, form, columns, dtype)
 
 
 def _fake(
@@ -75,7 +90,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     (weight,) = ctx.saved_tensors
     dx = db = None
     if ctx.needs_input_grad[0]:
-        dx = grad @ records.dequantize(weight, ctx.form, ctx.columns, grad.dtype)
+        dx = grad @ dequantize(weight, ctx.form, ctx.columns, grad.dtype)
     if ctx.needs_input_grad[5]:
         db = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
     return dx, None, None, None, None, db

@@ -74,6 +74,18 @@ void calr_attend(const void* q, const void* keys, const void* values, void* y, i
                  int64_t heads, int64_t group, int64_t count, int64_t d, float scale, int32_t type,
                  int32_t threads);
 
+// y [M, n] = records [n, groups] times x [M, K], plus bias [n] or null: a quantised linear layer. A
+// record holds the scale and the codes of `group` weights, a multiple of 32, of 3, 4, 5, 6 or 8 bits;
+// table: the level of every code, int8 [64], not read for 8 bits. Levels times inputs are summed in
+// float32 over a group, and multiplied by its scale once.
+void calr_quantized_linear(const void* x, const uint8_t* records, const int8_t* table,
+                           const void* bias, void* y, int64_t m, int64_t k, int64_t n, int64_t group,
+                           int32_t bits, int32_t x_type, int32_t threads);
+
+// y [n, K] = the numbers of records [n, groups]: level * scale in float32, rounded to y's type.
+void calr_dequantize(const uint8_t* records, const int8_t* table, void* y, int64_t n, int64_t k,
+                     int64_t group, int32_t bits, int32_t type, int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

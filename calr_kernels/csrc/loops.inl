@@ -8,4 +8,5 @@ namespace CALR_NAMESPACE {
 #include "exponential.inl"
 #include "activation.inl"
 #include "attention.inl"
+#include "quantized.inl"
 }  // namespace CALR_NAMESPACE

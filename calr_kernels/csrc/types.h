@@ -17,6 +17,8 @@ struct float16 {
 
 inline float widen(float value) { return value; }
 
+inline float widen(int8_t value) { return value; }
+
 inline float widen(bfloat16 value) {
   uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
   float result;

@@ -9,15 +9,18 @@ works in plain PyTorch, slower for small batches. When it is used is decided in
 from calr_kernels.native.decoder import attend, rms_norm, rotate
 from calr_kernels.native.linears import Bound, interleave, lowrank_linear
 from calr_kernels.native.loader import ISAS, TYPES, library
+from calr_kernels.native.quantized import dequantize, quantized_linear
 
 __all__ = [
     "ISAS",
     "TYPES",
     "Bound",
     "attend",
+    "dequantize",
     "interleave",
     "library",
     "lowrank_linear",
+    "quantized_linear",
     "rms_norm",
     "rotate",
 ]

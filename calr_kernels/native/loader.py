@@ -27,6 +27,8 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # what they return and take
     "calr_interleave": (_CODE, [_POINTER] * 4 + [_SIZE] * 3 + [_CODE] * 2),
     "calr_rms_norm": (None, [_POINTER] * 3 + [_SIZE] * 2 + [_FLOAT] + [_CODE] * 2),
     "calr_rotate": (None, [_POINTER] * 3 + [_SIZE] * 4 + [_CODE]),
+    "calr_quantized_linear": (None, [_POINTER] * 5 + [_SIZE] * 4 + [_CODE] * 3),
+    "calr_dequantize": (None, [_POINTER] * 3 + [_SIZE] * 3 + [_CODE] * 3),
     "calr_attend": (None, [_POINTER] * 4 + [_SIZE] * 5 + [_FLOAT] + [_CODE] * 2),
 }
 

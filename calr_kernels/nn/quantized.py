@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from calr_kernels import records
 from calr_kernels.forms import Form
-from calr_kernels.quantized import quantized_linear
+from calr_kernels.quantized import dequantize, quantized_linear
 
 
 class QuantizedLinear(nn.Linear):
@@ -39,7 +38,7 @@ class QuantizedLinear(nn.Linear):
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight matrix [out_features, in_features], rounded once to a dtype."""
-        return records.dequantize(self.weight, self.form, self.in_features, dtype)
+        return dequantize(self.weight, self.form, self.in_features, dtype)
 
     @torch.no_grad()
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -84,7 +83,7 @@ class QuantizedEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Look ids up: [...] int -> [..., embedding_dim]."""
         dtype, rows = self.get_buffer("like").dtype, self.weight[input.reshape(-1)]
-        found = records.dequantize(rows, self.form, self.embedding_dim, dtype)
+        found = dequantize(rows, self.form, self.embedding_dim, dtype)
         if self.scale != 1:
             found = found * torch.tensor(self.scale, dtype=dtype, device=found.device)
         return found.view(*input.shape, self.embedding_dim)
@@ -93,7 +92,7 @@ class QuantizedEmbedding(nn.Embedding):
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """Make the dense embedding of the same rows, without the scale."""
         dtype = dtype or self.get_buffer("like").dtype
-        weight = records.dequantize(self.weight, self.form, self.embedding_dim, dtype)
+        weight = dequantize(self.weight, self.form, self.embedding_dim, dtype)
         dense: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=False)
         return dense
 

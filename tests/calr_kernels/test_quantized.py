@@ -8,6 +8,8 @@ from calr_kernels import (
     Form,
     QuantizedEmbedding,
     QuantizedLinear,
+    eligible,
+    native,
     quantized_linear,
     records,
     reference,
@@ -99,3 +101,62 @@ def test_an_embedding_looks_its_rows_up(scale):
     assert torch.equal(module(ids), rows * scale)
     assert module.bfloat16()(ids).dtype == torch.bfloat16
     assert module.weight.dtype == torch.uint8
+
+
+ALL_FORMS = [
+    Form(3, "table", 32), Form(3, "formula", 96), Form(4, "table", 64), Form(4, "uniform", 32),
+    Form(5, "formula", 64), Form(5, "uniform", 32), Form(6, "formula", 128), Form(8, "uniform", 64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", [0, 1, 2])
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
+@pytest.mark.parametrize("columns", [32, 100, 576])
+def test_the_native_kernel_reads_the_same_numbers(form, columns, isa):
+    library = native.library()
+    best = library.calr_isa()
+    if library.calr_select_isa(isa):
+        pytest.skip("this machine lacks it")
+    try:
+        packed = matrix(form, 37, columns)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            found = native.dequantize(packed, form, columns, dtype)
+            assert torch.equal(found, records.dequantize(packed, form, columns, dtype))
+        for rows in (1, 3, 4, 7):
+            x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+            bias = torch.randn(37, generator=torch.Generator().manual_seed(3))
+            weight = records.dequantize(packed, form, columns, torch.float32).double()
+            wanted = nn.functional.linear(x.double(), weight, bias.double())
+            found = native.quantized_linear(x, packed, form, bias)
+            error = (found.double() - wanted).abs().max()
+            plain = (nn.functional.linear(x, weight.float(), bias).double() - wanted).abs().max()
+            assert float(error) <= 2 * float(plain) + 1e-6
+            for one in range(rows):  # the same bits whatever else is in the batch
+                assert torch.equal(
+                    native.quantized_linear(x[one : one + 1], packed, form, bias)[0], found[one]
+                )
+    finally:
+        library.calr_select_isa(best)
+
+
+def test_threads_change_nothing():
+    form = ALL_FORMS[4]
+    packed, x = matrix(form, 300, 576), torch.randn(2, 576)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(native.quantized_linear(x, packed, form, None))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_without_the_native_kernel_there_is_the_same_result(monkeypatch):
+    form = ALL_FORMS[2]
+    packed, x = matrix(form, 9, 64), torch.randn(2, 64)
+    fast = quantized_linear(x, packed, form)
+    monkeypatch.setattr(eligible, "library", lambda: None)
+    torch.testing.assert_close(quantized_linear(x, packed, form), fast)

@@ -1,0 +1,48 @@
+// Quantised linear layers for small batches, and quantised matrices as numbers.
+
+#include <cstdint>
+#include <vector>
+
+#include "calr.h"
+#include "isa.h"
+#include "pool.h"
+
+void calr_quantized_linear(const void* x, const uint8_t* records, const int8_t* table, const void* bias,
+                           void* y, int64_t m, int64_t k, int64_t n, int64_t group, int32_t bits,
+                           int32_t x_type, int32_t threads) {
+  const int64_t groups = (k + group - 1) / group, padded = groups * group;
+  std::vector<float> wide(m * padded), out(m * n);  // zeros where a row is padded
+  typed(x_type, [&](auto value) {
+    using X = decltype(value);
+    for (int64_t row = 0; row < m; ++row) {
+      const X* in = static_cast<const X*>(x) + row * k;
+      for (int64_t i = 0; i < k; ++i) wide[row * padded + i] = widen(in[i]);
+    }
+    calr::parallel(threads, n, m * k, [&](int64_t begin, int64_t end) {
+      std::vector<uint8_t> codes(group);
+      CALR_BY_ISA(quantized_dots, records, table, wide.data(), out.data(), m, n, groups, group, bits, begin,
+                  end, codes.data());
+      for (int64_t row = 0; row < m; ++row) {
+        for (int64_t i = begin; i < end; ++i) {
+          const float added = bias ? widen(static_cast<const X*>(bias)[i]) : 0.0f;
+          narrow(out[row * n + i] + added, static_cast<X*>(y) + row * n + i);
+        }
+      }
+    });
+  });
+}
+
+void calr_dequantize(const uint8_t* records, const int8_t* table, void* y, int64_t n, int64_t k,
+                     int64_t group, int32_t bits, int32_t type, int32_t threads) {
+  const int64_t bytes = (k + group - 1) / group * (2 + group * bits / 8);
+  typed(type, [&](auto value) {
+    using Y = decltype(value);
+    calr::parallel(threads, n, k, [&](int64_t begin, int64_t end) {
+      std::vector<uint8_t> codes(group);
+      for (int64_t row = begin; row < end; ++row) {
+        CALR_BY_ISA(dequantized_row, records + row * bytes, table, static_cast<Y*>(y) + row * k, k, group,
+                    bits, codes.data());
+      }
+    });
+  });
+}

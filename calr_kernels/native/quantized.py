@@ -1,0 +1,59 @@
+"""Quantised matrices on the native kernel.
+
+Callers ask `calr_kernels.eligible` first: shapes, types and places are trusted here.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from calr_kernels.forms import Form
+from calr_kernels.native.loader import TYPES, pointer, required
+
+CODES = 64  # levels of the widest code that is looked up
+
+
+def quantized_linear(x: Tensor, weight: Tensor, form: Form, bias: Tensor | None) -> Tensor:
+    """Compute `calr_kernels.quantized_linear` of eligible tensors."""
+    x, k, n = x.contiguous(), x.shape[-1], weight.shape[0]
+    y = x.new_empty(*x.shape[:-1], n)
+    required().calr_quantized_linear(
+        x.data_ptr(),
+        weight.data_ptr(),
+        _table(form).data_ptr(),
+        pointer(bias),
+        y.data_ptr(),
+        x.numel() // k,
+        k,
+        n,
+        form.scale_group,
+        form.bits,
+        TYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def dequantize(records: Tensor, form: Form, columns: int, dtype: torch.dtype) -> Tensor:
+    """Compute `calr_kernels.records.dequantize` of eligible records: the same bits."""
+    y = torch.empty(records.shape[0], columns, dtype=dtype)
+    required().calr_dequantize(
+        records.data_ptr(),
+        _table(form).data_ptr(),
+        y.data_ptr(),
+        records.shape[0],
+        columns,
+        form.scale_group,
+        form.bits,
+        TYPES[dtype],
+        torch.get_num_threads(),
+    )
+    return y
+
+
+@cache
+def _table(form: Form) -> Tensor:
+    """Return the levels by code, int8 [64], for codes that are looked up."""
+    values = form.values[:CODES] if form.bits < 8 else ()
+    return torch.tensor([*values, *[0] * (CODES - len(values))], dtype=torch.int8)
