@@ -1,11 +1,32 @@
 // Quantised linear layers for small batches, and quantised matrices as numbers.
 
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "calr.h"
 #include "isa.h"
 #include "pool.h"
+
+namespace {
+
+// Call run with the number of bits as a constant.
+template <typename Run>
+void of_bits(int32_t bits, const Run& run) {
+  if (bits == 3) {
+    run(std::integral_constant<int, 3>{});
+  } else if (bits == 4) {
+    run(std::integral_constant<int, 4>{});
+  } else if (bits == 5) {
+    run(std::integral_constant<int, 5>{});
+  } else if (bits == 6) {
+    run(std::integral_constant<int, 6>{});
+  } else {
+    run(std::integral_constant<int, 8>{});
+  }
+}
+
+}  // namespace
 
 void calr_quantized_linear(const void* x, const uint8_t* records, const int8_t* table, const void* bias,
                            void* y, int64_t m, int64_t k, int64_t n, int64_t group, int32_t bits,
@@ -20,8 +41,10 @@ void calr_quantized_linear(const void* x, const uint8_t* records, const int8_t* 
     }
     calr::parallel(threads, n, m * k, [&](int64_t begin, int64_t end) {
       std::vector<uint8_t> codes(group);
-      CALR_BY_ISA(quantized_dots, records, table, wide.data(), out.data(), m, n, groups, group, bits, begin,
-                  end, codes.data());
+      of_bits(bits, [&](auto constant) {
+        CALR_BY_ISA(quantized_dots<decltype(constant)::value>, records, table, wide.data(), out.data(), m, n,
+                    groups, group, begin, end, codes.data());
+      });
       for (int64_t row = 0; row < m; ++row) {
         for (int64_t i = begin; i < end; ++i) {
           const float added = bias ? widen(static_cast<const X*>(bias)[i]) : 0.0f;
@@ -39,10 +62,12 @@ void calr_dequantize(const uint8_t* records, const int8_t* table, void* y, int64
     using Y = decltype(value);
     calr::parallel(threads, n, k, [&](int64_t begin, int64_t end) {
       std::vector<uint8_t> codes(group);
-      for (int64_t row = begin; row < end; ++row) {
-        CALR_BY_ISA(dequantized_row, records + row * bytes, table, static_cast<Y*>(y) + row * k, k, group,
-                    bits, codes.data());
-      }
+      of_bits(bits, [&](auto constant) {
+        for (int64_t row = begin; row < end; ++row) {
+          CALR_BY_ISA(dequantized_row<decltype(constant)::value>, records + row * bytes, table,
+                      static_cast<Y*>(y) + row * k, k, group, codes.data());
+        }
+      });
     });
   });
 }

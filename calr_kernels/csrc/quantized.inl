@@ -24,75 +24,114 @@ inline void add_plane(const uint8_t* plane, uint8_t* codes, int64_t group, int s
   }
 }
 
-// The levels of a group's codes, in place. Codes of 8 bits are the levels plus 128.
-inline void look_up(const int8_t* table, uint8_t* codes, int64_t group, int32_t bits) {
-  int8_t* levels = reinterpret_cast<int8_t*>(codes);
-  if (bits == 8) {
-    for (int64_t i = 0; i < group; ++i) codes[i] ^= 0x80;
-    return;
-  }
+// The planes of a code of BITS bits: LOW bits first, then HIGH.
+template <int BITS>
+struct Planes {
+  static constexpr int kLow = BITS == 3 ? 2 : BITS == 8 ? 8 : 4;
+  static constexpr int kHigh = BITS - kLow;
+};
+
 #if CALR_LANES > 4
-  const __m256i low = _mm256_set1_epi8(15);
-  const auto sixteen = [&](int at) {
-    return _mm256_broadcastsi128_si256(
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(table + 16 * at)));
-  };
-  const __m256i first = sixteen(0);
-  for (int64_t i = 0; i < group; i += 32) {
-    __m256i* place = reinterpret_cast<__m256i*>(codes + i);
-    const __m256i code = _mm256_loadu_si256(place);
-    __m256i level = _mm256_shuffle_epi8(first, code);
-    if (bits > 4) {
-      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(code, 4), low);
-      for (int at = 1; at < 1 << (bits - 4); ++at) {
-        const __m256i other = _mm256_shuffle_epi8(sixteen(at), code);
-        const __m256i here = _mm256_cmpeq_epi8(high, _mm256_set1_epi8(static_cast<char>(at)));
-        level = _mm256_blendv_epi8(level, other, here);
-      }
-    }
-    _mm256_storeu_si256(place, level);
+// The codes of weights [at, at + 32) in a plane of B bits of a group that is a power of two.
+template <int B>
+inline __m256i plane_codes(const uint8_t* plane, int64_t group, int64_t at) {
+  const int64_t size = group * B / 8;
+  const __m256i mask = _mm256_set1_epi8(static_cast<char>((1 << B) - 1));
+  if (size >= 32) {
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane + at % size));
+    const __m128i by = _mm_cvtsi64_si128(at / size * B);
+    return _mm256_and_si256(_mm256_srl_epi16(raw, by), mask);
   }
-#else
-  for (int64_t i = 0; i < group; ++i) levels[i] = table[codes[i]];
-#endif
+  const int64_t part = at / size * B;  // bits to shift by, of the first weight
+  if (size == 16) {
+    const __m256i raw = _mm256_broadcastsi128_si256(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(plane)));
+    const __m256i by = _mm256_set_epi64x(part + B, part + B, part, part);
+    return _mm256_and_si256(_mm256_srlv_epi64(raw, by), mask);
+  }
+  if (size == 8) {
+    int64_t word;
+    std::memcpy(&word, plane, 8);
+    const __m256i by = _mm256_set_epi64x(part + 3 * B, part + 2 * B, part + B, part);
+    return _mm256_and_si256(_mm256_srlv_epi64(_mm256_set1_epi64x(word), by), mask);
+  }
+  int32_t word;
+  std::memcpy(&word, plane, 4);
+  const __m256i by = _mm256_set_epi32(7 * B, 6 * B, 5 * B, 4 * B, 3 * B, 2 * B, B, 0);
+  return _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(word), by), mask);
 }
 
-// The levels of one record.
-inline const int8_t* unpack(const uint8_t* record, const int8_t* table, uint8_t* codes, int64_t group,
-                            int32_t bits) {
-  const uint8_t* planes = record + kScaleBytes;
-  std::memset(codes, 0, group);
-  if (bits == 8) {
-    std::memcpy(codes, planes, group);
-  } else if (bits == 3) {
-    add_plane<2>(planes, codes, group, 0);
-    add_plane<1>(planes + group / 4, codes, group, 2);
-  } else {
-    add_plane<4>(planes, codes, group, 0);
-    if (bits == 5) add_plane<1>(planes + group / 2, codes, group, 4);
-    if (bits == 6) add_plane<2>(planes + group / 2, codes, group, 4);
+// The levels of codes of BITS bits: a byte shuffle for every sixteen of the table.
+template <int BITS>
+inline __m256i look_up(const int8_t* table, __m256i code) {
+  if (BITS == 8) return _mm256_xor_si256(code, _mm256_set1_epi8(static_cast<char>(0x80)));
+  const auto of = [&](int part) {
+    const __m128i* sixteen = reinterpret_cast<const __m128i*>(table + 16 * part);
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(sixteen)), code);
+  };
+  __m256i level = of(0);
+  if (BITS > 4) {  // the bits above the fourth, moved to where a blend looks for them
+    const __m256i fifth = _mm256_slli_epi16(code, 3);
+    level = _mm256_blendv_epi8(level, of(1), fifth);
+    if (BITS == 6) {
+      const __m256i upper = _mm256_blendv_epi8(of(2), of(3), fifth);
+      level = _mm256_blendv_epi8(level, upper, _mm256_slli_epi16(code, 2));
+    }
   }
-  look_up(table, codes, group, bits);
-  return reinterpret_cast<const int8_t*>(codes);
+  return level;
+}
+#endif
+
+// The levels of one record, in a buffer for a group.
+template <int BITS>
+inline const int8_t* unpack(const uint8_t* record, const int8_t* table, uint8_t* codes,
+                            int64_t group) {
+  constexpr int kLow = Planes<BITS>::kLow, kHigh = Planes<BITS>::kHigh;
+  const uint8_t* low = record + kScaleBytes;
+  const uint8_t* high = low + group * kLow / 8;
+#if CALR_LANES > 4
+  if ((group & (group - 1)) == 0) {
+    for (int64_t at = 0; at < group; at += 32) {
+      __m256i code = plane_codes<kLow>(low, group, at);
+      if (kHigh > 0) {
+        const __m256i above = plane_codes<kHigh ? kHigh : 1>(high, group, at);
+        code = _mm256_or_si256(code, _mm256_slli_epi16(above, kLow));
+      }
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + at), look_up<BITS>(table, code));
+    }
+    return reinterpret_cast<const int8_t*>(codes);
+  }
+#endif
+  std::memset(codes, 0, group);
+  add_plane<kLow>(low, codes, group, 0);
+  if (kHigh > 0) add_plane<kHigh ? kHigh : 1>(high, codes, group, kLow);
+  int8_t* levels = reinterpret_cast<int8_t*>(codes);
+  for (int64_t i = 0; i < group; ++i) {
+    levels[i] = BITS == 8 ? static_cast<int8_t>(codes[i] ^ 0x80) : table[codes[i]];
+  }
+  return levels;
 }
 
 inline float scale_of(const uint8_t* record) {
   float16 scale;
   std::memcpy(&scale, record, kScaleBytes);
+#if CALR_LANES > 4
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(scale.bits)));
+#else
   return widen(scale);
+#endif
 }
 
 // out[j * out_stride] = one row of records times x[j] [groups * group], j below COLUMNS. Levels times
 // inputs are summed over a group and multiplied by its scale once.
-template <int COLUMNS>
+template <int BITS, int COLUMNS>
 inline void quantized_row(const uint8_t* row, const int8_t* table, const float* x, float* out,
-                          int64_t groups, int64_t group, int32_t bits, uint8_t* codes,
-                          int64_t out_stride) {
-  const int64_t record = kScaleBytes + group * bits / 8, padded = groups * group;
+                          int64_t groups, int64_t group, uint8_t* codes, int64_t out_stride) {
+  const int64_t record = kScaleBytes + group * BITS / 8, padded = groups * group;
   Vector total[COLUMNS];
   for (int j = 0; j < COLUMNS; ++j) total[j] = zero();
   for (int64_t g = 0; g < groups; ++g, row += record) {
-    const int8_t* levels = unpack(row, table, codes, group, bits);
+    const int8_t* levels = unpack<BITS>(row, table, codes, group);
     Vector sum[COLUMNS];
     for (int j = 0; j < COLUMNS; ++j) sum[j] = zero();
     for (int64_t i = 0; i < group; i += CALR_LANES) {
@@ -108,29 +147,30 @@ inline void quantized_row(const uint8_t* row, const int8_t* table, const float* 
 }
 
 // out [m, n]: rows [begin, end) of records [n, groups] times x [m, groups * group].
-inline void quantized_dots(const uint8_t* records, const int8_t* table, const float* x, float* out,
-                           int64_t m, int64_t n, int64_t groups, int64_t group, int32_t bits,
-                           int64_t begin, int64_t end, uint8_t* codes) {
-  const int64_t record = kScaleBytes + group * bits / 8, padded = groups * group;
+template <int BITS>
+void quantized_dots(const uint8_t* records, const int8_t* table, const float* x, float* out, int64_t m,
+                    int64_t n, int64_t groups, int64_t group, int64_t begin, int64_t end,
+                    uint8_t* codes) {
+  const int64_t record = kScaleBytes + group * BITS / 8, padded = groups * group;
   for (int64_t row = begin; row < end; ++row) {
     const uint8_t* at = records + row * groups * record;
     int64_t j = 0;
     for (; j + 4 <= m; j += 4) {
-      quantized_row<4>(at, table, x + j * padded, out + j * n + row, groups, group, bits, codes, n);
+      quantized_row<BITS, 4>(at, table, x + j * padded, out + j * n + row, groups, group, codes, n);
     }
     for (; j < m; ++j) {
-      quantized_row<1>(at, table, x + j * padded, out + j * n + row, groups, group, bits, codes, n);
+      quantized_row<BITS, 1>(at, table, x + j * padded, out + j * n + row, groups, group, codes, n);
     }
   }
 }
 
 // y [k]: one row of records as numbers: level * scale in float32, rounded to Y.
-template <typename Y>
-inline void dequantized_row(const uint8_t* row, const int8_t* table, Y* y, int64_t k, int64_t group,
-                            int32_t bits, uint8_t* codes) {
-  const int64_t record = kScaleBytes + group * bits / 8;
+template <int BITS, typename Y>
+void dequantized_row(const uint8_t* row, const int8_t* table, Y* y, int64_t k, int64_t group,
+                     uint8_t* codes) {
+  const int64_t record = kScaleBytes + group * BITS / 8;
   for (int64_t start = 0; start < k; start += group, row += record) {
-    const int8_t* levels = unpack(row, table, codes, group, bits);
+    const int8_t* levels = unpack<BITS>(row, table, codes, group);
     const float scale = scale_of(row);
     const int64_t count = k - start < group ? k - start : group;
     for (int64_t i = 0; i < count; ++i) {

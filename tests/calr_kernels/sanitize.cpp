@@ -151,6 +151,49 @@ void gated(int32_t type, int64_t m, int64_t k, int64_t hidden, int32_t activatio
   }
 }
 
+// A code of a record, as docs/formats.md describes it.
+int code_of(const uint8_t* planes, int64_t i, int64_t group, int bits) {
+  const int widths[][2] = {{2, 1}, {4, 0}, {4, 1}, {4, 2}, {0, 0}, {8, 0}};
+  int code = 0, shift = 0;
+  for (int width : widths[bits - 3]) {
+    if (!width) break;
+    const int64_t size = group * width / 8;
+    code |= ((planes[i % size] >> (i / size * width)) & ((1 << width) - 1)) << shift;
+    planes += size;
+    shift += width;
+  }
+  return code;
+}
+
+void quantized(int32_t type, int64_t m, int64_t k, int64_t n, int64_t group, int32_t bits) {
+  const int64_t groups = (k + group - 1) / group, record = 2 + group * bits / 8;
+  std::vector<uint8_t> records(n * groups * record);
+  for (auto& byte : records) byte = static_cast<uint8_t>(generator());
+  for (int64_t i = 0; i < n * groups; ++i) {  // a scale of 2^-9 or -2^-9
+    records[i * record] = 0;
+    records[i * record + 1] = generator() % 2 ? 0x18 : 0x98;
+  }
+  std::vector<int8_t> table(64);
+  for (auto& level : table) level = static_cast<int8_t>(generator());
+  Array x(type, m * k), bias(type, n), y(type, m * n), numbers(type, n * k);
+  calr_quantized_linear(x.data(), records.data(), table.data(), bias.data(), y.data(), m, k, n, group,
+                        bits, type, 3);
+  calr_dequantize(records.data(), table.data(), numbers.data(), n, k, group, bits, type, 3);
+  const double tolerance = type == kFloat32 ? 1e-5 : 4e-2;
+  for (int64_t row = 0; row < n; ++row) {
+    std::vector<double> wanted(m, bias[row]);
+    for (int64_t i = 0; i < k; ++i) {
+      const uint8_t* at = records.data() + (row * groups + i / group) * record;
+      const int code = code_of(at + 2, i % group, group, bits);
+      const double level = bits == 8 ? code - 128 : table[code];
+      const double weight = level * (at[1] == 0x18 ? 1 : -1) / 512;
+      expect(numbers[row * k + i], weight, tolerance, "number");
+      for (int64_t j = 0; j < m; ++j) wanted[j] += weight * x[j * k + i];
+    }
+    for (int64_t j = 0; j < m; ++j) expect(y[j * n + row], wanted[j], tolerance, "quantized");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -166,6 +209,9 @@ int main() {
         layer(type, type, s[0], s[1], s[2], s[3], 3, false);
         gated(type, s[0], s[1], s[2], type % 2);
         norm(type, s[0], s[1]);
+        for (int32_t bits : {3, 4, 5, 6, 8}) {
+          for (int64_t group : {32, 64, 96, 128}) quantized(type, s[0], s[1], s[2], group, bits);
+        }
         attention(type, s[0], 2, 3, s[3], 2 * s[2]);
       }
     }
