@@ -58,7 +58,8 @@ class Quantiser:
         name = f"rounded-{matrix.name}-{form.bits}"
         if name not in self.finished:
             curvature = curvature or self._curvature(matrix)
-            found = round_matrix(weight_of(self.model, matrix.name), form, curvature.inputs)
+            weight = weight_of(self.model, matrix.name)
+            found = round_matrix(weight, form, curvature.inputs.to(weight.device))
             self.finished.save(name, {"records": found.records.cpu()})
         return self.finished.load(name)["records"]
 
@@ -111,7 +112,7 @@ class _Curvature:
             stored = rounded[start : start + ROWS].to(weight.device)
             error = part - records.dequantize(stored, form, part.shape[1], torch.float32)
             for rows, moment in self.parts:
-                lost = ((error @ moment.float()) * error).sum(1)
+                lost = ((error @ moment.to(error)) * error).sum(1)
                 total += float((rows[start : start + ROWS].to(lost) * lost).sum().double()) / 2
         return total
 

@@ -1,6 +1,7 @@
 """What calibration tells of every layer: collected when it is first needed, kept in a store."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -80,7 +81,8 @@ class Statistics:
         if not self._collected:
             self.collect()
         found = self.store.load(VOCABULARY)
-        counts = self.ids.flatten().bincount(minlength=len(found["outputs"])).double()
+        embeddings: Any = self.model.get_input_embeddings()
+        counts = self.ids.flatten().bincount(minlength=embeddings.num_embeddings).double()
         return found | {"tokens": counts}
 
 

@@ -164,3 +164,22 @@ def test_malformed_errors_in_the_config_are_refused(errors, directory):
     layers = {"layer": {"layout": "two_factor", "rank": 4}}
     with pytest.raises(CalrError, match="errors"):
         CalrConfig(layers=layers, errors=errors)
+
+
+def test_a_damaged_elastic_checkpoint_is_not_resized(source, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    recipe = calr.Recipe(**OPTIONS, samples=4, gradient_samples=2, window=32)
+    calr.compress_to(
+        str(source), whole, recipe, calibration="builtin", elastic=True, eval_windows=0
+    )
+    weights_file = whole / "model.safetensors"
+    data = bytearray(weights_file.read_bytes())
+    data[-5] ^= 1
+    weights_file.write_bytes(data)
+    with pytest.raises(CalrError, match=r"model\.safetensors: differs from what calr wrote"):
+        calr.resize_to(str(whole), out, 0.7)
+    assert not out.exists()
+    data[-5] ^= 1
+    weights_file.write_bytes(data)
+    calr.resize_to(str(whole), out, 0.7)
+    assert (out / "config.json").exists()

@@ -81,10 +81,37 @@ def test_gradient_moments_are_the_fisher_of_sampled_labels(model, ids):
         g = torch.cat(rows[layer.name])
         moments = statistics.moments(layer)
         assert moments.gradient == pytest.approx(float(g.square().mean()), rel=1e-4)
+        assert (moments.rows.double() - g.square().mean(0)).norm() <= 1e-4 * moments.rows.norm()
         if layer.out_features > layer.in_features:
             g = g @ model.get_submodule(layer.name).weight.detach().double().cpu()
         expected = g.T @ g / len(g)
         assert (moments.output.double() - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_embeddings_and_head_are_rounded_by(ids, tied):
+    model = tiny_llama(tie_word_embeddings=tied)
+    found = Statistics(
+        model, analyse(model), ids, Store(), gradient_ids=ids[:2], seed=3
+    ).vocabulary()
+    generator, seen = torch.Generator().manual_seed(3), {"g": [], "x": [], "p": []}
+    for window in ids[:2].split(1):
+        embedded = model.model.embed_tokens(window).detach().requires_grad_()
+        hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden)[0]
+        uniform = torch.rand(len(logits), 1, generator=generator)
+        cumulative = logits.detach().softmax(-1).cumsum(-1)
+        labels = (cumulative < uniform * cumulative[:, -1:]).sum(1)
+        loss = cross_entropy(logits, labels, reduction="sum")
+        seen["g"].append(torch.autograd.grad(loss, embedded)[0][0])
+        seen["x"].append(hidden.detach()[0])
+        seen["p"].append(logits.detach().softmax(-1))
+    g, x, p = (torch.cat(seen[name]).double() for name in "gxp")
+    wanted = {"inputs": g.mT @ g / len(g), "hidden": x.mT @ x / len(x)}
+    wanted |= {"outputs": (p * (1 - p)).mean(0)}
+    for name, value in wanted.items():
+        assert (found[name].double() - value).norm() <= 1e-4 * value.norm(), name
+    assert torch.equal(found["tokens"], ids.flatten().bincount(minlength=258).double())
 
 
 def test_stored_statistics_are_found_again_bit_for_bit(model, ids, tmp_path):
