@@ -11,12 +11,14 @@ is `QUANTIZED_ROWS` in `calr_kernels.eligible`.
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.nn.functional import linear
 
 from calr.ranks import best_form
-from calr_kernels import native, records
+from calr_kernels import Form, native, records
 from calr_kernels.forms import PLANES
 from calr_kernels.quantized import dequantize
 
