@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from calr.model import parameter_count
 from calr.progress import progress
 
 START = 8  # tokens before those that decode is timed on
@@ -48,7 +49,7 @@ def bench(
     return [
         {
             "model": name,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": parameter_count(model),
             "weight_bytes": sum(
                 t.numel() * t.itemsize for t in [*model.parameters(), *model.buffers()]
             ),

@@ -28,6 +28,7 @@ from calr.model import (
     load,
     load_skeleton,
     matrices,
+    parameter_count,
     tensor_bytes,
     weight_of,
 )
@@ -128,7 +129,7 @@ def eval(arguments: Namespace) -> None:
     for source in sources:
         model, tokenizer = _load(arguments, source)
         row: dict[str, Any] = {"model": source}
-        row["parameters"] = sum(p.numel() for p in model.parameters())
+        row["parameters"] = parameter_count(model)
         if arguments.windows:
             check_window(model, "window", arguments.window)
             ids = evaluation_windows(

@@ -4,7 +4,7 @@ from calr.model.blocks import BlockRunner, checkpointed
 from calr.model.loading import is_compressed, load, load_skeleton, resolve_dtype
 from calr.model.lowrank import balance, low_rank, pack, pivot, two_factor
 from calr.model.matrices import Matrix, matrices
-from calr.model.quantized import quantize, tensor_bytes, weight_of
+from calr.model.quantized import parameter_count, quantize, tensor_bytes, weight_of
 from calr.model.readback import require_same
 from calr.model.structure import (
     Layer,
@@ -41,6 +41,7 @@ __all__ = [
     "low_rank",
     "matrices",
     "pack",
+    "parameter_count",
     "pivot",
     "quantize",
     "require_finite",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from calr.integrations.modules import quantized_like
-from calr_kernels import Form
+from calr_kernels import Form, QuantizedEmbedding, QuantizedLinear
 
 
 def quantize(model: nn.Module, names: tuple[str, ...], form: Form, records: Tensor) -> None:
@@ -29,6 +29,17 @@ def quantize(model: nn.Module, names: tuple[str, ...], form: Form, records: Tens
 def weight_of(model: nn.Module, name: str) -> Tensor:
     """Return a module's weight, detached."""
     return model.get_submodule(name).get_parameter("weight").detach()
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Count a model's parameters, shared ones once: of quantised matrices their weights."""
+    sizes = {id(p): p.numel() for p in model.parameters()}
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            sizes[id(module.weight)] = module.out_features * module.in_features
+        elif isinstance(module, QuantizedEmbedding):
+            sizes[id(module.weight)] = module.num_embeddings * module.embedding_dim
+    return sum(sizes.values())
 
 
 def tensor_bytes(model: nn.Module) -> int:

@@ -1,6 +1,6 @@
 """Damaged files of every kind: a sentence and exit code 1, or the right answer; never a traceback.
 
-A few hundred seeded mutants of each; `make fuzz` runs tens of thousands (CALR_FUZZ=20000).
+A few hundred seeded mutants in all; `make fuzz` runs tens of thousands (CALR_FUZZ=20000).
 """
 
 import json
@@ -21,10 +21,12 @@ MUTANTS = int(os.environ.get("CALR_FUZZ", "200"))
 ODD = [None, True, -1, 0, 1, 3.5, 10**20, float("nan"), "", "x", "../..", [], [1], {}, {"a": 1}]
 
 
-@pytest.fixture(scope="module", params=["pivoted", "elastic"])
+@pytest.fixture(scope="module", params=["pivoted", "elastic", "quantised"])
 def checkpoint(request, tmp_path_factory, ids):
     """A compressed checkpoint with its tokenizer."""
     recipe = calr.Recipe(keep=0.6, rank_step=2, correction_tokens=0)
+    if request.param == "quantised":
+        recipe = calr.Recipe(bits=6, scale_group=32, correction_tokens=0)
     elastic = request.param == "elastic"
     directory = tmp_path_factory.mktemp("fuzz")
     calr.compress(tiny_llama(), recipe, calibration=ids, elastic=elastic).save_pretrained(directory)
@@ -92,7 +94,7 @@ def test_damaged_configurations(command, checkpoint, tmp_path, capsys):
     config, draw = json.loads((checkpoint / "config.json").read_text()), random.Random(command)
     more = ["--max_new_tokens", 1] if command == "generate" else []
     codes = []
-    for _ in range(MUTANTS // (1 if command == "inspect" else 8)):
+    for _ in range(MUTANTS // (2 if command == "inspect" else 8)):
         mutant = mutated_json(config, draw)
         (directory / "config.json").write_text(json.dumps(mutant))
         codes.append(ended_well([command, directory, *more], capsys))

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 import calr
 from calr.cli import main
 from calr.errors import CalrError
-from calr.model import tensor_bytes
+from calr.model import parameter_count, tensor_bytes
 from calr.quantising import smoothed
 from calr.rounding import round_matrix
 from calr.testing import tiny_llama
@@ -79,6 +79,12 @@ def test_another_dtype_leaves_the_records_as_they_are(saved, ids):
         if isinstance(module, QuantizedLinear | QuantizedEmbedding):
             assert torch.equal(module.weight, model.get_submodule(name).weight)
     assert loaded.float()(ids).logits.dtype == torch.float32
+
+
+def test_parameters_are_those_of_the_dense_model(saved):
+    tied = saved[0].config.tie_word_embeddings
+    dense = tiny_llama(tie_word_embeddings=tied, attention_bias=True)
+    assert parameter_count(saved[0]) == sum(p.numel() for p in dense.parameters())
 
 
 def test_a_tied_matrix_is_stored_once(saved):
