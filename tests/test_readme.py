@@ -14,20 +14,26 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-LAYOUTS = ("two_factor", "pivoted")
+LOW_RANK = ("two_factor", "pivoted")
+COLUMNS = (*LOW_RANK, "quantised")
 TABLE = re.compile(r"(?<=## Works with\n\n)(\|.*\n)+")
 
 
 def table():
-    """Build the table from the marks: what works, and how, in each layout ("yes" unless said)."""
-    lines = [f"| | {' | '.join(LAYOUTS)} |", "|---|---|---|"]
+    """Build the table from the marks: what works, and how ("yes" unless said), in the columns of
+    low rank, or in that of quantised models alone where a mark names it."""
+    rows = {}
     for file in sorted((ROOT / "tests").rglob("test_*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.works":
                 what = ast.literal_eval(node.args[0])
                 said = {key.arg: ast.literal_eval(key.value) for key in node.keywords}
-                lines.append(f"| {what} | {' | '.join(said.get(x, 'yes') for x in LAYOUTS)} |")
-    return "\n".join(dict.fromkeys(lines)) + "\n"
+                on = said if "quantised" in said else LOW_RANK
+                rows.setdefault(what, {}).update(dict.fromkeys(on, "yes") | said)
+    lines = [f"| | {' | '.join(COLUMNS)} |", "|" + "---|" * (len(COLUMNS) + 1)]
+    for what, cells in rows.items():
+        lines.append(f"| {what} | {' | '.join(cells.get(x, 'not tried') for x in COLUMNS)} |")
+    return "\n".join(lines) + "\n"
 
 
 def test_what_works_is_what_is_tested():

@@ -60,6 +60,9 @@ def test_the_knapsack_beats_one_width_for_all(ids):
     assert divergence(model, dense, ids) < 3 * divergence(flat, dense, ids)
 
 
+@pytest.mark.works(
+    "`save_pretrained` → `from_pretrained` → `save_pretrained`", quantised="byte-identical"
+)
 def test_save_load_save_is_byte_identical_and_logits_are_equal(saved, tmp_path, ids):
     model, directory = saved
     loaded = AutoModelForCausalLM.from_pretrained(directory)
@@ -105,6 +108,7 @@ def test_loading_without_calr_fails_loudly(saved):
     assert "mismatch" in result.stderr
 
 
+@pytest.mark.works("`model.dequantize()` back to dense, and merging then", quantised="yes")
 def test_dequantize_gives_the_same_function(saved, ids, tmp_path):
     model, directory = saved
     dense = AutoModelForCausalLM.from_pretrained(directory).dequantize()
@@ -115,6 +119,8 @@ def test_dequantize_gives_the_same_function(saved, ids, tmp_path):
     assert torch.equal(again(ids).logits, dense(ids).logits)
 
 
+@pytest.mark.works("training of all factors, or of a PEFT LoRA on top", quantised="LoRA")
+@pytest.mark.works("PEFT `merge_and_unload`", quantised="refused")
 def test_lora_on_top_trains_and_its_merge_is_refused(saved, ids):
     model = AutoModelForCausalLM.from_pretrained(saved[1])
     settings = {"r": 2, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
@@ -134,6 +140,8 @@ def test_lora_on_top_trains_and_its_merge_is_refused(saved, ids):
         peft.get_peft_model(model, peft.LoraConfig(**settings, init_lora_weights="pissa"))
 
 
+@pytest.mark.works("`device_map` with CPU and disk offload", quantised="yes")
+@pytest.mark.works("`generate`, `torch.compile`", quantised="yes")
 def test_generation_and_offload(saved, ids, tmp_path):
     model, directory = saved
     tokens = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -141,6 +149,9 @@ def test_generation_and_offload(saved, ids, tmp_path):
     wanted = model.generate(prompt, **tokens)
     fast = calr.optimize_for_inference(AutoModelForCausalLM.from_pretrained(directory))
     assert torch.equal(fast.generate(prompt, **tokens), wanted)
+    compiled = AutoModelForCausalLM.from_pretrained(directory)
+    compiled.forward = torch.compile(compiled.forward, backend="eager")
+    assert torch.equal(compiled.generate(prompt, **tokens), wanted)
     parts = {"model.embed_tokens", "lm_head", "model.norm", "model.rotary_emb", "model.layers.0"}
     loaded = AutoModelForCausalLM.from_pretrained(
         directory,

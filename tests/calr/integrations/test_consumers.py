@@ -124,7 +124,7 @@ dist.destroy_process_group()
 
 @pytest.mark.works(
     "tensor parallel (transformers, 2 gloo processes)",
-    pivoted="refused, in one sentence",
+    pivoted="refused",
 )
 def test_tensor_parallel_on_two_processes(saved, tmp_path):
     _, directory, layout = saved

@@ -29,8 +29,8 @@ def adapted(model, **options):
 
 @pytest.mark.works(
     "PEFT `merge_and_unload`",
-    two_factor="refused, in one sentence",
-    pivoted="refused, in one sentence",
+    two_factor="refused",
+    pivoted="refused",
 )
 def test_merging_is_refused_in_one_sentence_and_changes_nothing(model, ids):
     on_top = adapted(model)
