@@ -15,7 +15,7 @@ from calr import benchmark, planning, tables
 from calr.compression import compress_to
 from calr.elastic import resize_to
 from calr.errors import CalrError
-from calr.evaluation import perplexity
+from calr.evaluation import compare, perplexity
 from calr.inference import optimize_for_inference
 from calr.integrations.config import CalrConfig, is_quantised
 from calr.integrations.lm_eval import evaluate, retention
@@ -125,7 +125,7 @@ def eval(arguments: Namespace) -> None:
     """Print token perplexity and zero-shot accuracy of one model, or of two side by side."""
     sources = [arguments.model] + ([arguments.against] if arguments.against else [])
     both = bool(arguments.against and arguments.tasks)
-    rows = []
+    rows, compared = [], []
     for source in sources:
         model, tokenizer = _load(arguments, source)
         row: dict[str, Any] = {"model": source}
@@ -136,6 +136,8 @@ def eval(arguments: Namespace) -> None:
                 arguments.text, tokenizer, windows=arguments.windows, window=arguments.window
             )
             row["token_perplexity"] = asdict(perplexity(model, ids))
+            if arguments.against:
+                compared.append((model, ids))
         if arguments.tasks:
             row["tasks"] = evaluate(
                 model,
@@ -147,14 +149,20 @@ def eval(arguments: Namespace) -> None:
             )
         rows.append(row)
         del model
+    found: dict[str, Any] = {}
+    if len(compared) == 2 and torch.equal(compared[0][1], compared[1][1]):  # one tokenizer
+        (model, ids), (dense, _) = compared
+        found["comparison"] = asdict(compare(model, dense, ids))
     if arguments.json:
         kept = {"retention": retention(rows[0]["tasks"], rows[1]["tasks"])} if both else {}
-        tables.print_json({"text": arguments.text, "models": rows, **kept})
+        tables.print_json({"text": arguments.text, "models": rows, **found, **kept})
         return
     for row in rows:
         print(f"{row['model']}: {row['parameters']:,} parameters")
         if "token_perplexity" in row:
             tables.print_perplexity(arguments.text, row["token_perplexity"])
+    if found:
+        tables.print_comparison(found["comparison"])
     if arguments.tasks:
         tables.print_tasks(rows)
 

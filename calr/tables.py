@@ -78,6 +78,14 @@ def print_matrices(matrices: list[dict[str, Any]]) -> None:
     _console(110).print(table)
 
 
+def print_comparison(comparison: dict[str, float]) -> None:
+    """Print how far the first model's predictions are from the second's."""
+    print(
+        f"KL from the second: {comparison['kl']:.4f} nats per token; the same most probable token "
+        f"at {comparison['agreement']:.1%} of positions; perplexity {comparison['ratio']:.3f} times"
+    )
+
+
 def print_tasks(rows: list[dict[str, Any]]) -> None:
     """Print accuracy per task; with two models also the retention, plain and above chance."""
     table = Table(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calr.errors import CalrError
-from calr.evaluation import perplexity
+from calr.evaluation import compare, perplexity
 from calr.testing import VOCABULARY, tiny_llama
 
 
@@ -34,3 +34,17 @@ def test_damaged_models_and_empty_texts_are_refused(ids):
         perplexity(model, ids)
     with pytest.raises(CalrError, match=r"evaluation ids \[0, 4\]"):
         perplexity(model, torch.ones(0, 4).long())
+
+
+@torch.no_grad()
+def test_a_comparison_is_the_divergence_of_the_two_models(ids):
+    dense, model = tiny_llama(), tiny_llama(seed=1)
+    found = compare(model, dense, ids[:2])
+    log_p, log_q = (m(ids[:2]).logits[:, :-1].double().log_softmax(-1) for m in (dense, model))
+    assert found.kl == pytest.approx(
+        float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-5
+    )
+    same = log_p.argmax(-1) == log_q.argmax(-1)
+    assert found.agreement == pytest.approx(float(same.double().mean()))
+    ratio = perplexity(model, ids[:2]).perplexity / perplexity(dense, ids[:2]).perplexity
+    assert found.ratio == pytest.approx(ratio, rel=1e-5)

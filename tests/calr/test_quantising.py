@@ -291,7 +291,14 @@ def test_the_command_line_from_plan_to_inspect(source, tmp_path, capsys):
     assert "scale group" in run("inspect", out)
     assert "quantised" in (out / "README.md").read_text()
     run("generate", out, "--max_new_tokens", 2)
-    run("eval", out, "--windows", 2, "--window", 32)
+    windows = ["--windows", 2, "--window", 32]
+    found = json.loads(run("eval", out, "--against", source, *windows, "--json"))
+    first, second = (row["token_perplexity"]["perplexity"] for row in found["models"])
+    assert found["comparison"]["ratio"] == pytest.approx(first / second, rel=1e-4)
+    assert 0 < found["comparison"]["kl"] < 1
+    assert "the same most probable token at" in run("eval", out, "--against", source, *windows)
+    itself = json.loads(run("eval", source, "--against", source, *windows, "--json"))
+    assert itself["comparison"] == {"kl": 0.0, "agreement": 1.0, "ratio": 1.0}
     with pytest.raises(CalrError, match="compressed already"):
         calr.compress(calr.load(str(out))[0], RECIPE, calibration=torch.ones(2, 8).long())
 
