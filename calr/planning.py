@@ -32,6 +32,9 @@ from calr.storage import Store
 from calr.training import PART_TOKENS
 
 LIBRARY_BYTES = 700_000_000  # resident size of Python with torch and transformers loaded
+ROUND_FLOPS = (
+    80_000  # finding a weight's form and rounding it takes as long as so many of a product
+)
 EIGEN_FLOPS = 25  # eigenvalues and vectors of an n × n matrix cost about 25 n³
 
 
@@ -184,17 +187,21 @@ def _peak_memory(structure: Structure, recipe: Recipe, element: int, vocabulary:
     boundary = 2 * tokens * hidden * element
     features = sum(layer.in_features + layer.out_features for layer in layers)
     backward, method = 0, resolve(recipe.method, recipe.method_options)
-    if method.needs_gradients(recipe):
+    if recipe.quantised or method.needs_gradients(recipe):
         backward = recipe.window * (4 * vocabulary * 4 + features * element)
-        if method.needs_outputs:
+        if method.needs_outputs and not recipe.quantised:
             backward += 4 * sum(min(x.in_features, x.out_features) ** 2 for x in layers)
     kept = sum(8 * (x.parameters + min(x.in_features, x.out_features) ** 2) for x in layers)
     decompositions = min(CACHE_BYTES, kept if recipe.allocation != "uniform" else 0)
     factors = 4 * structure.linear_parameters
+    if recipe.quantised:  # no factors, but dense copies of the rounded weights
+        decompositions, factors = 0, element * structure.model_parameters
     weights = element * structure.model_parameters
     training = 0.0
     if recipe.correction_tokens:  # float32: values, gradients, two moments, start and best
-        training = 6 * 4 * recipe.fraction * structure.linear_parameters
+        trained = 0.0 if recipe.quantised else recipe.fraction
+        training = 6 * 4 * trained * structure.linear_parameters
+        training += factors if recipe.quantised else 0
         training += 4 * 4 * vocabulary * PART_TOKENS
         step = max(recipe.window, min(recipe.step_tokens, PART_TOKENS))
         training += 4 * step * features / (structure.blocks if recipe.gradient_checkpointing else 1)
@@ -215,13 +222,16 @@ def _seconds(structure: Structure, recipe: Recipe) -> float:
     forward += (
         2 * tokens * sum(x**2 for x in {y.group: y.in_features for y in structure.layers}.values())
     )
-    if resolve(recipe.method, recipe.method_options).needs_gradients(recipe):
+    gradients = resolve(recipe.method, recipe.method_options).needs_gradients(recipe)
+    if recipe.quantised or gradients:
         gradient_tokens = min(recipe.gradient_samples, recipe.samples) * recipe.window
         forward += 6 * structure.model_parameters * gradient_tokens
     student = structure.model_parameters - (1 - recipe.fraction) * structure.linear_parameters
     forward += recipe.correction_tokens * (2 * structure.model_parameters + 6 * student)
     passes = 5 * recipe.shifted_inputs + 3 * recipe.block_epochs  # through the blocks
     forward += passes * 2 * structure.block_parameters * tokens
+    if recipe.quantised:
+        return (forward + ROUND_FLOPS * structure.model_parameters) / flops_per_second
     eigen = sum(
         2 * EIGEN_FLOPS * min(x.in_features, x.out_features) ** 3 + 12 * x.parameters * 1000
         for x in structure.layers
