@@ -47,7 +47,7 @@ def test_the_budget_is_kept_and_more_bytes_are_nearer(bits, ids):
     )
     found = 8 * tensor_bytes(model) / sum(p.numel() for p in dense.parameters())
     assert bits - 0.4 < found <= bits
-    assert divergence(model, dense, ids) < {4.6: 0.1, 6.0: 0.01, 8.6: 1e-3}[bits]
+    assert divergence(model, dense, ids) < {4.6: 0.15, 6.0: 0.02, 8.6: 1e-3}[bits]
 
 
 def test_the_knapsack_beats_one_width_for_all(ids):
@@ -179,7 +179,7 @@ def test_gemma_scales_its_embeddings(ids, tmp_path):
 
 def test_training_the_norms_moves_nothing_else_and_helps(ids):
     text = torch.randint(2, 258, (40, 32), generator=torch.Generator().manual_seed(9))
-    recipe = dataclasses.replace(RECIPE, bits=4.2, keep=None, window=32)
+    recipe = dataclasses.replace(RECIPE, bits=4.2, keep=None, window=32, learning_rate=5e-3)
     plain = calr.compress(tiny_llama(), recipe, calibration=text)
     trained = calr.compress(
         tiny_llama(), dataclasses.replace(recipe, correction_tokens=1024), calibration=text

@@ -46,8 +46,8 @@ def test_the_budget_is_kept_and_used_and_no_choice_of_that_size_loses_less(total
     )
     assert stored(budget, fast) <= total
     assert stored(budget, exact) <= total
-    assert loss(exact) <= best * (1 + 1e-5)
-    assert loss(fast) <= 3 * best + 1e-12
+    assert best * (1 - 1e-9) <= loss(exact) <= best + 1e-5 * max(prices) * RATIOS[3]  # HiGHS' gap
+    assert best * (1 - 1e-9) <= loss(fast)
     for name, options, costs in zip(named, budget.choices(), budget.costs(), strict=True):
         at = options.index(fast[name])
         assert all(c - costs[at] > total - stored(budget, fast) for c in costs[at + 1 :])
