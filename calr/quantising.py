@@ -34,6 +34,8 @@ class Quantiser:
         What it costs is kept with the statistics, for other budgets.
         """
         prices, known = {}, self.statistics.store.within(f"prices-{self.budget.scale_group}")
+        if any(matrix.name not in known for matrix in self.budget.matrices):
+            self.statistics.collect()
         for matrix in progress(self.budget.matrices, desc="prices", unit="matrix"):
             form = best_form(PRICED, self.budget.scale_group, matrix.in_features)
             if matrix.name not in known:

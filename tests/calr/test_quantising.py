@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 import calr
+from calr import quantising
 from calr.cli import main
 from calr.errors import CalrError
 from calr.model import parameter_count, tensor_bytes
@@ -196,6 +197,31 @@ def test_what_was_not_seen_is_not_free():
     assert float(found.sum()) == pytest.approx(1)
     assert (found > 0).all()
     assert (smoothed(torch.zeros(4)) == 0.25).all()
+
+
+@pytest.mark.parametrize("call", [3, 17, 22])  # among the prices, and among what follows them
+def test_interrupted_and_started_again_gives_the_same_bits(call, ids, tmp_path, monkeypatch):
+    whole = calr.compress(tiny_llama(), RECIPE, calibration=ids)
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return round_matrix(*arguments)
+
+    monkeypatch.setattr(quantising, "round_matrix", counted)
+    model = tiny_llama()
+    with pytest.raises(KeyboardInterrupt):
+        calr.compress(model, RECIPE, calibration=ids, work=tmp_path)
+    assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
+    again = calr.compress(model, RECIPE, calibration=ids, work=tmp_path)
+    for (name, a), (_, b) in zip(
+        whole.state_dict().items(), again.state_dict().items(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    every = len({(m.data_ptr(), form) for m, form, _ in calls})
+    assert len(calls) == every + 1  # only the interrupted one was done twice
 
 
 NAME = "model.layers.0.mlp.up_proj"
