@@ -12,7 +12,7 @@ LEVELS: tuple[Levels, ...] = get_args(Levels)
 PLANES = {3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # bits of each plane, lowest first
 BITS = tuple(PLANES)
 SCALE_BYTES = 2  # float16
-LEAST_GROUP = 32  # scale groups are multiples of it
+LEAST_GROUP, MOST_GROUP = 32, 4096  # scale groups are multiples of the first
 TABLES = {
     3: (-127, -81, -49, -23, 2, 27, 56, 96),  # least squared error on Gaussian groups of 64
     4: (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),  # IQ4_NL's
@@ -48,8 +48,10 @@ class Form:
         if self.levels == "formula" and self.bits == 8:
             raise ValueError("levels=formula: has 3 to 6 bits; 8 bits are uniform")
         group = self.scale_group
-        if not isinstance(group, int) or group < LEAST_GROUP or group % LEAST_GROUP:
-            raise ValueError(f"scale_group={group!r}: must be a multiple of {LEAST_GROUP}")
+        if not isinstance(group, int) or not 0 < group <= MOST_GROUP or group % LEAST_GROUP:
+            raise ValueError(
+                f"scale_group={group!r}: must be a multiple of {LEAST_GROUP}, at most {MOST_GROUP}"
+            )
 
     @cached_property
     def values(self) -> tuple[int, ...]:
