@@ -18,7 +18,7 @@ BEST_LEVELS: dict[int, Levels] = {
 }  # fmt: skip
 PRICED = 4  # bits at which a matrix is really rounded to learn what its rounding costs
 # squared error of a width over that at 4 bits, Gaussian groups of 64 (bench/rounding.py)
-RATIOS = {3: 4.36, 4: 1.0, 5: 0.237, 6: 0.0596, 8: 0.0048}
+RATIOS = {3: 4.35, 4: 1.0, 5: 0.237, 6: 0.0595, 8: 0.0046}
 
 Forms = dict[str, Form | None]  # by matrix; None leaves it as it is
 
