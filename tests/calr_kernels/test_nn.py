@@ -51,10 +51,12 @@ def test_casting_leaves_pivots_alone():
     assert copy.deepcopy(layer)(torch.ones(1, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("rank", [0, -1, 5])
-def test_impossible_rank_is_refused(rank):
-    with pytest.raises(ValueError, match=f"rank {rank} of a 4x6 layer.*between 1 and 4"):
-        LowRankLinear(6, 4, rank)
+@pytest.mark.parametrize("rank", [0, -1, 6])
+@pytest.mark.parametrize(("layout", "most"), [("pivoted", 4), ("two_factor", 5)])
+def test_impossible_rank_is_refused(rank, layout, most):
+    with pytest.raises(ValueError, match=f"rank {rank} of a 4x6 layer.*between 1 and {most}"):
+        LowRankLinear(6, 4, rank, layout)
+    assert LowRankLinear(6, 4, most, layout).rank == most
 
 
 def test_unknown_layout_is_refused():

@@ -133,7 +133,7 @@ TAMPERED = {
     "unknown layer": (
         edit_config,
         lambda c: c["layers"].update({"model.nothing": {"layout": "pivoted", "rank": 1}}),
-        "model.nothing is no linear layer",
+        "model.nothing is no layer of this model",
     ),
     "missing": (
         edit_tensors,
@@ -145,7 +145,7 @@ TAMPERED = {
         lambda t: t.pop("model.layers.1.input_layernorm.weight"),
         "layers.1.input_layernorm.weight: missing from the checkpoint",
     ),
-    "new field": (edit_config, lambda c: c.update(format_version=2, x=1), "format_version 2"),
+    "new field": (edit_config, lambda c: c.update(format_version=3, x=1), "format_version 3"),
     "recipe": (edit_config, lambda c: c.update(recipe=9), "the recipe is 9, must be an object"),
     "recipe field": (
         edit_config,
