@@ -32,9 +32,7 @@ from calr.storage import Store
 from calr.training import PART_TOKENS
 
 LIBRARY_BYTES = 700_000_000  # resident size of Python with torch and transformers loaded
-ROUND_FLOPS = (
-    80_000  # finding a weight's form and rounding it takes as long as so many of a product
-)
+ROUND_FLOPS = 80_000  # of a product, in whose time a weight is priced and rounded
 EIGEN_FLOPS = 25  # eigenvalues and vectors of an n × n matrix cost about 25 n³
 
 

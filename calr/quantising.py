@@ -1,5 +1,6 @@
 """Choose a form for every matrix of a model within a budget of bytes, and round to it."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -141,6 +142,6 @@ def dense_copies(
 
 def _like(module: nn.Module, weight: nn.Parameter) -> nn.Module:
     """Make a shallow copy of a module with another weight."""
-    copy = module.__class__.__new__(module.__class__)
-    copy.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, "weight": weight}}
-    return copy
+    made = copy.copy(module)
+    made._parameters = {**module._parameters, "weight": weight}
+    return made

@@ -109,7 +109,7 @@ def test_loading_without_calr_fails_loudly(saved):
     assert "mismatch" in result.stderr
 
 
-@pytest.mark.works("`model.dequantize()` back to dense, and merging then", quantised="yes")
+@pytest.mark.works("`model.dequantize()` back to dense, and merging then", quantised="dense")
 def test_dequantize_gives_the_same_function(saved, ids, tmp_path):
     model, directory = saved
     dense = AutoModelForCausalLM.from_pretrained(directory).dequantize()
