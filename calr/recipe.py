@@ -97,11 +97,12 @@ class Recipe:
         """Raise CalrError for a value of another type or outside its range."""
         for name, kind in _TYPES.items():
             value = getattr(self, name)
-            if get_origin(kind) is Literal and value not in get_args(kind):
-                raise CalrError(f"{name}={value!r}: must be one of {get_args(kind)}")
-            if isinstance(value, str) and kind == tuple[str, ...]:
+            if get_origin(kind) is Literal:
+                if value not in get_args(kind):
+                    raise CalrError(f"{name}={value!r}: must be one of {get_args(kind)}")
+            elif isinstance(value, str) and kind == tuple[str, ...]:
                 raise CalrError(f"{name}={value!r}: must be a sequence of patterns, not one string")
-            if not _fits(value, kind):
+            elif not _fits(value, kind):
                 raise CalrError(
                     f"{name}={value!r}: must be of type {getattr(kind, '__name__', kind)}"
                 )
@@ -188,8 +189,6 @@ _TYPES = get_type_hints(Recipe)
 def _fits(value: Any, kind: Any) -> bool:
     """Tell whether a value is of an annotated type; whole numbers are floats, too, NaN is not."""
     origin, inside = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return value in inside
     if origin is UnionType:
         return any(_fits(value, option) for option in inside)
     if origin is tuple:

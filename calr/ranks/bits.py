@@ -91,7 +91,7 @@ def byte_budget(model: PreTrainedModel, structure: Structure, recipe: Recipe) ->
     else:
         return None
     found = tuple(matrices(model, structure))
-    element = weight_of(model, found[0].name).element_size()
+    element = weight_of(model, structure.layers[0].name).element_size()
     others = tensor_bytes(model) - element * sum(m.parameters for m in found)
     parameters = structure.model_parameters
     return ByteBudget(found, others, total, element, parameters, recipe.scale_group)

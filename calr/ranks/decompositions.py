@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from calr.methods import Decomposition, Moments, resolve
-from calr.model import Layer, Structure
+from calr.model import Layer, Structure, weight_of
 from calr.progress import progress
 from calr.recipe import Recipe
 from calr.statistics import Statistics, block_influence
@@ -30,7 +30,10 @@ class Decompositions:
         """Decompose one layer, or find what it gave before."""
         if layer.name in self._kept:
             return self._kept[layer.name]
-        weight, moments = self._weight(layer), self.statistics.moments(layer).with_prior()
+        weight, moments = (
+            weight_of(self.model, layer.name),
+            self.statistics.moments(layer).with_prior(),
+        )
         result = self.method.decompose(weight, moments.to(weight.device))
         size = 8 * (weight.numel() + min(weight.shape) ** 2)
         if self._kept_bytes + size <= CACHE_BYTES:
@@ -50,7 +53,7 @@ class Decompositions:
         moment [K, K]: their second moment.
         """
         self._kept.pop(layer.name, None)
-        weight = self._weight(layer).double()
+        weight = weight_of(self.model, layer.name).double()
         moments = self.statistics.moments(layer).to(weight.device)
         output = moments.output
         if shift is not None:
@@ -84,9 +87,6 @@ class Decompositions:
                 curve = curve / energy * influence[layer.block]
             curves[layer.name] = curve
         return curves
-
-    def _weight(self, layer: Layer) -> Tensor:
-        return self.model.get_submodule(layer.name).get_parameter("weight").detach()
 
 
 def curves_name(recipe: Recipe) -> str:
