@@ -70,8 +70,8 @@ def plan(arguments: Namespace) -> None:
             "keep (of the decoder's linear parameters)": f"{totals['keep']:.4f}",
             "removed of the whole model": f"{totals['removed_of_model']:.2%}",
             "compressible share of the decoder blocks": f"{result.coverage:.2%}",
-            "weights": f"{tables.gigabytes(totals['bytes_before'])} -> "
-            f"{tables.gigabytes(totals['bytes_after'])}",
+            "bytes": f"{tables.gigabytes(totals['source_bytes'])} -> "
+            f"{tables.gigabytes(totals['tensor_bytes'])}",
             "peak memory (estimate)": tables.gigabytes(result.peak_memory_bytes),
             "time (estimate, this machine's CPU)": f"{result.seconds:.0f} s",
         }
@@ -85,7 +85,7 @@ def _print_quantised_plan(result: planning.Plan) -> None:
     tables.print_facts(
         {
             "bits per parameter, of the whole model": f"{totals['bits_per_parameter']:.3f}",
-            "tensors": f"{tables.gigabytes(totals['tensor_bytes_before'])} -> "
+            "bytes": f"{tables.gigabytes(totals['source_bytes'])} -> "
             f"{tables.gigabytes(totals['tensor_bytes'])}",
             "smallest that the forms reach": f"{tables.gigabytes(totals['smallest_bytes'])}, "
             f"{totals['smallest_bits']:.2f} bits",
@@ -270,7 +270,7 @@ def inspect(arguments: Namespace) -> None:
     if any(map(is_quantised, config.layers.values())):
         rows = report.quantised_rows(quantised, config.layers, element)
         saved = sum(m.parameters * element for m in quantised) - sum(r["bytes"] for r in rows)
-        totals = report.quantised_totals(structure, dense - saved, dense)
+        totals = report.byte_totals(structure, dense - saved)
     else:
         rows = report.rows(structure, config.layers)
         counted = report.totals(structure, config.layers)
@@ -284,7 +284,10 @@ def inspect(arguments: Namespace) -> None:
 
 
 def _recipe(arguments: Namespace) -> Recipe:
-    return Recipe(**{name: arguments[name] for name in Recipe.__dataclass_fields__})
+    values = {name: arguments[name] for name in Recipe.__dataclass_fields__}
+    if arguments.elastic and not any(values[name] for name in ("keep", "bits", "size")):
+        values["keep"] = 1.0
+    return Recipe(**values)
 
 
 def _load(arguments: Namespace, source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

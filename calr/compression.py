@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +20,7 @@ from calr.integrations.config import CalrConfig
 from calr.integrations.transformers import attach
 from calr.methods import resolve
 from calr.model import (
+    GGUF_DTYPE,
     Structure,
     analyse,
     check_finite,
@@ -27,15 +29,16 @@ from calr.model import (
     digest,
     evaluating,
     fingerprint,
+    gguf_file,
     load,
     pack,
-    quantize,
+    recast,
     require_same,
     require_supported,
     set_submodule,
     tensor_bytes,
 )
-from calr.quantising import Quantiser, dense_copies
+from calr.quantising import quantised
 from calr.ranks import (
     Budget,
     ByteBudget,
@@ -65,7 +68,7 @@ from calr.storage import (
     writing,
 )
 from calr.text import Source, calibration_windows, content_of, describe, spread
-from calr.training import corrected, corrected_norms, windows_needed, windows_used
+from calr.training import corrected, windows_needed, windows_used
 
 
 def compress(
@@ -94,7 +97,8 @@ def compress(
     >>> type(model.model.layers[0].mlp.up_proj).__name__
     'LowRankLinear'
     """
-    run = _Compression.of(model, recipe or Recipe(), calibration, tokenizer, elastic)
+    recipe = recipe or _default(elastic)
+    run = _Compression.of(model, recipe, calibration, tokenizer, elastic)
     if work is None:
         return run.run(Store(), statistics)
     if Path(work).is_file():
@@ -122,39 +126,48 @@ def compress_to(
 
     source, dtype, device and trust_remote_code: as in `load`. Finished parts lie in
     DIRECTORY/.calr: the same call continues where a killed one stopped and ends with the same bits.
-    eval_windows: windows of held-out built-in text on which perplexity is measured before and
-    after; 0: none. Raises CalrError for a directory that holds something else (without overwrite),
-    and for what `load` and `compress` refuse.
+    What a GGUF file holds is computed with in float32 and stored in bfloat16, where no dtype is
+    named. eval_windows: windows of held-out built-in text on which the result is compared with the
+    dense model, which is loaded again for that; 0: none. Raises CalrError for a directory that
+    holds something else (without overwrite), and for what `load` and `compress` refuse.
     """
-    started, recipe = time.monotonic(), recipe or Recipe()
+    started, recipe = time.monotonic(), recipe or _default(elastic)
     place = destination(directory, source, statistics=statistics, overwrite=overwrite)
-    loading: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    model, tokenizer = load(source, device=device, **loading)
-    run = _Compression.of(model, recipe, calibration, tokenizer, elastic)
+    file = gguf_file(source) if dtype == "auto" else None
+    loading: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+    loading["dtype"] = dtype if file is None else "float32"
+    model, tokenizer = load(source, **loading)
+    stored = None if file is None else GGUF_DTYPE
+    run = _Compression.of(model, recipe, calibration, tokenizer, elastic, stored)
+    if eval_windows:
+        check_window(model, "window", recipe.window)
     summary = {"model": source, "budget": recipe.budget, "method": recipe.method}
     with writing(place):
         done = None if overwrite else finished(place, run.key)
         if done is not None:
             return done | {"bytes": size(place), "directory": str(place)}
-        before = tensor_bytes(model)
+        before = tensor_bytes(model) if file is None else file.stat().st_size
         parts = prepare(place, run.key, summary, overwrite=overwrite)
-        dense = measured("dense", model, tokenizer, eval_windows, recipe.window)
         run.run(parts, statistics)
-        config: Any = model.config.quantization_config
         results = run.outcome(before)
-        for name, value in config.recipe.get("correction", {}).items():
-            results[f"correction_{name}"] = round(value, 4)
-        results |= dense | measured("compressed", model, tokenizer, eval_windows, recipe.window)
+        if eval_windows:
+            dense, _ = load(source, **loading)
+            results |= measured(model, dense, tokenizer, eval_windows, recipe.window)
+            del dense
         if elastic:
             results["cut_it_with"] = "calr resize DIRECTORY OUTPUT --keep 0.7"
         results["seconds"] = round(time.monotonic() - started, 1)
         options = {"calibration": calibration, "elastic": elastic, "eval_windows": eval_windows}
-        made = recipe_yaml(recipe, options | loading)
+        options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
         command = "calr compress {model} OUTPUT --config recipe.yaml"
-        card = model_card(source, command, made, results)
+        card = model_card(source, run.what, command, recipe_yaml(recipe, options), results)
         check = partial(require_same, model, trust_remote_code=trust_remote_code)
         write(model, tokenizer, place, card, key=run.key, results=results, check=check)
     return results | {"bytes": size(place), "directory": str(place)}
+
+
+def _default(elastic: bool) -> Recipe:
+    return Recipe(keep=1.0) if elastic else Recipe()
 
 
 @dataclass
@@ -168,6 +181,7 @@ class _Compression:
     elastic: bool
     structure: Structure
     budget: Budget | ByteBudget
+    stored: torch.dtype | None  # of the result, where it is another than the dense model's
 
     @classmethod
     def of(
@@ -177,16 +191,17 @@ class _Compression:
         calibration: Source | None,
         tokenizer: PreTrainedTokenizerBase | None,
         elastic: bool,
+        stored: torch.dtype | None = None,
     ) -> "_Compression":
         """Check a recipe against a model; CalrError says what does not fit."""
         recipe = every_rank(recipe) if elastic else recipe
         structure = analyse(model, recipe.skip)
-        budget = byte_budget(model, structure, recipe) or Budget.of(structure, recipe)
+        budget = byte_budget(model, structure, recipe, stored) or Budget.of(structure, recipe)
         if isinstance(budget, Budget) and recipe.allocation == "uniform":
             uniform(budget)
         check_finite(model)
         require_supported(model, structure)
-        return cls(model, recipe, calibration, tokenizer, elastic, structure, budget)
+        return cls(model, recipe, calibration, tokenizer, elastic, structure, budget, stored)
 
     @cached_property
     def identity(self) -> str:
@@ -200,14 +215,30 @@ class _Compression:
         content = given if isinstance(given, Tensor) else content_of(given)
         return digest(self.identity, self.recipe, self.elastic, content)
 
+    @property
+    def what(self) -> str:
+        """What the compressed model is, in words."""
+        if isinstance(self.budget, ByteBudget):
+            return "its matrices are quantised"
+        return "the decoder's linear layers are stored as low-rank factors"
+
     def run(self, parts: Store, statistics: str | Path | None) -> PreTrainedModel:
         """Compress the model. parts: where what is finished is kept, and found again."""
-        model, recipe, found = self.model, self.recipe, {}
+        model = self._compressed(parts, statistics)
+        if self.stored is not None:
+            recast(model, self.stored)
+        return model
+
+    def _compressed(self, parts: Store, statistics: str | Path | None) -> PreTrainedModel:
+        model, recipe = self.model, self.recipe
+        found: dict[str, Any] = {}
         with evaluating(model):
             ids = self._windows(parts)
             collected = self._statistics(spread(ids, recipe.samples), parts, statistics)
             if isinstance(self.budget, ByteBudget):
-                return self._quantised(self.budget, ids, collected, parts)
+                stored, found = quantised(model, self.budget, recipe, ids, collected, parts)
+                attach(model, CalrConfig(layers=stored, recipe=self._described(ids) | found))
+                return model
             decompositions = Decompositions(model, self.structure, recipe, collected)
             ranks = self._ranks(self.budget, decompositions)
             layers = factorise(decompositions, ranks, parts.within("blocks"))
@@ -226,41 +257,24 @@ class _Compression:
         attach(model, CalrConfig(layers=stored, recipe=described, errors=errors))
         return model
 
-    def _quantised(
-        self, budget: ByteBudget, ids: Tensor, statistics: Statistics, parts: Store
-    ) -> PreTrainedModel:
-        """Choose forms, round, train the norms beside the rounded weights, replace the matrices."""
-        model, recipe, found = self.model, self.recipe, {}
-        quantiser = Quantiser(model, budget, statistics, parts.within("rounded"))
-        forms = quantiser.forms(exact=recipe.solver == "exact")
-        made = quantiser.rounded(forms)
-        if recipe.correction_tokens and made:
-            copies = dense_copies(model, budget, forms, made)
-            done = corrected_norms(model, copies, ids, recipe, statistics.store, parts)
-            found["correction"] = dataclasses.asdict(done)
-        stored: dict[str, dict[str, Any]] = {}
-        for matrix in budget.matrices:
-            form = forms[matrix.name]
-            if form is not None:
-                quantize(model, matrix.names, form, made[matrix.name])
-                stored |= {name: dataclasses.asdict(form) for name in matrix.names}
-        attach(model, CalrConfig(layers=stored, recipe=self._described(ids) | found))
-        return model
-
     def _described(self, ids: Tensor) -> dict[str, Any]:
         """State the recipe as it goes into the checkpoint."""
         described = self.recipe.to_dict() | {"calibration": describe(self.calibration)}
         return described | {"tokens": min(len(ids), self.recipe.samples) * ids.shape[1]}
 
     def outcome(self, before: int) -> dict[str, Any]:
-        """Count what the compressed model is made of; before: bytes of the dense one's tensors."""
-        stored = cast(Any, self.model.config).quantization_config.layers
-        if not isinstance(self.budget, ByteBudget):
-            return dict(report.outcome(self.structure, stored))
-        rows = report.quantised_rows(self.budget.matrices, stored, self.budget.element)
-        widths = Counter(row["bits"] or 8 * self.budget.element for row in rows)
-        counts = {f"matrices_of_{bits}_bits": count for bits, count in sorted(widths.items())}
-        return report.quantised_totals(self.structure, tensor_bytes(self.model), before) | counts
+        """Count what the compressed model is made of, bytes first; before: of the source."""
+        config: CalrConfig = cast(Any, self.model.config).quantization_config
+        found: dict[str, Any] = {"source_bytes": before}
+        found |= report.byte_totals(self.structure, tensor_bytes(self.model))
+        if isinstance(self.budget, ByteBudget):
+            rows = report.quantised_rows(self.budget.matrices, config.layers, self.budget.element)
+            widths = Counter(row["bits"] or 8 * self.budget.element for row in rows)
+            found |= {f"matrices_of_{bits}_bits": count for bits, count in sorted(widths.items())}
+        else:
+            found |= report.outcome(self.structure, config.layers)
+        training = config.recipe.get("correction", {})
+        return found | {f"correction_{name}": round(x, 4) for name, x in training.items()}
 
     def _windows(self, parts: Store) -> Tensor:
         """Draw all windows of text [S, T] that the run needs, once."""

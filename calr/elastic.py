@@ -25,6 +25,7 @@ from calr.model import (
     low_rank,
     require_same,
     set_submodule,
+    tensor_bytes,
     two_factor,
 )
 from calr.progress import progress
@@ -111,10 +112,12 @@ def resize_to(
     skeleton = load_skeleton(source, trust_remote_code=trust_remote_code, dense=True)
     structure = analyse(skeleton)
     model, tokenizer = load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    before = tensor_bytes(model)
     options: dict[str, Any] = {"keep": keep, "layout": layout, "solver": solver}
     resize(model, **options)
     config: Any = model.config.quantization_config
-    results: dict[str, Any] = dict(report.outcome(structure, config.layers))
+    results = {"source_bytes": before} | report.byte_totals(structure, tensor_bytes(model))
+    results |= report.outcome(structure, config.layers)
     with writing(place):
         key = digest(fingerprint(model), options)
         done = None if overwrite else finished(place, key)
@@ -124,7 +127,8 @@ def resize_to(
         made = yaml.safe_dump(config.recipe, sort_keys=False)
         command = " ".join(f"--{name} {value}" for name, value in options.items())
         command = f"calr resize {{model}} OUTPUT {command}"
-        card = model_card(source, command, made, results)
+        what = "the decoder's linear layers are stored as low-rank factors"
+        card = model_card(source, what, command, made, results)
         check = partial(require_same, model, trust_remote_code=trust_remote_code)
         write(model, tokenizer, place, card, key=key, results=results, check=check)
     return results | {"bytes": size(place), "directory": str(place)}
@@ -137,7 +141,10 @@ def every_rank(recipe: Recipe) -> Recipe:
     order.
     """
     if recipe.quantised:
-        raise CalrError("elastic: is a low-rank checkpoint in 16 bit; leave bits and size out")
+        raise CalrError(
+            f"elastic: is a low-rank checkpoint in 16 bit, not of {recipe.budget}; leave bits and "
+            "size out (in Python, Recipe(keep=1))"
+        )
     if not resolve(recipe.method, recipe.method_options).ordered:
         raise CalrError(
             f"elastic: the factors of method={recipe.method} have no order in which they could be "

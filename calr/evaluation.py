@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calr.errors import CalrError
-from calr.model import check_vocabulary, check_window
+from calr.model import check_vocabulary
 from calr.progress import progress
 from calr.text import evaluation_windows
 
@@ -45,15 +45,11 @@ def perplexity(model: PreTrainedModel, ids: Tensor) -> Perplexity:
         labels = window[:, 1:]
         nats = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         total += float(nats.double().sum())
-    if not math.isfinite(total):
-        cause = "its weights are damaged"
-        if model.dtype == torch.float16:
-            cause = "they overflow float16: load it with --dtype bfloat16 or float32"
-        raise CalrError(f"the model's predictions hold NaN or infinity; {cause}")
+    _require_finite(total, model)
     predicted = ids.shape[0] * (ids.shape[1] - 1)
     mean = total / predicted
     return Perplexity(
-        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        perplexity=_exp(mean),
         nats_per_token=mean,
         windows=ids.shape[0],
         window=ids.shape[1],
@@ -66,11 +62,13 @@ class Comparison:
     """How far a model's next-token distributions are from the dense model's.
 
     kl: mean KL(dense || model), nats per token. agreement: the share of positions at which both
-    hold the same token to be the most probable. ratio: of the perplexities.
+    hold the same token to be the most probable. perplexity: the model's; ratio: over the dense
+    model's.
     """
 
     kl: float
     agreement: float
+    perplexity: float
     ratio: float
 
 
@@ -80,7 +78,7 @@ def compare(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> Comp
 
     All positions but each window's last count. In float32, summed in float64.
     """
-    kl, same, nats = 0.0, 0, 0.0
+    kl, same, nats, more = 0.0, 0, 0.0, 0.0
     for window in progress(ids.split(1), desc="comparison", unit="window"):
         q, p = (
             m(input_ids=window.to(m.device), use_cache=False).logits[0, :-1].float().log_softmax(-1)
@@ -89,26 +87,45 @@ def compare(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> Comp
         p, labels = p.to(q.device), window[0, 1:, None].to(q.device)
         kl += float((p.exp() * (p - q)).sum(-1).double().sum())
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        nats += float((p.gather(-1, labels) - q.gather(-1, labels)).double().sum())
+        nats -= float(q.gather(-1, labels).double().sum())
+        more += float((p.gather(-1, labels) - q.gather(-1, labels)).double().sum())
+    _require_finite(nats, model)
+    _require_finite(more, dense)
     predicted = ids.shape[0] * (ids.shape[1] - 1)
-    return Comparison(kl / predicted, same / predicted, math.exp(nats / predicted))
+    kl, agreement, mean, more = (x / predicted for x in (kl, same, nats, more))
+    return Comparison(kl, agreement, _exp(mean), _exp(more))
 
 
 def measured(
-    name: str,
     model: PreTrainedModel,
+    dense: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     windows: int,
     window: int,
 ) -> dict[str, Any]:
-    """Report perplexity on built-in text that calibration never sees; nothing for no windows."""
+    """Report how a model compares with the dense one on built-in text that calibration never sees;
+    nothing for no windows."""
     if not windows:
         return {}
-    check_window(model, "window", window)
     ids = evaluation_windows("builtin", tokenizer, windows=windows, window=window)
-    result = perplexity(model, ids)
+    found = compare(model, dense, ids)
     return {
-        "perplexity_text": "builtin, held out",
-        "perplexity_windows": result.windows,
-        f"perplexity_{name}": round(result.perplexity, 3),
+        "measured_on": f"{windows} windows of {window} tokens of the built-in text, held out",
+        "kl_from_dense": round(found.kl, 4),
+        "top_1_agreement": round(found.agreement, 4),
+        "perplexity_dense": round(found.perplexity / found.ratio, 3),
+        "perplexity_compressed": round(found.perplexity, 3),
+        "perplexity_ratio": round(found.ratio, 4),
     }
+
+
+def _require_finite(nats: float, model: PreTrainedModel) -> None:
+    if not math.isfinite(nats):
+        cause = "its weights are damaged"
+        if model.dtype == torch.float16:
+            cause = "they overflow float16: load it with --dtype bfloat16 or float32"
+        raise CalrError(f"the model's predictions hold NaN or infinity; {cause}")
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf

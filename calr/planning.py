@@ -11,7 +11,15 @@ import torch
 
 from calr.errors import CalrError
 from calr.methods import resolve
-from calr.model import Structure, analyse, load_skeleton, resolve_dtype, tensor_bytes
+from calr.model import (
+    GGUF_DTYPE,
+    Structure,
+    analyse,
+    gguf_file,
+    load_skeleton,
+    resolve_dtype,
+    tensor_bytes,
+)
 from calr.ranks import (
     CACHE_BYTES,
     Budget,
@@ -74,20 +82,22 @@ def plan(
     """
     recipe = recipe or Recipe()
     model = load_skeleton(source, trust_remote_code=trust_remote_code)
-    structure = analyse(model, recipe.skip)
-    bytes_allowed = byte_budget(model, structure, recipe)
+    structure, stored = analyse(model, recipe.skip), _dtype(source, model, dtype)
+    file = gguf_file(source)
+    before = tensor_bytes(model, stored) if file is None else file.stat().st_size
+    bytes_allowed = byte_budget(model, structure, recipe, stored)
     if bytes_allowed is not None:
-        return _quantised(source, model, structure, recipe, bytes_allowed)
+        return _quantised(source, model, structure, recipe, bytes_allowed, before)
     budget = Budget.of(structure, recipe)
     ranks, exact = _ranks(budget, recipe, statistics)
-    stored = report.stored_at(ranks, recipe.layout)
-    element = _element_size(model, dtype)
-    totals = report.totals(structure, stored)
-    totals["bytes_before"] = element * totals["dense_model_parameters"]
-    totals["bytes_after"] = element * totals["model_parameters"]
+    layers, element = report.stored_at(ranks, recipe.layout), stored.itemsize
+    totals = report.totals(structure, layers)
+    removed = totals["linear_parameters"] - totals["kept_parameters"]
+    after = tensor_bytes(model, stored) - element * int(removed)
+    totals = {"source_bytes": before} | report.byte_totals(structure, after) | totals
     return Plan(
         model=source,
-        layers=report.rows(structure, stored),
+        layers=report.rows(structure, layers),
         totals=totals,
         coverage=structure.coverage,
         ranks_follow_calibration=not exact,
@@ -98,14 +108,14 @@ def plan(
 
 
 def _quantised(
-    source: str, model: Any, structure: Structure, recipe: Recipe, budget: ByteBudget
+    source: str, model: Any, structure: Structure, recipe: Recipe, budget: ByteBudget, before: int
 ) -> Plan:
     """Plan forms of nearly one width; which matrix gets which follows calibration."""
     forms = even(budget)
-    stored = {name: dataclasses.asdict(form) for name, form in forms.items() if form is not None}
+    stored = {name: form.to_dict() for name, form in forms.items() if form is not None}
     rows = report.quantised_rows(budget.matrices, stored, budget.element)
     after = budget.fixed + sum(row["bytes"] for row in rows)
-    totals = report.quantised_totals(structure, after, tensor_bytes(model))
+    totals = {"source_bytes": before} | report.byte_totals(structure, after)
     totals["smallest_bytes"] = budget.smallest
     totals["smallest_bits"] = 8 * budget.smallest / structure.model_parameters
     return Plan(
@@ -162,11 +172,14 @@ def _feasible_last_k(
     return {k: {"keep_per_layer": keep, "ranks": ranks} for k, (keep, ranks) in found.items()}
 
 
-def _element_size(model: torch.nn.Module, dtype: str) -> int:
+def _dtype(source: str, model: torch.nn.Module, dtype: str) -> torch.dtype:
+    """Return in what dtype a compression stores what it does not quantise."""
     found = resolve_dtype(dtype)
     if found == "auto":
-        found = getattr(model.config, "dtype", None) or torch.float32
-    return int((getattr(torch, found) if isinstance(found, str) else found).itemsize)
+        own = getattr(model.config, "dtype", None) or torch.float32
+        found = own if gguf_file(source) is None else GGUF_DTYPE
+    dtype_found: torch.dtype = getattr(torch, found) if isinstance(found, str) else found
+    return dtype_found
 
 
 def _vocabulary(model: Any) -> int:

@@ -1,23 +1,59 @@
 """Choose a form for every matrix of a model within a budget of bytes, and round to it."""
 
-import copy
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calr.methods import Moments
-from calr.model import Matrix, weight_of
+from calr.model import Matrix, balance, quantize, weight_of
 from calr.progress import progress
-from calr.ranks import PRICED, ByteBudget, Forms, best_form, least_loss
-from calr.rounding import round_matrix
+from calr.ranks import PRICED, ByteBudget, Forms, best_form, corrective_ranks, least_loss
+from calr.recipe import Recipe
+from calr.rounding import round_matrix, truncate
 from calr.statistics import Statistics
 from calr.storage import Store
+from calr.training import Primary, StudentEmbedding, StudentLinear, corrected_students
 from calr_kernels import records
-from calr_kernels.forms import Form
+from calr_kernels.forms import CORRECTIVE, Form
 
 ROWS = 4096  # of a matrix whose loss is computed at once
+
+Rounding = dict[str, Tensor]  # what is stored of a matrix, by its name in the module
+
+
+def quantised(
+    model: PreTrainedModel,
+    budget: ByteBudget,
+    recipe: Recipe,
+    ids: Tensor,
+    statistics: Statistics,
+    parts: Store,
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Choose forms, round, train norms, scales and corrective paths, replace the matrices.
+
+    ids [S, T]: text of the training; parts: where what is finished is kept. Returns how each module
+    is stored, and what the training did.
+    """
+    found: dict[str, Any] = {}
+    quantiser = Quantiser(model, budget, statistics, parts.within("rounded"))
+    forms = quantiser.forms(exact=recipe.solver == "exact")
+    made = quantiser.rounded(forms)
+    if recipe.correction_tokens and made:
+        placed = students(model, budget, forms, made)
+        done = corrected_students(model, placed, ids, recipe, statistics.store, parts)
+        found["correction"] = dataclasses.asdict(done)
+        made = {name: trained(placed[name]) for name in made}
+    stored: dict[str, dict[str, Any]] = {}
+    for matrix in budget.matrices:
+        form = forms[matrix.name]
+        if form is not None:
+            quantize(model, matrix.names, form, made[matrix.name])
+            stored |= {name: form.to_dict() for name in matrix.names}
+    return stored, found
 
 
 @dataclass(frozen=True)
@@ -40,31 +76,60 @@ class Quantiser:
         for matrix in progress(self.budget.matrices, desc="prices", unit="matrix"):
             form = best_form(PRICED, self.budget.scale_group, matrix.in_features)
             if matrix.name not in known:
-                curvature = self._curvature(matrix)
-                rounded = self._rounded(matrix, form, curvature)
-                loss = curvature.loss(weight_of(self.model, matrix.name), rounded, form)
-                known.save(matrix.name, {"loss": torch.tensor(loss, dtype=torch.float64)})
-            prices[matrix.name] = float(known.load(matrix.name)["loss"])
+                known.save(matrix.name, {"losses": self._losses(matrix, form)})
+            prices[matrix.name] = known.load(matrix.name)["losses"].tolist()
         return least_loss(self.budget, prices, exact=exact)
 
-    def rounded(self, forms: Forms) -> dict[str, Tensor]:
-        """Round matrices to their forms: records [N, groups, record] uint8 by name."""
+    def rounded(self, forms: Forms) -> dict[str, Rounding]:
+        """Round matrices to their forms: the tensors that are stored of each."""
         chosen = [m for m in self.budget.matrices if forms[m.name] is not None]
         made = {}
         for matrix in progress(chosen, desc="rounding", unit="matrix"):
             form = forms[matrix.name]
             assert form is not None
-            made[matrix.name] = self._rounded(matrix, form, None)
+            made[matrix.name] = self._rounded(matrix, form)
         return made
 
-    def _rounded(self, matrix: Matrix, form: Form, curvature: "_Curvature | None") -> Tensor:
-        name = f"rounded-{matrix.name}-{form.bits}"
+    def _losses(self, matrix: Matrix, form: Form) -> Tensor:
+        """Return the loss of rounding a matrix to a form, with each rank of a corrective path."""
+        curvature, ranks = self._curvature(matrix), corrective_ranks(matrix)
+        stored = self._rounded(matrix, form, curvature)["weight"]
+        losses = torch.full((len(ranks),), self._loss(matrix, form, stored, curvature))
+        losses = losses.double()
+        if ranks[-1]:
+            *_, gains = truncate(self._error(matrix, form, stored), *curvature.one, ranks[-1])
+            losses[1:] -= gains.cpu().cumsum(0)[[rank - 1 for rank in ranks[1:]]]
+        return losses.clamp(min=0)
+
+    def _rounded(
+        self, matrix: Matrix, form: Form, curvature: "_Curvature | None" = None
+    ) -> Rounding:
+        name = f"rounded-{matrix.name}-{form.bits}-{form.corrective_rank}"
         if name not in self.finished:
             curvature = curvature or self._curvature(matrix)
             weight = weight_of(self.model, matrix.name)
             found = round_matrix(weight, form, curvature.inputs.to(weight.device))
-            self.finished.save(name, {"records": found.records.cpu()})
-        return self.finished.load(name)["records"]
+            made = {"weight": found.records}
+            if form.corrective_rank:
+                error = self._error(matrix, form, found.records)
+                up, down, _ = truncate(error, *curvature.one, form.corrective_rank)
+                made |= corrective_records(down, up.mT)
+            self.finished.save(name, {key: value.cpu() for key, value in made.items()})
+        return self.finished.load(name)
+
+    def _error(self, matrix: Matrix, form: Form, stored: Tensor) -> Tensor:
+        """Return what rounding took from a weight, [N, K] float32."""
+        weight = weight_of(self.model, matrix.name).float()
+        kept = records.dequantize(stored, form, matrix.in_features, torch.float32)
+        return weight - kept.to(weight.device)
+
+    def _loss(self, matrix: Matrix, form: Form, stored: Tensor, curvature: "_Curvature") -> float:
+        total, weight = 0.0, weight_of(self.model, matrix.name)
+        for start in range(0, len(weight), ROWS):
+            rows = slice(start, start + ROWS)
+            kept = records.dequantize(stored[rows], form, matrix.in_features, torch.float32)
+            total += curvature.loss(weight[rows].float() - kept.to(weight.device), start)
+        return total
 
     def _curvature(self, matrix: Matrix) -> "_Curvature":
         if matrix.layer is not None:
@@ -107,41 +172,70 @@ class _Curvature:
         weighed = [float(rows.double().mean()) * moment.double() for rows, moment in self.parts]
         return torch.stack(weighed).sum(0)
 
-    def loss(self, weight: Tensor, rounded: Tensor, form: Form) -> float:
-        """Return the loss, in nats per token, of records in a weight's place."""
+    @property
+    def one(self) -> tuple[Tensor, Tensor]:
+        """The rows and the moment of a linear layer, which has one part."""
+        return self.parts[0]
+
+    def loss(self, error: Tensor, start: int = 0) -> float:
+        """Return the loss, in nats per token, of an error in rows start, start + 1 …"""
         total = 0.0
-        for start in range(0, len(weight), ROWS):
-            part = weight[start : start + ROWS].float()
-            stored = rounded[start : start + ROWS].to(weight.device)
-            error = part - records.dequantize(stored, form, part.shape[1], torch.float32)
-            for rows, moment in self.parts:
-                lost = ((error @ moment.to(error)) * error).sum(1)
-                total += float((rows[start : start + ROWS].to(lost) * lost).sum().double()) / 2
+        for rows, moment in self.parts:
+            lost = ((error @ moment.to(error)) * error).sum(1)
+            weights = rows[start : start + len(error)].to(lost)
+            total += float((weights * lost).sum().double()) / 2
         return total
 
 
-def dense_copies(
-    model: nn.Module, budget: ByteBudget, forms: Forms, made: dict[str, Tensor]
-) -> dict[str, nn.Module]:
-    """Make dense modules of rounded weights, in the dense dtype, for the places of the model's own.
+def corrective_records(down: Tensor, up: Tensor) -> Rounding:
+    """Round the factors of a corrective path, down [c, K] and up [c, N], to 8 bits."""
+    up, down = balance(up.mT, down)
+    factors = {"down": down, "up": up.mT}
+    return {
+        f"corrective.{name}": round_matrix(factor.contiguous(), CORRECTIVE).records
+        for name, factor in factors.items()
+    }
 
-    Those of a tied matrix share one weight.
+
+def students(
+    model: nn.Module, budget: ByteBudget, forms: Forms, made: dict[str, Rounding]
+) -> dict[str, nn.Module]:
+    """Make modules of rounded weights that can be trained, for the places of the model's own.
+
+    Those of a tied matrix share one primary path.
     """
-    copies: dict[str, nn.Module] = {}
+    placed: dict[str, nn.Module] = {}
     for matrix in budget.matrices:
         form = forms[matrix.name]
         if form is None:
             continue
-        dtype = weight_of(model, matrix.name).dtype
-        weight = records.dequantize(made[matrix.name], form, matrix.in_features, dtype)
-        shared = nn.Parameter(weight, requires_grad=False)
+        device = weight_of(model, matrix.name).device
+        tensors = {name: tensor.to(device) for name, tensor in made[matrix.name].items()}
+        primary = Primary(tensors["weight"], form, matrix.in_features)
         for name in matrix.names:
-            copies[name] = _like(model.get_submodule(name), shared)
-    return copies
+            placed[name] = _student(model.get_submodule(name), primary, tensors)
+    return placed
 
 
-def _like(module: nn.Module, weight: nn.Parameter) -> nn.Module:
-    """Make a shallow copy of a module with another weight."""
-    made = copy.copy(module)
-    made._parameters = {**module._parameters, "weight": weight}
-    return made
+def _student(module: nn.Module, primary: Primary, tensors: Rounding) -> nn.Module:
+    if isinstance(module, nn.Embedding):
+        scale = float(getattr(module, "scalar_embed_scale", 1.0))
+        return StudentEmbedding(primary, scale, module.weight.dtype)
+    assert isinstance(module, nn.Linear)
+    down, up = (
+        None
+        if f"corrective.{name}" not in tensors
+        else records.dequantize(tensors[f"corrective.{name}"], CORRECTIVE, columns, torch.float32)
+        for name, columns in (("down", module.in_features), ("up", module.out_features))
+    )
+    return StudentLinear(primary, module.bias, down, up)
+
+
+def trained(student: nn.Module) -> Rounding:
+    """Return what is stored of a module that was trained, its factors rounded."""
+    assert isinstance(student, StudentLinear | StudentEmbedding)
+    made = {"weight": student.primary.records()}
+    if isinstance(student, StudentLinear) and student.down is not None:
+        assert student.up is not None
+        made |= corrective_records(student.down.detach(), student.up.detach())
+    return {name: tensor.cpu() for name, tensor in made.items()}

@@ -13,8 +13,19 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from calr.errors import CalrError
 from calr_kernels.layout import Layout
 
-KEEP = 0.8  # of a recipe that names no budget
+BITS, KEEP = 5.0, 0.8  # of a recipe that names no budget
 SCALE_GROUPS = (32, 64, 128)
+LOW_RANK_ALONE = (  # what counts under keep alone
+    "method",
+    "method_options",
+    "layout",
+    "allocation",
+    "sensitivity",
+    "rank_step",
+    "shifted_inputs",
+    "block_epochs",
+    "block_learning_rate",
+)
 Solver = Literal["lagrangian", "exact"]
 
 
@@ -22,9 +33,12 @@ Solver = Literal["lagrangian", "exact"]
 class Recipe:
     """How to compress a model.
 
+    Without a budget it is bits=5, or keep=0.8 with another method than calr, since only calr has
+    quantised matrices.
+
     Args:
         keep: A budget: the fraction kept of the parameters of the decoder's linear layers, in
-            (0, 1], as low-rank factors. 0.8 where no budget is named; at most one of the three is.
+            (0, 1], as low-rank factors. At most one of the three budgets is named.
         bits: A budget: average bits per parameter of the whole model, everything stored counted, as
             quantised matrices.
         size: A budget: bytes of the tensors, such as 90MB, as quantised matrices.
@@ -58,9 +72,6 @@ class Recipe:
         cross_entropy: Weight, in [0, 1], of the text's own next tokens beside the dense model's
             outputs in that training. Of use with text that people wrote: text that the model
             sampled holds nothing that its outputs do not.
-        trainable: What it moves beside the norms: factors, all of every layer, or corrective, only
-            the trailing terms of each, with the others frozen.
-        corrective_share: Share of a layer's rank that these trailing terms are, in (0, 1].
         gradient_checkpointing: Train in less memory and a third more time: activations are computed
             again for the backward pass.
         seed: Seed of sampling and of the order of training.
@@ -88,8 +99,6 @@ class Recipe:
     learning_rate: float | None = None
     step_tokens: int = 512
     cross_entropy: float = 0.0
-    trainable: Literal["factors", "corrective"] = "factors"
-    corrective_share: float = 0.25
     gradient_checkpointing: bool = False
     seed: int = 0
 
@@ -109,8 +118,16 @@ class Recipe:
         named = [name for name in ("keep", "bits", "size") if getattr(self, name) is not None]
         if len(named) > 1:
             raise CalrError(f"{' and '.join(named)}: are several budgets; name one")
-        if not named:
+        if not named and self.method == "calr":
+            object.__setattr__(self, "bits", BITS)
+        elif not named:
             object.__setattr__(self, "keep", KEEP)
+        for name in LOW_RANK_ALONE if self.quantised else ():
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise CalrError(
+                    f"{name}={getattr(self, name)!r}: is of low-rank layers, which {self.budget} "
+                    "has none of; name keep instead, or leave it out"
+                )
         if self.keep is not None and not 0 < self.keep <= 1:
             raise CalrError(
                 f"keep={self.keep}: must be in (0, 1], the fraction of the decoder's linear "
@@ -139,8 +156,6 @@ class Recipe:
                 raise CalrError(f"{name}={value}: must be above 0")
         if not 0 <= self.cross_entropy <= 1:
             raise CalrError(f"cross_entropy={self.cross_entropy}: must be in [0, 1]")
-        if not 0 < self.corrective_share <= 1:
-            raise CalrError(f"corrective_share={self.corrective_share}: must be in (0, 1]")
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> "Recipe":
@@ -184,6 +199,10 @@ class Recipe:
 
 
 _TYPES = get_type_hints(Recipe)
+_DEFAULTS: dict[str, Any] = {
+    f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    for f in dataclasses.fields(Recipe)
+}
 
 
 def _fits(value: Any, kind: Any) -> bool:

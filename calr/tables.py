@@ -65,7 +65,7 @@ def print_layers(layers: list[dict[str, Any]]) -> None:
 
 def print_matrices(matrices: list[dict[str, Any]]) -> None:
     """Print how every matrix is quantised: `ranks.report.quantised_rows`."""
-    table = Table("matrix", "shape", "bits", "levels", "scale group", "bytes")
+    table = Table("matrix", "shape", "bits", "levels", "scale group", "corrective", "bytes")
     for matrix in matrices:
         table.add_row(
             Text(plain(matrix["name"])),
@@ -73,6 +73,7 @@ def print_matrices(matrices: list[dict[str, Any]]) -> None:
             str(matrix["bits"] or "as it was"),
             matrix["levels"] or "",
             str(matrix["scale_group"] or ""),
+            str(matrix["corrective_rank"] or ""),
             f"{matrix['bytes']:,}",
         )
     _console(110).print(table)

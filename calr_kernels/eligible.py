@@ -161,6 +161,25 @@ def native_quantized(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+def cpu_multiplies_bfloat16() -> bool:
+    """Tell whether the CPU's bfloat16 products are faster than its float32 ones.
+
+    CPUs with AMX are, and AMD's with AVX-512's bfloat16; an Intel CPU without AMX multiplies it at
+    half the rate of float32 or less, one without any such instruction far slower.
+    """
+    able = torch.cpu.get_capabilities()
+    amd = able.get("avx512_bf16") and "Intel" not in str(able.get("cpu_name"))
+    return bool(able.get("amx_bf16") or amd)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return in what dtype torch multiplies x's numbers fastest, without losing any of them."""
+    slow = x.is_cpu and (
+        x.dtype is torch.float16 or (x.dtype is torch.bfloat16 and not cpu_multiplies_bfloat16())
+    )
+    return torch.float32 if slow else x.dtype
+
+
 def native_norm(x: Tensor, weight: Tensor) -> bool:
     """Tell whether the native kernel computes an RMS norm, no slower than torch, of readable
     tensors."""

@@ -1,11 +1,12 @@
-"""How a quantised matrix is stored: bits, levels, scale groups.
+"""How a quantised matrix is stored: bits, levels, scale groups, a corrective path.
 
 Free of heavy imports: recipes and command lines name a form without loading torch.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Levels = Literal["uniform", "formula", "table"]
 LEVELS: tuple[Levels, ...] = get_args(Levels)
@@ -13,6 +14,7 @@ PLANES = {3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # bits of each pla
 BITS = tuple(PLANES)
 SCALE_BYTES = 2  # float16
 LEAST_GROUP, MOST_GROUP = 32, 4096  # scale groups are multiples of the first
+CORRECTIVE_BITS = (8, 16)  # 16: floating numbers of the model's dtype
 TABLES = {
     3: (-127, -81, -49, -23, 2, 27, 56, 96),  # least squared error on Gaussian groups of 64
     4: (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),  # IQ4_NL's
@@ -26,8 +28,9 @@ class Form:
     A weight is level · scale; the level is the integer q itself ("uniform"), round(127 t (1 + t²/2)
     / 1.5) with t = q / 2^(bits-1) ("formula", 3 to 6 bits), or llama.cpp's IQ4_NL ("table", 4 bits)
     and a table of eight (3 bits): all of them int8. scale_group: weights along a row that share a
-    scale, a multiple of 32; a row's last group may be padded. Raises ValueError for what does not
-    exist.
+    scale, a multiple of 32; a row's last group may be padded. corrective_rank: of the low-rank path
+    beside it, 0 for none; corrective_bits: 8, uniform levels in groups of 32, or 16. Raises
+    ValueError for what does not exist.
 
     >>> Form(4, "table", 64).shape(2, 100), Form(5, "formula", 32).values[:3]
     ((2, 2, 34), (-127, -114, -102))
@@ -36,6 +39,8 @@ class Form:
     bits: int
     levels: Levels
     scale_group: int
+    corrective_rank: int = 0
+    corrective_bits: int = 8
 
     def __post_init__(self) -> None:
         """Refuse combinations that no layer has."""
@@ -47,6 +52,12 @@ class Form:
             raise ValueError(f"levels=table: has {' or '.join(map(str, TABLES))} bits")
         if self.levels == "formula" and self.bits == 8:
             raise ValueError("levels=formula: has 3 to 6 bits; 8 bits are uniform")
+        if type(self.corrective_rank) is not int or self.corrective_rank < 0:
+            raise ValueError(f"corrective_rank={self.corrective_rank!r}: must be 0 or more")
+        if self.corrective_bits not in CORRECTIVE_BITS:
+            raise ValueError(
+                f"corrective_bits={self.corrective_bits!r}: must be one of {CORRECTIVE_BITS}"
+            )
         group = self.scale_group
         if not isinstance(group, int) or not 0 < group <= MOST_GROUP or group % LEAST_GROUP:
             raise ValueError(
@@ -78,5 +89,25 @@ class Form:
         return rows, self.groups(columns), self.record
 
     def bytes(self, rows: int, columns: int) -> int:
-        """Count the bytes that a matrix takes."""
-        return rows * self.groups(columns) * self.record
+        """Count the bytes that a matrix takes, its corrective path included."""
+        found = rows * self.groups(columns) * self.record
+        if self.corrective_rank and self.corrective_bits == 16:
+            return found + 2 * self.corrective_rank * (rows + columns)
+        if self.corrective_rank:
+            path = CORRECTIVE.groups(rows) + CORRECTIVE.groups(columns)
+            found += self.corrective_rank * path * CORRECTIVE.record
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a checkpoint states them; a corrective path only where there is one.
+
+        >>> Form(4, "table", 64).to_dict()
+        {'bits': 4, 'levels': 'table', 'scale_group': 64}
+        """
+        found = dataclasses.asdict(self)
+        if not self.corrective_rank:
+            del found["corrective_rank"], found["corrective_bits"]
+        return found
+
+
+CORRECTIVE = Form(8, "uniform", 32)  # of each factor of a corrective path in 8 bits

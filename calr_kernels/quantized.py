@@ -63,7 +63,9 @@ def _forward(x: Tensor, weight: Tensor, form: Form, bias: Tensor | None) -> Tens
     """Choose the backend: the native kernel for few rows, or torch's product with numbers."""
     if eligible.native_quantized(x, weight, bias):
         return native.quantized_linear(x, weight, form, bias)
-    return linear(x, dequantize(weight, form, x.shape[-1], x.dtype), bias)
+    dtype = eligible.product_dtype(x)
+    numbers = dequantize(weight, form, x.shape[-1], x.dtype).to(dtype)
+    return linear(x.to(dtype), numbers, None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 def dequantize(weight: Tensor, form: Form, columns: int, dtype: torch.dtype) -> Tensor:
@@ -90,7 +92,9 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     (weight,) = ctx.saved_tensors
     dx = db = None
     if ctx.needs_input_grad[0]:
-        dx = grad @ dequantize(weight, ctx.form, ctx.columns, grad.dtype)
+        dtype = eligible.product_dtype(grad)
+        numbers = dequantize(weight, ctx.form, ctx.columns, grad.dtype).to(dtype)
+        dx = (grad.to(dtype) @ numbers).to(grad.dtype)
     if ctx.needs_input_grad[5]:
         db = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
     return dx, None, None, None, None, db

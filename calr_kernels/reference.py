@@ -52,13 +52,24 @@ def pivoted_linear(
     return y if bias is None else y + bias
 
 
-def quantized_linear(x: Tensor, weight: Tensor, form: Form, bias: Tensor | None = None) -> Tensor:
-    """Apply `y = ŵ x + bias`: the records' weights, each rounded once to x's dtype.
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    form: Form,
+    bias: Tensor | None = None,
+    corrective_down: Tensor | None = None,
+    corrective_up: Tensor | None = None,
+) -> Tensor:
+    """Apply `y = ŵ x + corrective_up (corrective_down x) + bias`: ŵ the records' weights, each
+    rounded once to x's dtype.
 
-    x [..., K], weight [N, groups, record] uint8, bias [N] -> y [..., N]. Differentiable with
-    respect to x and bias.
+    x [..., K], weight [N, groups, record] uint8, bias [N], corrective_down [c, K], corrective_up
+    [N, c] -> y [..., N]. Differentiable with respect to all but weight.
     """
-    return linear(x, dequantize(weight, form, x.shape[-1], x.dtype), bias)
+    y = linear(x, dequantize(weight, form, x.shape[-1], x.dtype), bias)
+    if corrective_down is None or corrective_up is None:
+        return y
+    return y + linear(linear(x, corrective_down), corrective_up)
 
 
 def interleave(t: Tensor, rest: Tensor, pivots: Tensor, dim: int = -1) -> Tensor:

@@ -37,7 +37,6 @@ STEPS = [  # what it adds, its text, options of the recipe, whether it is healed
     ("mixed calibration + shifted inputs", "mixture", SHIFTED, False),
     ("mixed calibration + distillation of all factors", "mixture", {}, True),
     ("mixed calibration + half cross-entropy", "mixture", {"cross_entropy": 0.5}, True),
-    ("mixed calibration + distillation of a quarter", "mixture", {"trainable": "corrective"}, True),
     ("mixed calibration + block-wise training", "mixture", TRAINED, False),
     ("+ distillation of all factors", "mixture", TRAINED, True),
     ("shifted inputs + block-wise training", "mixture", SHIFTED | TRAINED, False),

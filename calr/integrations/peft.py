@@ -24,14 +24,20 @@ READ_WEIGHT = (  # ways to start an adapter that read or change the base weight
 
 
 MERGE = (
-    "an adapter cannot be merged into a compressed layer; keep it beside the model, or call "
+    "an adapter cannot be merged into a low-rank layer; keep it beside the model, or call "
     "dequantize() on the model before the adapter is added"
 )
+UNMERGE = "an adapter that was merged into a quantised layer cannot be taken out again"
 
 
 def register_layers(module: Any) -> None:
-    """Guard peft.tuners.lora.layer: no merge into, and no start from, half of a weight."""
-    _guard(module.Linear, "merge", MERGE)
+    """Guard peft.tuners.lora.layer: no merge into, and no start from, half of a weight.
+
+    Into a quantised layer an adapter is merged as terms of its corrective path.
+    """
+    _guard(module.Linear, "merge", MERGE, where=LowRankLinear)
+    _guard(module.Linear, "unmerge", UNMERGE, where=QuantizedLinear)
+    _append_on_merge(module.Linear)
     _guard(
         module.LoraLayer,
         "update_layer",
@@ -67,12 +73,46 @@ def _guard_model(module: Any, name: str) -> None:
     @functools.wraps(original)
     def guarded(self: Any, *args: Any, merge: bool = True, **kwargs: Any) -> Any:
         adapted = [m for m in self.model.modules() if isinstance(m, module.BaseTunerLayer)]
-        if merge and any(isinstance(m.get_base_layer(), COMPRESSED) for m in adapted):
+        bases = [m.get_base_layer() for m in adapted]
+        if merge and any(isinstance(base, LowRankLinear) for base in bases):
             raise CalrError(MERGE)
+        other = [m for m, base in zip(adapted, bases, strict=True) if not hasattr(m, "lora_A")]
+        if merge and any(isinstance(m.get_base_layer(), QuantizedLinear) for m in other):
+            raise CalrError("only a LoRA can be merged into a quantised layer")
         given = {} if name == "merge_adapter" else {"merge": merge}
-        return original(self, *args, **given, **kwargs)
+        result = original(self, *args, **given, **kwargs)
+        _state_forms(self.model)
+        return result
 
     setattr(module.BaseTuner, name, guarded)
+
+
+def _append_on_merge(linear: Any) -> None:
+    original: Callable[..., Any] = linear.merge
+
+    @functools.wraps(original)
+    def merge(self: Any, safe_merge: bool = False, adapter_names: Any = None) -> None:
+        base = self.get_base_layer()
+        if not isinstance(base, QuantizedLinear):
+            original(self, safe_merge=safe_merge, adapter_names=adapter_names)
+            return
+        for adapter in self.active_adapters if adapter_names is None else adapter_names:
+            if adapter in self.lora_A and adapter not in self.merged_adapters:
+                if self.lora_bias.get(adapter):
+                    raise CalrError("lora_bias: cannot be merged into a quantised layer")
+                down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+                base.append(down.detach(), up.detach() * self.scaling[adapter])
+                self.merged_adapters.append(adapter)
+
+    linear.merge = merge
+
+
+def _state_forms(model: Any) -> None:
+    """Have a model's configuration state the corrective paths that its layers now have."""
+    config: Any = getattr(model.config, "quantization_config", None)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) and name in getattr(config, "layers", {}):
+            config.layers[name] = module.form.to_dict()
 
 
 def _without_inner(module: Any) -> None:
@@ -97,12 +137,13 @@ def _guard(
     name: str,
     message: str,
     when: Callable[[dict[str, Any]], bool] = lambda kwargs: True,
+    where: type | tuple[type, ...] = COMPRESSED,
 ) -> None:
     original: Callable[..., Any] = getattr(owner, name)
 
     @functools.wraps(original)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.get_base_layer(), COMPRESSED) and when(kwargs):
+        if isinstance(self.get_base_layer(), where) and when(kwargs):
             raise CalrError(message)
         return original(self, *args, **kwargs)
 

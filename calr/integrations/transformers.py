@@ -26,9 +26,11 @@ from calr.errors import CalrError
 from calr.integrations.config import QUANT_METHOD, CalrConfig, is_quantised
 from calr.integrations.modules import replace
 from calr_kernels import LowRankLinear, QuantizedEmbedding, QuantizedLinear, records
+from calr_kernels.forms import CORRECTIVE
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # of weights and, below, of pivots, as safetensors says
 PIVOTS = ("I32", "I64", "BOOL")
+FACTORS = (".down.weight", ".pivots", ".corrective.down", ".corrective.up")
 INTEGERS = {torch.uint8: ("U8",)}  # records
 
 
@@ -165,7 +167,7 @@ def _check_files(model: PreTrainedModel, files: list[str], layers: Iterable[str]
                 f"{key}: has type {stored[key]} in {file}, must be one of {', '.join(allowed)}"
             )
     for key, (file, _) in found.items():
-        factor = key.endswith((".down.weight", ".pivots"))
+        factor = key.endswith(FACTORS)
         if key not in expected and (factor or key.rpartition(".")[0] in layers):
             raise CalrError(f"{key}: in {file}, but config.json lists no layer that it belongs to")
 
@@ -234,11 +236,17 @@ def _check_records(name: str, module: nn.Module) -> None:
         sizes = module.num_embeddings, module.embedding_dim
     else:
         return
-    if module.weight.device.type != "meta":
-        try:
-            records.check(module.weight, module.form, *sizes)
-        except ValueError as error:
-            raise CalrError(f"{name}.weight: {error}; the file is damaged") from error
+    stored = {"weight": (module.weight, module.form, *sizes)}
+    path = getattr(module, "corrective", None)
+    if path is not None and module.form.corrective_bits == 8:
+        stored["corrective.down"] = (path.down, CORRECTIVE, path.rank, path.in_features)
+        stored["corrective.up"] = (path.up, CORRECTIVE, path.rank, path.out_features)
+    for key, (tensor, form, rows, columns) in stored.items():
+        if tensor.device.type != "meta":
+            try:
+                records.check(tensor, form, rows, columns)
+            except ValueError as error:
+                raise CalrError(f"{name}.{key}: {error}; the file is damaged") from error
 
 
 def _check_row_parallel(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> None:

@@ -1,7 +1,14 @@
 """The model to compress: loading it, what it is made of, running it block by block, changing it."""
 
 from calr.model.blocks import BlockRunner, checkpointed
-from calr.model.loading import is_compressed, load, load_skeleton, resolve_dtype
+from calr.model.loading import (
+    GGUF_DTYPE,
+    gguf_file,
+    is_compressed,
+    load,
+    load_skeleton,
+    resolve_dtype,
+)
 from calr.model.lowrank import balance, low_rank, pack, pivot, two_factor
 from calr.model.matrices import Matrix, matrices
 from calr.model.quantized import parameter_count, quantize, tensor_bytes, weight_of
@@ -16,9 +23,10 @@ from calr.model.structure import (
 )
 from calr.model.support import require_supported
 from calr.model.swapping import Swapped, evaluating, hooked, requiring, set_submodule
-from calr.model.weights import check_finite, digest, fingerprint, require_finite
+from calr.model.weights import check_finite, digest, fingerprint, recast, require_finite
 
 __all__ = [
+    "GGUF_DTYPE",
     "BlockRunner",
     "Layer",
     "Matrix",
@@ -34,6 +42,7 @@ __all__ = [
     "evaluating",
     "find_blocks",
     "fingerprint",
+    "gguf_file",
     "hooked",
     "is_compressed",
     "load",
@@ -44,6 +53,7 @@ __all__ = [
     "parameter_count",
     "pivot",
     "quantize",
+    "recast",
     "require_finite",
     "require_same",
     "require_supported",

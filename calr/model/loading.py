@@ -21,6 +21,7 @@ from calr.errors import CalrError
 from calr.integrations.config import QUANT_METHOD
 from calr.model.weights import require_finite
 
+GGUF_DTYPE = torch.bfloat16  # of the numbers of a GGUF file, where no other is asked for
 LONG = 500  # characters, of a message that says too much
 SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # of llama.cpp's splitting
 
@@ -31,14 +32,17 @@ def load(
     """Load a dense or compressed model, in evaluation mode, and its tokenizer.
 
     source: hub id, directory, directory with one GGUF file, or that file (dequantised on load).
-    dtype: "auto" keeps the checkpoint's; or a torch dtype's name. Raises CalrError with the source
-    and the cause when it cannot be loaded, and naming a tensor that the files lack, that is left
-    over, that does not fit (transformers itself would put random numbers in its place) or that
-    holds NaN or infinity.
+    dtype: "auto" keeps the checkpoint's, bfloat16 for a GGUF file; or a torch dtype's name. Raises
+    CalrError with the source and the cause when it cannot be loaded, and naming a tensor that the
+    files lack, that is left over, that does not fit (transformers itself would put random numbers
+    in its place) or that holds NaN or infinity.
     """
     arguments = _arguments(source) | {"trust_remote_code": trust_remote_code}
     tokenizer_arguments = {k: v for k, v in arguments.items() if k != "quantization_config"}
-    placed = {"dtype": resolve_dtype(dtype), "device_map": None if device == "cpu" else device}
+    found = resolve_dtype(dtype)
+    if found == "auto" and "gguf_file" in arguments:
+        found = GGUF_DTYPE
+    placed = {"dtype": found, "device_map": None if device == "cpu" else device}
     with _one_sentence(f"{source}: cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -99,6 +103,13 @@ def load_skeleton(
             del model.config.quantization_config
         model.eval()
     return model
+
+
+def gguf_file(source: str) -> Path | None:
+    """Return the GGUF file that a source is, or holds; None for a source of another kind."""
+    found = _arguments(source)
+    name = found.get("gguf_file")
+    return None if name is None else Path(found["pretrained_model_name_or_path"]) / name
 
 
 def is_compressed(directory: Path) -> bool:

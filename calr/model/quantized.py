@@ -7,19 +7,23 @@ from torch import Tensor, nn
 
 from calr.integrations.modules import quantized_like
 from calr_kernels import Form, QuantizedEmbedding, QuantizedLinear
+from calr_kernels.nn import Corrective
 
 
-def quantize(model: nn.Module, names: tuple[str, ...], form: Form, records: Tensor) -> None:
-    """Put quantised modules that share records [N, groups, record] in the places of some.
+def quantize(
+    model: nn.Module, names: tuple[str, ...], form: Form, stored: dict[str, Tensor]
+) -> None:
+    """Put quantised modules that share their records in the places of some.
 
-    Their biases stay.
+    stored: what the module holds by name, "weight" the records [N, groups, record]; biases stay.
     """
     weight = None
     for name in names:
         dense: Any = model.get_submodule(name)
         made: Any = quantized_like(dense, form)
-        if weight is None:
-            weight = nn.Parameter(records.to(dense.weight.device), requires_grad=False)
+        for key, tensor in stored.items():
+            made.get_parameter(key).data = tensor.to(dense.weight.device)
+        weight = made.weight if weight is None else weight
         made.weight = weight
         if getattr(dense, "bias", None) is not None:
             made.bias = dense.bias
@@ -39,11 +43,21 @@ def parameter_count(model: nn.Module) -> int:
             sizes[id(module.weight)] = module.out_features * module.in_features
         elif isinstance(module, QuantizedEmbedding):
             sizes[id(module.weight)] = module.num_embeddings * module.embedding_dim
+        elif isinstance(module, Corrective):
+            sizes[id(module.down)] = module.rank * module.in_features
+            sizes[id(module.up)] = module.rank * module.out_features
     return sum(sizes.values())
 
 
-def tensor_bytes(model: nn.Module) -> int:
-    """Count the bytes of a model's parameters and persistent buffers, shared ones once."""
+def tensor_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Count the bytes of a model's parameters and persistent buffers, shared ones once.
+
+    dtype: what its floating tensors would be stored in; by default their own.
+    """
     values = model.state_dict(keep_vars=True).values()
     tensors = {id(t): t for t in values if isinstance(t, torch.Tensor)}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(t.numel() * _element_size(t, dtype) for t in tensors.values())
+
+
+def _element_size(tensor: Tensor, dtype: torch.dtype | None) -> int:
+    return (dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype).itemsize

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from calr.errors import CalrError
 from calr.version import __version__
+from calr_kernels import QuantizedEmbedding
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -30,6 +31,20 @@ def digest(*parts: Any) -> str:
         else:
             found.update(repr(part).encode())
     return found.hexdigest()
+
+
+@torch.no_grad()
+def recast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round a model's floating parameters and persistent buffers to a dtype, as a load would.
+
+    What a load computes anew, such as rotary frequencies, stays as it is.
+    """
+    for tensor in model.state_dict(keep_vars=True).values():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, QuantizedEmbedding):
+            module.like = module.get_buffer("like").to(dtype)
 
 
 def check_finite(model: nn.Module) -> None:

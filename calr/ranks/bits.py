@@ -1,10 +1,11 @@
 """What quantised matrices may store together, and who gets which form."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from calr.errors import CalrError
@@ -19,6 +20,8 @@ BEST_LEVELS: dict[int, Levels] = {
 PRICED = 4  # bits at which a matrix is really rounded to learn what its rounding costs
 # squared error of a width over that at 4 bits, Gaussian groups of 64 (bench/rounding.py)
 RATIOS = {3: 4.35, 4: 1.0, 5: 0.237, 6: 0.0595, 8: 0.0046}
+
+CORRECTIVE_RANKS = (0, 8, 16, 32, 64)  # of a linear layer's corrective path
 
 Forms = dict[str, Form | None]  # by matrix; None leaves it as it is
 
@@ -66,10 +69,12 @@ class ByteBudget:
 
     def choices(self) -> list[list[Form | None]]:
         """List the forms that each matrix may have, None for none."""
-        return [
-            [*(best_form(b, self.scale_group, m.in_features) for b in RATIOS), None]
-            for m in self.matrices
-        ]
+        return [[*self._forms_of(matrix), None] for matrix in self.matrices]
+
+    def _forms_of(self, matrix: Matrix) -> list[Form]:
+        forms = [best_form(bits, self.scale_group, matrix.in_features) for bits in RATIOS]
+        ranks = corrective_ranks(matrix)
+        return [replace(form, corrective_rank=rank) for form in forms for rank in ranks]
 
     def costs(self) -> list[list[int]]:
         """List the bytes that these take."""
@@ -82,8 +87,20 @@ class ByteBudget:
         ]
 
 
-def byte_budget(model: PreTrainedModel, structure: Structure, recipe: Recipe) -> ByteBudget | None:
-    """Return what a recipe's bits or size allow a model; None under a budget of parameters."""
+def corrective_ranks(matrix: Matrix) -> tuple[int, ...]:
+    """Return the ranks that the corrective path of a matrix may have; 0 alone where it has none."""
+    smaller = min(matrix.out_features, matrix.in_features)
+    few = tuple(rank for rank in CORRECTIVE_RANKS if 4 * rank <= smaller)
+    return few if matrix.kind == "linear" else few[:1]
+
+
+def byte_budget(
+    model: PreTrainedModel, structure: Structure, recipe: Recipe, dtype: torch.dtype | None = None
+) -> ByteBudget | None:
+    """Return what a recipe's bits or size allow a model; None under a budget of parameters.
+
+    dtype: what is stored of the tensors that are not quantised; by default their own.
+    """
     if recipe.bits is not None:
         total = math.floor(recipe.bits * structure.model_parameters / 8)
     elif recipe.size is not None:
@@ -91,21 +108,24 @@ def byte_budget(model: PreTrainedModel, structure: Structure, recipe: Recipe) ->
     else:
         return None
     found = tuple(matrices(model, structure))
-    element = weight_of(model, structure.layers[0].name).element_size()
-    others = tensor_bytes(model) - element * sum(m.parameters for m in found)
+    element = (dtype or weight_of(model, structure.layers[0].name).dtype).itemsize
+    others = tensor_bytes(model, dtype) - element * sum(m.parameters for m in found)
     parameters = structure.model_parameters
     return ByteBudget(found, others, total, element, parameters, recipe.scale_group)
 
 
-def least_loss(budget: ByteBudget, prices: Mapping[str, float], *, exact: bool = False) -> Forms:
+def least_loss(
+    budget: ByteBudget, prices: Mapping[str, Sequence[float]], *, exact: bool = False
+) -> Forms:
     """Minimise the summed loss of all matrices: a multiple-choice knapsack over their forms.
 
-    prices: the loss that rounding a matrix to PRICED bits costs, in nats; another width costs a
-    fixed multiple of that. exact: by HiGHS, else by Lagrangian bisection.
+    prices: the losses, in nats, that rounding a matrix to PRICED bits costs with each of its
+    corrective ranks; another width costs a fixed multiple of that. exact: by HiGHS, else by
+    Lagrangian bisection.
     """
     choices = budget.choices()
     values = [
-        np.array([0.0 if f is None else prices[m.name] * RATIOS[f.bits] for f in forms])
+        np.array([0.0 if f is None else _price(prices[m.name], m, f) for f in forms])
         for m, forms in zip(budget.matrices, choices, strict=True)
     ]
     at = knapsack.solve(budget.costs(), values, budget.total - budget.fixed, exact=exact)
@@ -113,9 +133,14 @@ def least_loss(budget: ByteBudget, prices: Mapping[str, float], *, exact: bool =
     return {matrix.name: forms[i] for matrix, forms, i in pairs}
 
 
+def _price(prices: Sequence[float], matrix: Matrix, form: Form) -> float:
+    return prices[corrective_ranks(matrix).index(form.corrective_rank)] * RATIOS[form.bits]
+
+
 def even(budget: ByteBudget) -> Forms:
     """Return nearly the same width for every matrix: what a plan shows before calibration."""
-    return least_loss(budget, {m.name: float(m.parameters) for m in budget.matrices})
+    size = len(CORRECTIVE_RANKS)
+    return least_loss(budget, {m.name: [float(m.parameters)] * size for m in budget.matrices})
 
 
 def parse_size(size: str) -> int:

@@ -78,17 +78,17 @@ def quantised_rows(
                 "bits": form and form.bits,
                 "levels": form and form.levels,
                 "scale_group": form and form.scale_group,
+                "corrective_rank": form and form.corrective_rank,
                 "bytes": form.bytes(*sizes) if form else matrix.parameters * element,
             }
         )
     return found
 
 
-def quantised_totals(structure: Structure, size: int, dense: int) -> dict[str, float]:
-    """Count a quantised model: size and dense are bytes of tensors, after and before."""
+def byte_totals(structure: Structure, size: int) -> dict[str, float]:
+    """Count the bytes of a compressed model's tensors: size, and bits per parameter of the dense
+    one."""
     return {
-        "bits_per_parameter": 8 * size / structure.model_parameters,
         "tensor_bytes": size,
-        "tensor_bytes_before": dense,
-        "model_parameters": structure.model_parameters,
+        "bits_per_parameter": 8 * size / structure.model_parameters,
     }

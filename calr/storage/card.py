@@ -20,10 +20,12 @@ def recipe_yaml(recipe: Recipe, options: dict[str, Any]) -> str:
     return str(yaml.safe_dump(plain, sort_keys=False))
 
 
-def model_card(source: str, command: str, recipe_yaml: str, results: dict[str, Any]) -> ModelCard:
+def model_card(
+    source: str, what: str, command: str, recipe_yaml: str, results: dict[str, Any]
+) -> ModelCard:
     """Describe a compressed model: how to load it, the exact recipe, the measured numbers.
 
-    command: what made it, with {model} for the source's name.
+    what: is compressed, in words; command: what made it, with {model} for the source's name.
     """
     local = Path(source).exists()
     data = ModelCardData(
@@ -35,10 +37,7 @@ def model_card(source: str, command: str, recipe_yaml: str, results: dict[str, A
     name = (Path(source).resolve().name if local else source).replace("`", "'")
     name = "".join(c if c.isprintable() and c not in "<>" else "_" for c in name)
     command = command.format(model=name)
-    quantised = "bits_per_parameter" in results
-    what = "the decoder's linear layers are stored as low-rank factors"
-    if quantised:
-        what = f"its matrices are quantised, {results['bits_per_parameter']:.2f} bits a parameter"
+    before, after = (f"{results[k] / 1e6:,.1f} MB" for k in ("source_bytes", "tensor_bytes"))
     return ModelCard(
         f"""---
 {data.to_yaml()}
@@ -49,7 +48,7 @@ package of that name on PyPI is another project.
 
 # {name}, compressed
 
-A compression of `{name}`: {what}.
+A compression of `{name}`, {before}, to {after}: {what}.
 
 ```python
 import calr

@@ -3,23 +3,27 @@
 from calr.training.blockwise import BlockFit
 from calr.training.correction import (
     corrected,
-    corrected_norms,
+    corrected_students,
     norm_parameters,
     windows_needed,
     windows_used,
 )
 from calr.training.loop import Trained, train
 from calr.training.precision import mixed
+from calr.training.students import Primary, StudentEmbedding, StudentLinear
 from calr.training.targets import PART_TOKENS, Targets, collect_targets, logits_of
 
 __all__ = [
     "PART_TOKENS",
     "BlockFit",
+    "Primary",
+    "StudentEmbedding",
+    "StudentLinear",
     "Targets",
     "Trained",
     "collect_targets",
     "corrected",
-    "corrected_norms",
+    "corrected_students",
     "logits_of",
     "mixed",
     "norm_parameters",

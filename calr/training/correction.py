@@ -7,15 +7,14 @@ what truncation cannot see: the model's output distribution, by KL divergence fr
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from calr.errors import CalrError
-from calr.model import Swapped, checkpointed, find_blocks, hooked, pack
+from calr.model import Swapped, checkpointed, find_blocks, pack
 from calr.recipe import Recipe
 from calr.storage import Store
 from calr.training.loop import Trained, train
@@ -82,32 +81,46 @@ def corrected(
         raise
 
 
-def corrected_norms(
+def corrected_students(
     model: PreTrainedModel,
-    copies: dict[str, nn.Module],
+    students: dict[str, nn.Module],
     ids: Tensor,
     recipe: Recipe,
     recorded: Store,
     work: Store,
 ) -> Trained:
-    """Train the norms of a dense model while modules of rounded weights stand in its own's places.
+    """Train students in their places in a dense model: scales and factors, and the model's norms.
 
-    ids [S, T], recorded and work: as in `corrected`. Only the norms are another afterwards; on any
-    failure they are as before.
+    ids [S, T], recorded and work: as in `corrected`. The dense modules are back afterwards; the
+    norms stay trained and, on any failure, are as before. Scales and factors move in proportion to
+    their size.
     """
     targets, held_out = (
         collect_targets(model, part, recorded) for part in windows_used(ids, recipe)
     )
-    parameters = norm_parameters(model)
-    before = [(p, p.data) for p in parameters]
+    norms = norm_parameters(model)
+    own = [p for p in _own_parameters(students) if p.numel()]
+    before = [(p, p.data) for p in norms]
+    rates = [1.0] * len(norms) + [float(p.detach().square().mean().sqrt()) for p in own]
     blocks = list(find_blocks(model)[1]) if recipe.gradient_checkpointing else []
     try:
-        with Swapped(model, copies), checkpointed(blocks):
-            return _train(model, parameters, targets, held_out, recipe, work)
+        with Swapped(model, students), checkpointed(blocks):
+            return _train(model, norms + own, targets, held_out, recipe, work, rates)
     except BaseException:
         for p, value in before:
             p.data = value
         raise
+
+
+def _own_parameters(students: dict[str, nn.Module]) -> list[nn.Parameter]:
+    """List scales and factors of students, those that are shared once; biases are the model's."""
+    named = {
+        id(p): p
+        for student in students.values()
+        for name, p in student.named_parameters()
+        if name != "bias"
+    }
+    return list(named.values())
 
 
 def correct(
@@ -118,21 +131,11 @@ def correct(
     recipe: Recipe,
     store: Store,
 ) -> Trained:
-    """Train the two-factor layers of a compressed model, in place, and its norms; see `train`.
-
-    recipe.trainable: "factors" moves all of them; "corrective" only the trailing terms of each
-    layer, corrective_share of its rank, which are the residual of the truncation before them.
-    """
+    """Train the two-factor layers of a compressed model, in place, and its norms; see `train`."""
     blocks = list(find_blocks(model)[1]) if recipe.gradient_checkpointing else []
     parameters = [p for layer in layers.values() for p in layer.parameters()]
     parameters += norm_parameters(model)
-    frozen = []
-    if recipe.trainable == "corrective":
-        for layer in layers.values():
-            count = layer.rank - max(1, round(recipe.corrective_share * layer.rank))
-            frozen.append(layer.weight.register_hook(_without(count, dim=1)))
-            frozen.append(layer.down.weight.register_hook(_without(count, dim=0)))
-    with hooked(frozen), checkpointed(blocks):
+    with checkpointed(blocks):
         return _train(model, parameters, targets, held_out, recipe, store)
 
 
@@ -143,6 +146,7 @@ def _train(
     held_out: Targets,
     recipe: Recipe,
     store: Store,
+    rates: Sequence[float] | None = None,
 ) -> Trained:
     return train(
         model,
@@ -150,6 +154,7 @@ def _train(
         targets,
         held_out,
         learning_rate=recipe.peak_learning_rate,
+        rates=rates,
         step_tokens=recipe.step_tokens,
         cross_entropy=recipe.cross_entropy,
         seed=recipe.seed,
@@ -161,18 +166,3 @@ def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
     """List the parameters of a model's norms."""
     modules = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
     return [p for module in modules for p in module.parameters(recurse=False)]
-
-
-def _without(count: int, dim: int) -> Callable[[Tensor], Tensor]:
-    """Return a gradient hook under which the first count rows or columns stay where they are."""
-
-    def hook(gradient: Tensor) -> Tensor:
-        return torch.cat(
-            [
-                torch.zeros_like(gradient.narrow(dim, 0, count)),
-                gradient.narrow(dim, count, gradient.shape[dim] - count),
-            ],
-            dim,
-        )
-
-    return hook

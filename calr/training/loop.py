@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ def train(
     held_out: Targets,
     *,
     learning_rate: float,
+    rates: Sequence[float] | None = None,
     step_tokens: int = STEP_TOKENS,
     cross_entropy: float = 0.0,
     seed: int = 0,
@@ -58,7 +60,8 @@ def train(
     Every window once, in an order drawn from seed; a step takes step_tokens, at least a window,
     accumulated over PART_TOKENS at a time. AdamW with warm-up and cosine, on a float32 copy of the
     parameters, which is rounded at the end; nothing else moves. The state that did best on
-    held_out is kept, so that the result is never worse there than the start. on_gradients(step,
+    held_out is kept, so that the result is never worse there than the start. rates: what each
+    parameter's learning rate is, over learning_rate; 1 by default. on_gradients(step,
     steps) is called after every backward pass (a baseline prunes there; it has no state in store);
     with it the last state is kept, whatever its loss. Deterministic for a seed on one device;
     store: where an interrupted run continues from. Raises CalrError when the loss is not finite;
@@ -71,6 +74,7 @@ def train(
             targets,
             held_out,
             learning_rate,
+            rates or [1.0] * len(parameters),
             step_tokens,
             cross_entropy,
             seed,
@@ -104,6 +108,7 @@ class _Training:
     targets: Targets
     held_out: Targets
     learning_rate: float
+    rates: Sequence[float]
     step_tokens: int
     cross_entropy: float
     seed: int
@@ -115,9 +120,12 @@ class _Training:
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(self.targets), generator=generator)
         batches = order.split(max(1, self.step_tokens // self.targets.ids.shape[1]))
-        optimizer = torch.optim.AdamW(
-            self.parameters, lr=self.learning_rate, betas=BETAS, weight_decay=0.0, fused=True
-        )
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p, r in zip(self.parameters, self.rates, strict=True) if r == rate]}
+            | {"rate": rate}
+            for rate in dict.fromkeys(self.rates)
+        ]
+        optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
         every = max(1, MEASURE_TOKENS // batches[0].numel() // self.targets.ids.shape[1])
         first, losses, best = self._resume(optimizer)
         if not losses:
@@ -150,7 +158,7 @@ class _Training:
     ) -> float:
         """Make one step and return its loss."""
         for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate * _schedule(step, len(batches))
+            group["lr"] = group["rate"] * self.learning_rate * _schedule(step, len(batches))
         batch, found = self.targets[batches[step]], 0.0
         for part in batch.split(max(1, PART_TOKENS // batch.ids.shape[1])):
             with torch.enable_grad():

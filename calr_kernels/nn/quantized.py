@@ -1,9 +1,12 @@
 """The drop-in modules of a quantised linear layer and of a quantised embedding."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from calr_kernels.forms import Form
+from calr_kernels.nn.corrective import Corrective
 from calr_kernels.quantized import dequantize, quantized_linear
 
 
@@ -12,7 +15,8 @@ class QuantizedLinear(nn.Linear):
 
     `weight` holds the records [N, groups, record] uint8 of a form (calr_kernels.forms), a frozen
     parameter under the dense layer's name: programs that look for it find it, and loading it into a
-    dense model fails on the shape. bias [N].
+    dense model fails on the shape. bias [N]. `corrective`, where the form has one, is the low-rank
+    path beside it.
     """
 
     def __init__(
@@ -31,14 +35,40 @@ class QuantizedLinear(nn.Linear):
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
+        self.corrective: Corrective | None = None
+        if form.corrective_rank:
+            self.corrective = Corrective(in_features, out_features, form, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer: [..., in_features] -> [..., out_features]."""
-        return quantized_linear(input, self.weight, self.form, self.bias)
+        y = quantized_linear(input, self.weight, self.form, self.bias)
+        return y if self.corrective is None else y + self.corrective(input)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight matrix [out_features, in_features], rounded once to a dtype."""
-        return dequantize(self.weight, self.form, self.in_features, dtype)
+        if self.corrective is None:
+            return dequantize(self.weight, self.form, self.in_features, dtype)
+        down, up = self.corrective.factors(torch.float64)
+        primary = dequantize(self.weight, self.form, self.in_features, torch.float32)
+        return torch.addmm(primary.double(), up, down).to(dtype)
+
+    @torch.no_grad()
+    def append(self, down: Tensor, up: Tensor) -> None:
+        """Add terms to the corrective path, down [r, K] and up [N, r], which is then of 16 bits.
+
+        In the dtype of the bias, or of down where there is none.
+        """
+        dtype = down.dtype if self.bias is None else self.bias.dtype
+        parts = [(down.to(dtype), up.to(dtype).mT)]
+        if self.corrective is not None:
+            first, second = self.corrective.factors(dtype)
+            parts.insert(0, (first, second.mT))
+        rank = sum(len(part) for part, _ in parts)
+        self.form = replace(self.form, corrective_rank=rank, corrective_bits=16)
+        path = Corrective(self.in_features, self.out_features, self.form, down.device, dtype)
+        path.down.copy_(torch.cat([part for part, _ in parts]))
+        path.up.copy_(torch.cat([part for _, part in parts]))
+        self.corrective = path
 
     @torch.no_grad()
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -71,6 +101,8 @@ class QuantizedEmbedding(nn.Embedding):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if form.corrective_rank:
+            raise ValueError(f"{form}: an embedding has no corrective path")
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim, self.form = num_embeddings, embedding_dim, form
         self.padding_idx = self.max_norm = None

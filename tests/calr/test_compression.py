@@ -248,7 +248,8 @@ def test_keep_one_is_the_identity_however_little_was_seen(elastic, ids):
             found = calr.resize(calr.compress(model, whole, calibration=few, elastic=True), 1.0)
         else:
             found = calr.compress(model, whole, calibration=few)
-        torch.testing.assert_close(found(ids).logits, expected, rtol=0, atol=5e-5)
+        rounding = 1e-4 * float(expected.abs().max())  # of float32 factors, a layer after another
+        torch.testing.assert_close(found(ids).logits, expected, rtol=0, atol=rounding)
     assert found.config.quantization_config.layers == {}
 
 

@@ -14,6 +14,7 @@ from calr_kernels import (
     records,
     reference,
 )
+from calr_kernels.forms import CORRECTIVE
 
 FORMS = [Form(3, "table", 32), Form(4, "table", 64), Form(5, "formula", 32), Form(8, "uniform", 64)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -101,6 +102,61 @@ def test_an_embedding_looks_its_rows_up(scale):
     assert torch.equal(module(ids), rows * scale)
     assert module.bfloat16()(ids).dtype == torch.bfloat16
     assert module.weight.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("rank", [1, 8, 33])
+def test_the_corrective_path_is_added(rank, bits, dtype, device):
+    form = Form(4, "table", 32, corrective_rank=rank, corrective_bits=bits)
+    layer, draw = QuantizedLinear(100, 37, form), torch.Generator().manual_seed(0)
+    layer.weight.data = matrix(form, 37, 100)
+    layer.bias.data = torch.randn(37, generator=draw)
+    path = layer.corrective
+    if bits == 8:
+        path.down.data, path.up.data = matrix(CORRECTIVE, rank, 100), matrix(CORRECTIVE, rank, 37)
+    else:
+        path.down.data = torch.randn(rank, 100, generator=draw) / 10
+        path.up.data = torch.randn(rank, 37, generator=draw) / 10
+    layer = layer.to(device, dtype)
+    x = torch.randn(5, 100, generator=draw, dtype=torch.float64).to(device, dtype)
+    down, up = path.factors(torch.float64)
+    arguments = (layer.weight, form, layer.bias.double(), down, up)
+    wanted = reference.quantized_linear(x.double(), *arguments)
+    found = layer(x)
+    error = (found.double() - wanted).abs().max() / wanted.abs().max()
+    assert float(error) < 2 * TOLERANCE[dtype]
+    dense = layer.to_dense(torch.float64)
+    torch.testing.assert_close(dense(x.double()), wanted, rtol=1e-6, atol=1e-6)
+    stored = sum(t.numel() * t.element_size() for t in (layer.weight, path.down, path.up))
+    if bits == 8 or dtype.itemsize == 2:
+        assert stored == form.bytes(37, 100)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_terms_are_appended_to_the_corrective_path(rank):
+    draw = torch.Generator().manual_seed(2)
+    form = Form(5, "formula", 32, corrective_rank=rank)
+    layer = QuantizedLinear(64, 7, form, bias=False)
+    layer.weight.data = matrix(form, 7, 64)
+    if rank:
+        layer.corrective.down.data = matrix(CORRECTIVE, rank, 64)
+        layer.corrective.up.data = matrix(CORRECTIVE, rank, 7)
+    before, x = layer.dense_weight(torch.float64), torch.randn(3, 64, generator=draw)
+    down, up = torch.randn(2, 64, generator=draw), torch.randn(7, 2, generator=draw)
+    layer.append(down, up)
+    assert layer.form == Form(5, "formula", 32, corrective_rank=rank + 2, corrective_bits=16)
+    wanted = x.double() @ (before + up.double() @ down.double()).mT
+    torch.testing.assert_close(layer(x).double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"corrective_rank": -1}, {"corrective_rank": True},
+                                    {"corrective_rank": 2, "corrective_bits": 4}])  # fmt: skip
+def test_corrective_paths_that_no_layer_has_are_refused(change):
+    with pytest.raises(ValueError, match=next(reversed(change))):
+        Form(4, "table", 32, **change)
+    with pytest.raises(ValueError, match="an embedding has no corrective path"):
+        QuantizedEmbedding(9, 40, Form(4, "table", 32, corrective_rank=1))
 
 
 ALL_FORMS = [

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calr.rounding import Rounded, gptq, round_matrix
+from calr.rounding import Rounded, gptq, round_matrix, truncate
 from calr.rounding.scales import refit, search
 from calr_kernels import Form, records
 
@@ -110,3 +110,32 @@ def test_a_column_that_is_always_zero_and_a_singular_moment():
     one = moment[0][:, None] * moment[0] / moment[0].norm()  # of rank 1
     for m in (moment, one):
         assert torch.isfinite(round_matrix(weight, FORMS[2], m).weight()).all()
+
+
+def test_a_low_rank_error_is_found_whatever_it_is_weighed_by():
+    """rows and moment change what is best, but not that nothing of rank 3 is left."""
+    _, moment = problem()
+    draw = torch.Generator().manual_seed(1)
+    error = torch.randn(40, 3, generator=draw) @ torch.randn(3, 96, generator=draw)
+    rows = torch.rand(40, generator=draw)
+    rows[5] = 0  # outputs that the loss does not see
+    up, down, gains = truncate(error, rows, moment + torch.eye(96), 3)
+    assert (up.shape, down.shape) == ((40, 3), (3, 96))
+    torch.testing.assert_close(up @ down, error, rtol=0, atol=1e-3)
+    lost = (rows * ((error @ (moment + torch.eye(96))) * error).sum(1)).sum() / 2
+    assert float(gains.sum()) == pytest.approx(float(lost), rel=1e-4)
+
+
+def test_the_truncation_lowers_the_loss_by_what_it_says_and_no_other_by_more():
+    error, moment = problem(seed=2)
+    moment = moment + 0.01 * torch.eye(96)
+    rows = torch.rand(40, generator=torch.Generator().manual_seed(3)) + 0.1
+
+    def loss(x):
+        return float((rows * ((x @ moment) * x).sum(1)).sum() / 2)
+
+    up, down, gains = truncate(error, rows, moment, 8)
+    assert loss(error - up @ down) == pytest.approx(loss(error) - float(gains.sum()), rel=1e-3)
+    u, values, vh = torch.linalg.svd(error, full_matrices=False)
+    plain = (u[:, :8] * values[:8]) @ vh[:8]
+    assert loss(error - up @ down) < loss(error - plain)
