@@ -9,8 +9,7 @@ again, and what the last is over that of 4 bits: the ratios by which `calr.ranks
 
 import torch
 
-from calr.ranks import best_form
-from calr.ranks.bits import PRICED, RATIOS
+from calr.ranks.bits import BEST_LEVELS, PRICED, RATIOS
 from calr.rounding import Rounded, gptq, round_matrix
 from calr.rounding.scales import search
 from calr_kernels import Form
@@ -30,8 +29,8 @@ def main() -> None:
         lost = weight - rounded.weight()
         return float(((lost @ moment) * lost).sum() / ((weight @ moment) * weight).sum())
 
-    forms = [Form(4, "uniform", 64), *(best_form(bits, 64, K) for bits in RATIOS)]
-    priced = error(round_matrix(weight, best_form(PRICED, 64, K), moment))
+    forms = [Form(4, "uniform", 64), *(Form(bits, levels, 64) for bits, levels in RATIOS)]
+    priced = error(round_matrix(weight, Form(PRICED, BEST_LEVELS[PRICED], 64), moment))
     print("| form | to nearest | GPTQ | fitted again | over 4 bits |")
     print("|---|---|---|---|---|")
     for form in forms:

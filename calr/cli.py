@@ -9,7 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -130,6 +130,7 @@ def build_parser() -> ArgumentParser:
         ),
         "compress": (_compress, "Compress a model and write an ordinary checkpoint."),
         "resize": (_resize, "Cut an elastic checkpoint to a size, without calibration."),
+        "export": (_export, "Write a compressed checkpoint for programs that do not know calr."),
         "eval": (_eval, "Measure token perplexity and zero-shot tasks."),
         "bench": (_bench, "Time prefill and decode, two models interleaved."),
         "generate": (_generate, "Generate text from a dense or compressed model."),
@@ -231,6 +232,26 @@ def _resize(parser: ArgumentParser) -> None:
     )
     _overwrite(parser)
     _loading(parser)
+
+
+def _export(parser: ArgumentParser) -> None:
+    parser.add_argument("model", type=str, help="Directory of a compressed checkpoint.")
+    parser.add_argument("output", type=str, help="Directory, or GGUF file, to write.")
+    parser.add_argument(
+        "--to",
+        type=Literal["dense", "gguf"],
+        required=True,
+        help="dense: an ordinary checkpoint; gguf: a file for llama.cpp, of a checkpoint that was "
+        "compressed with --target gguf.",
+    )
+    parser.add_argument(
+        "--like",
+        type=str | None,
+        default=None,
+        help="A GGUF file of the dense model, of which tokenizer and hyperparameters are copied.",
+    )
+    _overwrite(parser)
+    _trust(parser)
 
 
 def _eval(parser: ArgumentParser) -> None:

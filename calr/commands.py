@@ -16,6 +16,7 @@ from calr.compression import compress_to
 from calr.elastic import resize_to
 from calr.errors import CalrError
 from calr.evaluation import compare, perplexity
+from calr.export import export_dense, export_gguf
 from calr.inference import optimize_for_inference
 from calr.integrations.config import CalrConfig, is_quantised
 from calr.integrations.lm_eval import evaluate, retention
@@ -119,6 +120,21 @@ def resize(arguments: Namespace) -> None:
     )
     following = f"calr eval {arguments.directory} --against {arguments.model}"
     _print_written(arguments, results, following)
+
+
+def export(arguments: Namespace) -> None:
+    """Write a compressed checkpoint in another format and print what it became."""
+    options = {name: arguments[name] for name in ("overwrite", "trust_remote_code")}
+    if arguments.to == "dense":
+        results = export_dense(arguments.model, arguments.output, **options)
+    elif arguments.like is None:
+        raise CalrError(
+            "like: name a GGUF file of the dense model; tokenizer and hyperparameters are copied "
+            "from it"
+        )
+    else:
+        results = export_gguf(arguments.model, arguments.output, like=arguments.like, **options)
+    (tables.print_json if arguments.json else tables.print_facts)(results)
 
 
 def eval(arguments: Namespace) -> None:

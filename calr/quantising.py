@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from calr.methods import Moments
 from calr.model import Matrix, balance, quantize, weight_of
 from calr.progress import progress
-from calr.ranks import PRICED, ByteBudget, Forms, best_form, corrective_ranks, least_loss
+from calr.ranks import PRICED, ByteBudget, Forms, corrective_ranks, least_loss
 from calr.recipe import Recipe
 from calr.rounding import round_matrix, truncate
 from calr.statistics import Statistics
@@ -74,7 +74,7 @@ class Quantiser:
         if any(matrix.name not in known for matrix in self.budget.matrices):
             self.statistics.collect()
         for matrix in progress(self.budget.matrices, desc="prices", unit="matrix"):
-            form = best_form(PRICED, self.budget.scale_group, matrix.in_features)
+            form = self.budget.form(PRICED, matrix.in_features)
             if matrix.name not in known:
                 known.save(matrix.name, {"losses": self._losses(matrix, form)})
             prices[matrix.name] = known.load(matrix.name)["losses"].tolist()

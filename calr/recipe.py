@@ -8,13 +8,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from calr.errors import CalrError
 from calr_kernels.layout import Layout
 
+Target = Literal["gguf"]
 BITS, KEEP = 5.0, 0.8  # of a recipe that names no budget
-SCALE_GROUPS = (32, 64, 128)
+SCALE_GROUP, SCALE_GROUPS = 64, (32, 64, 128)
+TARGET_SCALE_GROUPS: dict[Target, int] = {"gguf": 32}
 LOW_RANK_ALONE = (  # what counts under keep alone
     "method",
     "method_options",
@@ -42,7 +44,10 @@ class Recipe:
         bits: A budget: average bits per parameter of the whole model, everything stored counted, as
             quantised matrices.
         size: A budget: bytes of the tensors, such as 90MB, as quantised matrices.
-        scale_group: Weights along a row of a quantised matrix that share a scale: 32, 64 or 128.
+        scale_group: Weights along a row of a quantised matrix that share a scale: 32, 64 or 128; by
+            default 64, or what the target has.
+        target: A format to export to later (`calr export`), which limits the forms of quantised
+            matrices to those that it holds: gguf has 4, 5 and 8 bits in groups of 32.
         method: Decomposition of one weight: a file in calr/methods (svd, svd_llm, erc_svd, calr).
         method_options: Options of the method, for example {"beta": 0.05} of erc_svd.
         layout: Storage of a rank-r layer: pivoted, r(N+K-r) numbers, or two_factor, r(N+K).
@@ -80,7 +85,8 @@ class Recipe:
     keep: float | None = None
     bits: float | None = None
     size: str | None = None
-    scale_group: int = 64
+    scale_group: int | None = None
+    target: Target | None = None
     method: str = "calr"
     method_options: dict[str, float] = field(default_factory=dict)
     layout: Layout = "pivoted"
@@ -135,8 +141,7 @@ class Recipe:
             )
         if self.bits is not None and not 0 < self.bits <= 16:
             raise CalrError(f"bits={self.bits}: must be above 0 and at most 16")
-        if self.scale_group not in SCALE_GROUPS:
-            raise CalrError(f"scale_group={self.scale_group}: must be one of {SCALE_GROUPS}")
+        self._set_scale_group()
         if not 0 <= self.seed < 2**63:
             raise CalrError(f"seed={self.seed}: must be in [0, 2^63)")
         for name, least in (
@@ -156,6 +161,17 @@ class Recipe:
                 raise CalrError(f"{name}={value}: must be above 0")
         if not 0 <= self.cross_entropy <= 1:
             raise CalrError(f"cross_entropy={self.cross_entropy}: must be in [0, 1]")
+
+    def _set_scale_group(self) -> None:
+        if self.target is not None and not self.quantised:
+            raise CalrError(f"target={self.target}: holds no low-rank layers; name bits or size")
+        usual = SCALE_GROUP if self.target is None else TARGET_SCALE_GROUPS[self.target]
+        if self.scale_group is None:
+            object.__setattr__(self, "scale_group", usual)
+        elif self.scale_group not in SCALE_GROUPS:
+            raise CalrError(f"scale_group={self.scale_group}: must be one of {SCALE_GROUPS}")
+        elif self.target is not None and self.scale_group != usual:
+            raise CalrError(f"scale_group={self.scale_group}: target={self.target} has {usual}")
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> "Recipe":
@@ -208,7 +224,9 @@ _DEFAULTS: dict[str, Any] = {
 def _fits(value: Any, kind: Any) -> bool:
     """Tell whether a value is of an annotated type; whole numbers are floats, too, NaN is not."""
     origin, inside = get_origin(kind), get_args(kind)
-    if origin is UnionType:
+    if origin is Literal:
+        return value in inside
+    if origin in (UnionType, Union):
         return any(_fits(value, option) for option in inside)
     if origin is tuple:
         return isinstance(value, list | tuple) and all(_fits(x, inside[0]) for x in value)

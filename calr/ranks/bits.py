@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,29 +11,39 @@ from transformers import PreTrainedModel
 from calr.errors import CalrError
 from calr.model import Matrix, Structure, matrices, tensor_bytes, weight_of
 from calr.ranks import knapsack
-from calr.recipe import Recipe
-from calr_kernels.forms import Form, Levels
+from calr.recipe import Recipe, Target
+from calr_kernels.forms import LEAST_GROUP, Form, Levels
 
+# levels of each width that err least, and of those that a target holds
 BEST_LEVELS: dict[int, Levels] = {
     3: "table", 4: "table", 5: "formula", 6: "formula", 8: "uniform"
 }  # fmt: skip
+TARGET_LEVELS: dict[Target, dict[int, Levels]] = {
+    "gguf": {4: "table", 5: "uniform", 8: "uniform"}  # IQ4_NL, Q5_0, Q8_0
+}
 PRICED = 4  # bits at which a matrix is really rounded to learn what its rounding costs
-# squared error of a width over that at 4 bits, Gaussian groups of 64 (bench/rounding.py)
-RATIOS = {3: 4.35, 4: 1.0, 5: 0.237, 6: 0.0595, 8: 0.0046}
-
+# squared error of levels over that of the table at 4 bits, Gaussian groups (bench/rounding.py)
+RATIOS: dict[tuple[int, Levels], float] = {
+    (3, "table"): 4.35,
+    (4, "table"): 1.0,
+    (5, "formula"): 0.237,
+    (5, "uniform"): 0.30,
+    (6, "formula"): 0.0595,
+    (8, "uniform"): 0.0046,
+}
 CORRECTIVE_RANKS = (0, 8, 16, 32, 64)  # of a linear layer's corrective path
 
 Forms = dict[str, Form | None]  # by matrix; None leaves it as it is
 
 
-def best_form(bits: int, scale_group: int, columns: int) -> Form:
-    """Return the form of a width that errs least, for rows of some columns.
+def fitting_form(bits: int, levels: Levels, scale_group: int, columns: int) -> Form:
+    """Return the form of rows of some columns.
 
     A scale group that does not divide them becomes the next smaller that does, at least 32.
     """
     while scale_group > 32 and columns % scale_group:
         scale_group -= 32
-    return Form(bits, BEST_LEVELS[bits], scale_group)
+    return Form(bits, levels, scale_group)
 
 
 @dataclass(frozen=True)
@@ -41,8 +51,9 @@ class ByteBudget:
     """How many bytes a model's tensors may take.
 
     matrices: those that may be quantised; fixed: bytes of all others; total: bytes allowed;
-    element: bytes of a number that is not quantised; parameters: of the whole model. Raises
-    CalrError for a budget below what the smallest forms take.
+    element: bytes of a number that is not quantised; parameters: of the whole model; levels: by
+    the bits that are allowed; padded: whether a row's last scale group may be. Raises CalrError for
+    a budget below what the smallest forms take.
     """
 
     matrices: tuple[Matrix, ...]
@@ -51,13 +62,15 @@ class ByteBudget:
     element: int
     parameters: int
     scale_group: int = 64
+    levels: Mapping[int, Levels] = field(default_factory=lambda: BEST_LEVELS)
+    padded: bool = True
 
     def __post_init__(self) -> None:
         """Refuse a budget that no forms meet."""
         if self.smallest > self.total:
             raise CalrError(
-                f"{self.total / 1e6:.1f} MB ({8 * self.total / self.parameters:.2f} bits per "
-                f"parameter): is below the {self.smallest / 1e6:.1f} MB "
+                f"{self.total / 1e6:.3g} MB ({8 * self.total / self.parameters:.2f} bits per "
+                f"parameter): is below the {self.smallest / 1e6:.3g} MB "
                 f"({8 * self.smallest / self.parameters:.2f} bits) that the smallest forms take; "
                 "raise bits or size"
             )
@@ -71,8 +84,14 @@ class ByteBudget:
         """List the forms that each matrix may have, None for none."""
         return [[*self._forms_of(matrix), None] for matrix in self.matrices]
 
+    def form(self, bits: int, columns: int) -> Form:
+        """Return the form of a width, without a corrective path, for rows of some columns."""
+        return fitting_form(bits, self.levels[bits], self.scale_group, columns)
+
     def _forms_of(self, matrix: Matrix) -> list[Form]:
-        forms = [best_form(bits, self.scale_group, matrix.in_features) for bits in RATIOS]
+        if not self.padded and matrix.in_features % LEAST_GROUP:
+            return []
+        forms = [self.form(bits, matrix.in_features) for bits in self.levels]
         ranks = corrective_ranks(matrix)
         return [replace(form, corrective_rank=rank) for form in forms for rank in ranks]
 
@@ -111,7 +130,10 @@ def byte_budget(
     element = (dtype or weight_of(model, structure.layers[0].name).dtype).itemsize
     others = tensor_bytes(model, dtype) - element * sum(m.parameters for m in found)
     parameters = structure.model_parameters
-    return ByteBudget(found, others, total, element, parameters, recipe.scale_group)
+    assert recipe.scale_group is not None
+    group, target = recipe.scale_group, recipe.target
+    levels = BEST_LEVELS if target is None else TARGET_LEVELS[target]
+    return ByteBudget(found, others, total, element, parameters, group, levels, target is None)
 
 
 def least_loss(
@@ -134,7 +156,10 @@ def least_loss(
 
 
 def _price(prices: Sequence[float], matrix: Matrix, form: Form) -> float:
-    return prices[corrective_ranks(matrix).index(form.corrective_rank)] * RATIOS[form.bits]
+    return (
+        prices[corrective_ranks(matrix).index(form.corrective_rank)]
+        * RATIOS[form.bits, form.levels]
+    )
 
 
 def even(budget: ByteBudget) -> Forms:

@@ -1,7 +1,15 @@
 """Files: checkpoints whole or not at all, parts that survive an interruption, model cards."""
 
 from calr.storage.card import model_card, recipe_yaml
-from calr.storage.checkpoint import destination, finished, prepare, size, write, writing
+from calr.storage.checkpoint import (
+    destination,
+    finished,
+    one_sentence,
+    prepare,
+    size,
+    write,
+    writing,
+)
 from calr.storage.ledger import claim
 from calr.storage.lock import locked
 from calr.storage.manifest import read_manifest, verify
@@ -14,6 +22,7 @@ __all__ = [
     "finished",
     "locked",
     "model_card",
+    "one_sentence",
     "prepare",
     "read_manifest",
     "recipe_yaml",

@@ -1,0 +1,57 @@
+"""A compressed model as an ordinary dense checkpoint: the same function, the dense model's size."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from calr.errors import CalrError
+from calr.model import digest, fingerprint, is_compressed, load, require_same, tensor_bytes
+from calr.storage import (
+    destination,
+    finished,
+    model_card,
+    prepare,
+    read_manifest,
+    size,
+    verify,
+    write,
+    writing,
+)
+
+
+def export_dense(
+    source: str,
+    directory: str | Path,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Write a compressed checkpoint as a dense one, whole or not at all; return what it became.
+
+    Raises CalrError for a source that is no checkpoint of calr's or is damaged, and for a directory
+    that holds something else (without overwrite).
+    """
+    place = destination(directory, source, statistics=None, overwrite=overwrite)
+    model, tokenizer = load_compressed(source, trust_remote_code=trust_remote_code)
+    before, key = tensor_bytes(model), digest(fingerprint(model), "dense")
+    model = model.dequantize()
+    results: dict[str, Any] = {"source_bytes": before, "tensor_bytes": tensor_bytes(model)}
+    with writing(place):
+        done = None if overwrite else finished(place, key)
+        if done is None:
+            prepare(place, key, {"model": source, "to": "dense"}, overwrite=overwrite)
+            what = "the same function in dense matrices, for programs that do not know calr"
+            command = "calr export {model} OUTPUT --to dense"
+            card = model_card(source, what, command, "", results)
+            check = partial(require_same, model, trust_remote_code=trust_remote_code)
+            write(model, tokenizer, place, card, key=key, results=results, check=check)
+    return results | {"bytes": size(place), "directory": str(place)}
+
+
+def load_compressed(source: str, *, trust_remote_code: bool) -> Any:
+    """Load a checkpoint of calr's, its files checked against their checksums."""
+    if not is_compressed(Path(source)):
+        raise CalrError(f"{source}: is no checkpoint written by calr")
+    if read_manifest(Path(source)) is not None:
+        verify(Path(source))
+    return load(source, trust_remote_code=trust_remote_code)
