@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -148,11 +148,10 @@ def _arguments(source: str) -> dict[str, Any]:
     if len(files) > 1:
         listed = ", ".join(f.name for f in files)
         raise CalrError(f"{source}: holds several GGUF files ({listed}); name one of them")
-    return {
-        "pretrained_model_name_or_path": str(files[0].parent),
-        "gguf_file": files[0].name,
-        "quantization_config": GgufConfig(dequantize=True),
-    }
+    found = {"pretrained_model_name_or_path": str(files[0].parent), "gguf_file": files[0].name}
+    if not hasattr(transformers, "GgufConfig"):  # before 5.23: dequantised without being asked
+        return found
+    return found | {"quantization_config": transformers.GgufConfig(dequantize=True)}
 
 
 def resolve_dtype(name: str) -> Any:

@@ -6,6 +6,7 @@ Frantar et al., arXiv 2210.17323; the same rounding as LDLQ (QuIP, arXiv 2307.13
 import torch
 from torch import Tensor
 
+from calr.rounding.damping import damped_cholesky
 from calr_kernels.forms import Form
 from calr_kernels.records import code_cells, nearest
 
@@ -44,10 +45,6 @@ def choose(weight: Tensor, scales: Tensor, moment: Tensor, form: Form) -> Tensor
 
 def _factor(moment: Tensor) -> Tensor:
     """Return the upper Cholesky factor, float32, of the inverse of a damped moment [K, K]."""
-    typical = moment.diagonal().mean()
-    damped = moment + DAMPING * torch.where(typical > 0, typical, 1.0) * torch.eye(
-        len(moment), dtype=moment.dtype, device=moment.device
-    )
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    inverse = torch.cholesky_inverse(damped_cholesky(moment, DAMPING))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor.float()

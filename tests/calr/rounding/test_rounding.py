@@ -139,3 +139,21 @@ def test_the_truncation_lowers_the_loss_by_what_it_says_and_no_other_by_more():
     u, values, vh = torch.linalg.svd(error, full_matrices=False)
     plain = (u[:, :8] * values[:8]) @ vh[:8]
     assert loss(error - up @ down) < loss(error - plain)
+
+
+@pytest.mark.parametrize(
+    "kind", ["one token", "silent inputs", "nothing", "no gradient", "rounded away"]
+)
+def test_statistics_of_too_little_text_are_harmless(kind):
+    weight, moment = problem()
+    rows, x = torch.rand(40), torch.randn(96, generator=torch.Generator().manual_seed(4))
+    moment = {"one token": torch.outer(x, x), "nothing": torch.zeros(96, 96)}.get(kind, moment)
+    if kind == "silent inputs":
+        moment[10:40], moment[:, 10:40] = 0, 0
+    if kind == "rounded away":  # an eigenvalue that rounding has made negative
+        moment = torch.outer(x, x) - 1e-3 * float(x.square().mean()) * torch.eye(96)
+    if kind == "no gradient":
+        rows = torch.zeros(40)
+    lost = weight - round_matrix(weight, Form(3, "table", 32), moment).weight()
+    for tensor in truncate(lost, rows, moment, 8):
+        assert torch.isfinite(tensor).all()

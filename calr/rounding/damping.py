@@ -1,0 +1,22 @@
+"""The Cholesky factor of a second moment, whatever it is the moment of."""
+
+import torch
+from torch import Tensor
+
+
+def damped_cholesky(moment: Tensor, share: float) -> Tensor:
+    """Return the lower Cholesky factor, float64, of a moment [K, K] with more on its diagonal.
+
+    share: of the mean diagonal, how much more; ten times as much, and again, where rounding has
+    left a singular moment with negative eigenvalues. A moment of zeros counts as the identity.
+    """
+    wide = moment.double()
+    typical = wide.diagonal().mean()
+    identity = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    step = torch.where(typical > 0, typical, 1.0) * identity
+    while True:
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(wide + share * step)
+        if not failed:
+            return factor
+        share *= 10
