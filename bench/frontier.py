@@ -1,27 +1,36 @@
 """Bytes against quality: quantised models of several sizes, on text that nothing was fitted to.
 
-    python bench/frontier.py --model MODEL --data DIR [--bits 6 5 4.5] [--tokens 0 65536]
+    python bench/frontier.py --model MODEL --data DIR [--bits 6 5 4.5] [--tokens 0 65536] [--ladder]
 
-Each cell, a budget in bits per parameter of the whole model and a number of tokens on which the
-norms are trained (0: none), is measured once and written to bench/results/frontier.json; a killed
-run continues. Statistics and training are on web pages 0 to 899, never on the texts measured. Then
-the table is printed: bytes of tensors, and on each text the mean KL to the dense model in nats, the
-share of equal most probable tokens and the ratio of perplexities. See bench/README.md for DIR.
+Each cell, a budget in bits per parameter of the whole model and a number of tokens of correction
+(0: none), is measured once and written to bench/results/frontier.json; a killed run continues.
+Statistics and training are on web pages 0 to 899, never on the texts measured. --ladder: measure
+llama.cpp's own quantisations of the same weights, too, in the same way (pip install
+llama-cpp-python; MODEL must be a GGUF file then). The table has bytes of tensors, and on each text
+the mean KL to the dense model in nats, the share of equal most probable tokens and the ratio of
+perplexities; of a model of ours also its mean KL over that of llama.cpp's ladder at the same bytes
+(ln KL interpolated between the two nearest rungs). --plot draws it. See bench/README.md for DIR.
 """
 
 import argparse
 import dataclasses
 import gc
+import itertools
 import json
+import math
+import statistics
 import tempfile
 import time
 from pathlib import Path
 
+import torch
+from ladder import rungs
+from ladder import tensor_bytes as ladder_bytes
 from texts import HELD_OUT_PAGES, WINDOW, pages, unseen_windows, write_json
 
 import calr
 from calr.evaluation import compare
-from calr.model import tensor_bytes
+from calr.model import gguf_file, recast, tensor_bytes
 from calr.text import spread_windows
 
 OUTPUT = Path("bench/results/frontier.json")
@@ -36,63 +45,125 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[0])
     parser.add_argument("--windows", type=int, default=8, help="windows of 512 of a text")
     parser.add_argument("--statistics", type=Path, help="kept there for another run")
+    parser.add_argument("--ladder", action="store_true", help="measure llama.cpp's rungs, too")
+    parser.add_argument("--plot", type=Path, help="draw the table here (PNG)")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     rows = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
-    dense, tokenizer = calr.load(arguments.model)
+    dense, tokenizer = calr.load(arguments.model, dtype="float32")
     texts = unseen_windows(arguments.data, tokenizer, arguments.windows)
     count = 64 + max(arguments.tokens) // WINDOW + 8
     text = pages(arguments.data)[:-HELD_OUT_PAGES]
     ids = spread_windows(text, tokenizer, count, WINDOW, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         place = arguments.statistics or Path(folder) / "statistics"
-        for bits in arguments.bits:
-            for tokens in arguments.tokens:
-                cell = {"bits": bits, "tokens": tokens, "windows": arguments.windows}
-                if any(cell.items() <= row.items() for row in rows):
-                    continue
-                rows.append(cell | measure(arguments.model, dense, bits, tokens, ids, texts, place))
+        for bits, tokens in itertools.product(arguments.bits, arguments.tokens):
+            cell = {"bits": bits, "tokens": tokens, "windows": arguments.windows}
+            if not any(cell.items() <= row.items() for row in rows):
+                found = measure(arguments.model, dense, bits, tokens, ids, texts, place)
+                rows.append(cell | found)
                 write_json(arguments.output, rows)
+        if arguments.ladder:
+            for name, file in rungs(gguf_file(arguments.model), Path(folder)):
+                cell = {"rung": name, "windows": arguments.windows}
+                if not any(cell.items() <= row.items() for row in rows):
+                    rows.append(cell | measure_rung(file, dense, texts))
+                    write_json(arguments.output, rows)
+    rows = [row for row in rows if row["windows"] == arguments.windows]
     table(rows)
+    if arguments.plot:
+        plot(rows, arguments.plot)
 
 
-def measure(source, dense, bits, tokens, ids, texts, statistics):
+def measure(source, dense, bits, tokens, ids, texts, place):
     """Compress to a budget and compare with the dense model on each text."""
     started = time.monotonic()
-    model, _ = calr.load(source)
+    model, _ = calr.load(source, dtype="float32")
     recipe = calr.Recipe(bits=bits, correction_tokens=tokens)
-    calr.compress(model, recipe, calibration=ids, statistics=statistics)
+    calr.compress(model, recipe, calibration=ids, statistics=place)
     seconds = time.monotonic() - started
-    size, parameters = tensor_bytes(model), sum(p.numel() for p in dense.parameters())
     found = {
-        "tensor_bytes": size,
-        "bits_per_parameter": 8 * size / parameters,
         "correction": model.config.quantization_config.recipe.get("correction"),
         "seconds": round(seconds),
     }
-    model = model.dequantize()  # the same function, and faster where there is no kernel
+    recast(model, torch.bfloat16)  # as `calr compress` stores it
+    size = tensor_bytes(model)
+    model = model.float().dequantize()  # the same function, and faster where there is no kernel
+    return found | against(model, dense, size, texts)
+
+
+def measure_rung(file, dense, texts):
+    """Compare a GGUF file, dequantised, with the dense model on each text."""
+    model, _ = calr.load(str(file), dtype="float32")
+    return against(model, dense, ladder_bytes(file), texts)
+
+
+def against(model, dense, size, texts):
+    """Compare a model of some bytes with the dense one."""
+    parameters = sum(p.numel() for p in dense.parameters())
+    found = {"tensor_bytes": size, "bits_per_parameter": 8 * size / parameters}
     found["texts"] = {
         name: dataclasses.asdict(compare(model, dense, windows)) for name, windows in texts.items()
     }
-    del model
     gc.collect()
     return found
+
+
+def mean_kl(row: dict) -> float:
+    """Return a row's KL, the mean over its texts."""
+    return statistics.mean(text["kl"] for text in row["texts"].values())
+
+
+def over_ladder(row: dict, rows: list[dict]) -> str:
+    """Return a row's KL over that of the ladder at its bytes; nothing for a rung itself."""
+    ladder = sorted((r["tensor_bytes"], math.log(mean_kl(r))) for r in rows if "rung" in r)
+    at = row["tensor_bytes"]
+    if "rung" in row or not ladder:
+        return ""
+    below = [r for r in ladder if r[0] <= at]
+    above = [r for r in ladder if r[0] > at]
+    if not below or not above:
+        return "no rung"
+    (x, a), (y, b) = below[-1], above[0]
+    return f"{mean_kl(row) / math.exp(a + (b - a) * (at - x) / (y - x)):.2f}"
 
 
 def table(rows: list[dict]) -> None:
     """Print a row a cell, the largest first."""
     names = list(rows[0]["texts"])
-    print(f"| bits | MB | tokens trained on | {' | '.join(names)} |")
-    print("|" + "---|" * (3 + len(names)))
-    for row in sorted(rows, key=lambda row: (-row["bits"], row["tokens"])):
+    print(f"| | bits | MB | {' | '.join(names)} | mean KL | over the ladder |")
+    print("|" + "---|" * (5 + len(names)))
+    for row in sorted(rows, key=lambda row: -row["tensor_bytes"]):
         cells = [
             f"{t['kl']:.4f}, {t['agreement']:.3f}, {t['ratio']:.3f}" for t in row["texts"].values()
         ]
         megabytes = f"{row['tensor_bytes'] / 1e6:.1f}"
+        name = row.get("rung") or f"calr, {row['tokens']:,} tokens"
         print(
-            f"| {row['bits_per_parameter']:.2f} | {megabytes} | {row['tokens']} | "
-            f"{' | '.join(cells)} |"
+            f"| {name} | {row['bits_per_parameter']:.2f} | {megabytes} | {' | '.join(cells)} | "
+            f"{mean_kl(row):.4f} | {over_ladder(row, rows)} |"
         )
+
+
+def plot(rows: list[dict], file: Path) -> None:
+    """Draw mean KL against bytes."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        label = "llama.cpp" if "rung" in row else f"calr, {row['tokens']:,} tokens"
+        groups.setdefault(label, []).append(row)
+    for label, members in groups.items():
+        members.sort(key=lambda row: row["tensor_bytes"])
+        points = [(row["tensor_bytes"] / 1e6, mean_kl(row)) for row in members]
+        axes.plot(*zip(*points, strict=True), "x" if label == "llama.cpp" else "o-", label=label)
+    for row in groups.get("llama.cpp", []):
+        if "," not in row["rung"]:
+            axes.annotate(row["rung"], (row["tensor_bytes"] / 1e6, mean_kl(row)), fontsize=7)
+    axes.set(xlabel="MB of tensors", ylabel="mean KL to the dense model, nats", yscale="log")
+    axes.legend()
+    figure.savefig(file, dpi=120, bbox_inches="tight")
 
 
 if __name__ == "__main__":

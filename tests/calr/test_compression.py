@@ -221,6 +221,36 @@ def test_values_out_of_range_are_named(field, value):
         calr.Recipe(**{field: value})
 
 
+def test_a_recipe_without_a_budget_is_of_five_bits_or_of_its_methods_own():
+    assert (calr.Recipe().bits, calr.Recipe().keep) == (5.0, None)
+    assert calr.Recipe().budget == "bits=5.0"
+    for method in ("svd", "svd_llm", "erc_svd"):
+        assert (calr.Recipe(method=method).bits, calr.Recipe(method=method).keep) == (None, 0.8)
+    assert calr.Recipe.read(calr.Recipe().to_dict()).to_dict() == calr.Recipe().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("method", "svd"), ("layout", "two_factor"), ("allocation", "uniform"), ("rank_step", 4),
+     ("sensitivity", "none"), ("shifted_inputs", True), ("block_epochs", 1),
+     ("block_learning_rate", 1e-3), ("method_options", {"beta": 0.1})],
+)  # fmt: skip
+def test_options_of_low_rank_are_refused_under_a_budget_of_bytes(name, value):
+    with pytest.raises(CalrError, match=f"{name}=.*: is of low-rank layers"):
+        calr.Recipe(bits=5, **{name: value})
+    calr.Recipe(keep=0.8, **({"method": "erc_svd"} | {name: value}))
+
+
+def test_targets_have_their_scale_group():
+    assert calr.Recipe(bits=5, target="gguf").scale_group == 32
+    with pytest.raises(CalrError, match="scale_group=64: target=gguf has 32"):
+        calr.Recipe(bits=5, target="gguf", scale_group=64)
+    with pytest.raises(CalrError, match="target=gguf: holds no low-rank layers"):
+        calr.Recipe(keep=0.5, target="gguf")
+    with pytest.raises(CalrError, match="target='onnx': must be"):
+        calr.Recipe(target="onnx")
+
+
 def test_without_a_backward_pass_idle_blocks_get_the_smallest_ranks(ids, monkeypatch):
     monkeypatch.setattr(collection, "gradient_moments", None)
     model = tiny_llama(num_hidden_layers=4)

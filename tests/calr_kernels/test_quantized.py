@@ -10,6 +10,7 @@ from calr_kernels import (
     QuantizedLinear,
     eligible,
     native,
+    quantized,
     quantized_linear,
     records,
     reference,
@@ -216,3 +217,22 @@ def test_without_the_native_kernel_there_is_the_same_result(monkeypatch):
     fast = quantized_linear(x, packed, form)
     monkeypatch.setattr(eligible, "library", lambda: None)
     torch.testing.assert_close(quantized_linear(x, packed, form), fast)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_rows_are_multiplied_in_float32_where_16_bit_is_slow(dtype, monkeypatch):
+    """The same weights, rounded to the dtype; what is between the products is not."""
+    form, draw = FORMS[1], torch.Generator().manual_seed(0)
+    packed = matrix(form, 33, 64)
+    x = torch.randn(40, 64, generator=draw).to(dtype).requires_grad_()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    seen = []
+    linear = nn.functional.linear
+    monkeypatch.setattr(quantized, "linear", lambda *a: seen.append(a[0].dtype) or linear(*a))
+    found = quantized_linear(x, packed, form)
+    assert (seen, found.dtype) == ([torch.float32], dtype)
+    weight = records.dequantize(packed, form, 64, dtype).double()
+    wanted = linear(x.detach().double(), weight)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=1e-2)
+    found.float().sum().backward()
+    torch.testing.assert_close(x.grad.double(), weight.sum(0).expand(40, 64), rtol=1e-2, atol=1e-2)

@@ -168,3 +168,33 @@ def test_what_cannot_be_read_back_is_not_moved_into_place(source, tmp_path, monk
     monkeypatch.undo()
     assert calr.compress_to(str(source), tmp_path / "out", recipe, **options)["bytes"] > 0
     shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("budget", [{"bits": 8.0}, {"keep": 0.7}], ids=str)
+def test_what_a_gguf_file_holds_is_stored_in_bfloat16(budget, gguf_file, tmp_path):
+    """And computed in float32: the result is that of a float32 model, rounded."""
+    assert load(str(gguf_file))[0].dtype == torch.bfloat16
+    options = {"samples": 4, "gradient_samples": 2, "window": 32, "correction_tokens": 0}
+    recipe = calr.Recipe(**options, **budget)
+    found = calr.compress_to(
+        str(gguf_file), tmp_path / "out", recipe, calibration="builtin", eval_windows=2
+    )
+    assert found["source_bytes"] == gguf_file.stat().st_size
+    assert found["kl_from_dense"] >= 0
+    made, _ = load(str(tmp_path / "out"))
+    assert made.dtype == torch.bfloat16
+    wide, tokenizer = load(str(gguf_file), dtype="float32")
+    calr.compress(wide, recipe, calibration="builtin", tokenizer=tokenizer)
+    assert made.model.rotary_emb.inv_freq.dtype == torch.float32
+    for (name, a), b in zip(made.state_dict().items(), wide.state_dict().values(), strict=True):
+        assert torch.equal(a, b.to(a.dtype)), name
+    planned = calr.plan(str(gguf_file), recipe)
+    assert planned.totals["source_bytes"] == gguf_file.stat().st_size
+    assert abs(planned.totals["tensor_bytes"] - found["tensor_bytes"]) < 4_000
+
+
+def test_a_dtype_that_is_named_is_the_results(gguf_file, tmp_path):
+    recipe = calr.Recipe(samples=4, gradient_samples=2, window=32, **(RECIPE | {"keep": 0.7}))
+    options = {"calibration": "builtin", "eval_windows": 0, "dtype": "float32"}
+    calr.compress_to(str(gguf_file), tmp_path / "out", recipe, **options)
+    assert load(str(tmp_path / "out"))[0].dtype == torch.float32

@@ -1,0 +1,69 @@
+"""llama.cpp's own quantisations of a model, as files: what a user of it would take."""
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+RUNGS = (
+    "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "IQ4_NL", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K"
+)  # fmt: skip
+EMBEDDINGS = {None: None, "Q8_0": 8, "Q4_0": 2}  # token_embedding_type, as ggml numbers it
+
+
+def rungs(source: Path, folder: Path, threads: int = 2) -> Iterator[tuple[str, Path]]:
+    """Make every rung from a GGUF file's weights, dequantised; yield its name and file.
+
+    A rung in which a linear layer has the very type that it has in the source is left out: on its
+    own grid it would look better than it is. Raises ImportError without llama-cpp-python.
+    """
+    import llama_cpp
+
+    whole = folder / "F16.gguf"
+    if not whole.exists():
+        dequantised(source, whole)
+    before = {t.name: t.tensor_type for t in gguf.GGUFReader(source).tensors}
+    for rung in RUNGS:
+        for embedding, number in EMBEDDINGS.items():
+            name = rung if embedding is None else f"{rung}, embeddings {embedding}"
+            file = folder / f"{name.replace(', embeddings ', '-')}.gguf"
+            if not file.exists():
+                options = llama_cpp.llama_model_quantize_default_params()
+                options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{rung}")
+                options.nthread, options.allow_requantize = threads, True
+                if number is not None:
+                    options.token_embedding_type = options.output_tensor_type = number
+                paths = (str(path).encode() for path in (whole, file))
+                if llama_cpp.llama_model_quantize(*paths, ctypes.byref(options)):
+                    raise RuntimeError(f"llama.cpp could not make {name}")
+            linear = [
+                t for t in gguf.GGUFReader(file).tensors if ".attn_" in t.name or ".ffn_" in t.name
+            ]
+            if any(t.tensor_type == before[t.name] for t in linear if len(t.shape) == 2):
+                continue
+            yield name, file
+
+
+def tensor_bytes(file: Path) -> int:
+    """Count the bytes of a GGUF file's tensors."""
+    return sum(int(t.n_bytes) for t in gguf.GGUFReader(file).tensors)
+
+
+def dequantised(source: Path, file: Path) -> None:
+    """Write a GGUF file again with its matrices in F16 and all else in F32."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(file, reader.fields["general.architecture"].contents())
+    for key, field in reader.fields.items():
+        if not key.startswith(("GGUF.", "general.architecture", "general.file_type")):
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), field.types[0], inner)
+    writer.add_file_type(1)
+    for tensor in reader.tensors:
+        data = gguf.dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, data.astype(np.float16 if data.ndim == 2 else np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
