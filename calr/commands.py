@@ -55,7 +55,7 @@ def plan(arguments: Namespace) -> None:
     if arguments.json:
         tables.print_json(result.to_dict())
         return
-    if "tensor_bytes" in result.totals:
+    if "smallest_bytes" in result.totals:
         _print_quantised_plan(result)
         return
     tables.print_layers(result.layers)

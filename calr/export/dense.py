@@ -4,6 +4,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from calr.errors import CalrError
 from calr.model import digest, fingerprint, is_compressed, load, require_same, tensor_bytes
 from calr.storage import (
@@ -34,6 +36,7 @@ def export_dense(
     place = destination(directory, source, statistics=None, overwrite=overwrite)
     model, tokenizer = load_compressed(source, trust_remote_code=trust_remote_code)
     before, key = tensor_bytes(model), digest(fingerprint(model), "dense")
+    made = yaml.safe_dump(model.config.quantization_config.recipe, sort_keys=False)
     model = model.dequantize()
     results: dict[str, Any] = {"source_bytes": before, "tensor_bytes": tensor_bytes(model)}
     with writing(place):
@@ -42,7 +45,7 @@ def export_dense(
             prepare(place, key, {"model": source, "to": "dense"}, overwrite=overwrite)
             what = "the same function in dense matrices, for programs that do not know calr"
             command = "calr export {model} OUTPUT --to dense"
-            card = model_card(source, what, command, "", results)
+            card = model_card(source, what, command, made, results, needs_calr=False)
             check = partial(require_same, model, trust_remote_code=trust_remote_code)
             write(model, tokenizer, place, card, key=key, results=results, check=check)
     return results | {"bytes": size(place), "directory": str(place)}

@@ -10,6 +10,9 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from calr.recipe import Recipe
 
+NEEDS_CALR = """`import calr` before loading this model with transformers. It is installed from its
+repository: the package of that name on PyPI is another project."""
+
 
 def recipe_yaml(recipe: Recipe, options: dict[str, Any]) -> str:
     """Return the YAML with which `calr compress` does the same again, anywhere.
@@ -21,11 +24,18 @@ def recipe_yaml(recipe: Recipe, options: dict[str, Any]) -> str:
 
 
 def model_card(
-    source: str, what: str, command: str, recipe_yaml: str, results: dict[str, Any]
+    source: str,
+    what: str,
+    command: str,
+    recipe_yaml: str,
+    results: dict[str, Any],
+    *,
+    needs_calr: bool = True,
 ) -> ModelCard:
     """Describe a compressed model: how to load it, the exact recipe, the measured numbers.
 
-    what: is compressed, in words; command: what made it, with {model} for the source's name.
+    what: was done, in words; command: what made it, with {model} for the source's name. needs_calr:
+    to be loaded.
     """
     local = Path(source).exists()
     data = ModelCardData(
@@ -38,21 +48,18 @@ def model_card(
     name = "".join(c if c.isprintable() and c not in "<>" else "_" for c in name)
     command = command.format(model=name)
     before, after = (f"{results[k] / 1e6:,.1f} MB" for k in ("source_bytes", "tensor_bytes"))
+    first = f"{NEEDS_CALR}\n\n" if needs_calr else ""
     return ModelCard(
         f"""---
 {data.to_yaml()}
 ---
 
-`import calr` before loading this model with transformers. It is installed from its repository: the
-package of that name on PyPI is another project.
-
-# {name}, compressed
+{first}# {name}, compressed
 
 A compression of `{name}`, {before}, to {after}: {what}.
 
 ```python
-import calr
-from transformers import AutoModelForCausalLM
+{"import calr" + chr(10) if needs_calr else ""}from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(".")
 ```

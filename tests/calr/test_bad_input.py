@@ -9,7 +9,18 @@ from calr.cli import main
 from calr.testing import byte_tokenizer, tiny_llama
 
 SMALL = [
-    *("--rank_step", "2", "--samples", "4", "--gradient_samples", "2", "--window", "32"),
+    *(
+        "--keep",
+        "0.8",
+        "--rank_step",
+        "2",
+        "--samples",
+        "4",
+        "--gradient_samples",
+        "2",
+        "--window",
+        "32",
+    ),
     *("--correction_tokens", "0", "--calibration", "builtin", "--eval_windows", "0"),
 ]
 

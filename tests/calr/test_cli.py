@@ -213,7 +213,15 @@ def test_more_tokens_than_learned_positions_are_refused(tmp_path, capsys):
     for name, arguments in {
         "window": ["eval", tmp_path / "opt", "--window", "65"],
         "prompt_tokens": ["bench", tmp_path / "opt", "--prompt_tokens", "65"],
-        "window ": ["compress", tmp_path / "opt", tmp_path / "out", "--window", "65"],
+        "window ": [
+            "compress",
+            tmp_path / "opt",
+            tmp_path / "x",
+            "--window",
+            "65",
+            "--keep",
+            "0.8",
+        ],
     }.items():
         assert main([str(argument) for argument in arguments]) == 1
         assert f"{name.strip()}=65: the model has 64 positions" in capsys.readouterr().err
@@ -315,7 +323,7 @@ def test_a_real_model_from_a_gguf_file(tmp_path, capsys, all_cores):
     plan = json.loads(run(capsys, "plan", directory, "--keep", 0.8, "--json"))
     assert plan["totals"]["linear_parameters"] == 106_168_320
     assert plan["totals"]["keep"] == pytest.approx(0.8, abs=1e-4)
-    model, tokenizer = calr.load(str(next(directory.glob("*.gguf"))))
+    model, tokenizer = calr.load(str(next(directory.glob("*.gguf"))), dtype="float32")
     assert not hasattr(model.config, "quantization_config")
     ids = evaluation_windows("builtin", tokenizer, windows=2, window=128)
     dense = perplexity(model, ids).perplexity

@@ -13,7 +13,7 @@ from calr.errors import CalrError
 from calr.testing import tiny_llama
 from calr_kernels import LowRankLinear
 
-OPTIONS = {"rank_step": 2, "correction_tokens": 0}
+OPTIONS = {"keep": 0.8, "rank_step": 2, "correction_tokens": 0}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_the_elastic_model_is_the_dense_one(directory, ids):
 
 def test_16_bit_factors_cost_what_rounding_costs(text, ids):
     """Compared with compressing directly in bfloat16, whose own distance to float32 is the rule."""
-    recipe = calr.Recipe(keep=0.6, **OPTIONS)
+    recipe = calr.Recipe(**OPTIONS | {"keep": 0.6})
     exact = calr.compress(tiny_llama().bfloat16().float(), recipe, calibration=text)
     direct = calr.compress(tiny_llama().bfloat16(), recipe, calibration=text)
     whole = calr.compress(tiny_llama().bfloat16(), recipe, calibration=text, elastic=True)
@@ -67,7 +67,7 @@ def test_16_bit_factors_cost_what_rounding_costs(text, ids):
 @settings(max_examples=12, deadline=None)
 @given(st.floats(0.2, 1.0), st.sampled_from(["pivoted", "two_factor"]))
 def test_resizing_equals_compressing_directly(directory, text, keep, layout):
-    recipe = calr.Recipe(keep=keep, layout=layout, **OPTIONS)
+    recipe = calr.Recipe(layout=layout, **OPTIONS | {"keep": keep})
     direct = calr.compress(tiny_llama(), recipe, calibration=text)
     found = calr.resize(AutoModelForCausalLM.from_pretrained(directory), keep, layout=layout)
     assert found.config.quantization_config.layers == direct.config.quantization_config.layers
@@ -103,7 +103,7 @@ def test_skipped_layers_stay_dense_and_count(text):
     recipe = calr.Recipe(**OPTIONS, skip=("*.0.self_attn.*",))
     model = calr.compress(tiny_llama(), recipe, calibration=text, elastic=True)
     resized = calr.resize(model, 0.6)
-    direct = calr.Recipe(keep=0.6, skip=recipe.skip, **OPTIONS)
+    direct = calr.Recipe(skip=recipe.skip, **OPTIONS | {"keep": 0.6})
     expected = calr.compress(tiny_llama(), direct, calibration=text)
     layers = resized.config.quantization_config.layers
     assert layers == expected.config.quantization_config.layers

@@ -158,6 +158,9 @@ def test_a_dense_export_needs_no_calr(gguf_file, ids, tmp_path, capsys, monkeypa
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "Linear", result.stderr
+    card = (out / "README.md").read_text()
+    assert "import calr" not in card
+    assert "bits: 10.5" in card
     again = AutoModelForCausalLM.from_pretrained(out)
     torch.testing.assert_close(again(ids).logits, model(ids).logits)
     with pytest.raises(CalrError, match="exists"):

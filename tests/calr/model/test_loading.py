@@ -186,8 +186,9 @@ def test_what_a_gguf_file_holds_is_stored_in_bfloat16(budget, gguf_file, tmp_pat
     wide, tokenizer = load(str(gguf_file), dtype="float32")
     calr.compress(wide, recipe, calibration="builtin", tokenizer=tokenizer)
     assert made.model.rotary_emb.inv_freq.dtype == torch.float32
-    for (name, a), b in zip(made.state_dict().items(), wide.state_dict().values(), strict=True):
-        assert torch.equal(a, b.to(a.dtype)), name
+    if "keep" in budget:  # under one of bytes other forms fit: what stays dense is smaller
+        for name, tensor in made.state_dict().items():
+            assert torch.equal(tensor, wide.state_dict()[name].to(tensor.dtype)), name
     planned = calr.plan(str(gguf_file), recipe)
     assert planned.totals["source_bytes"] == gguf_file.stat().st_size
     assert abs(planned.totals["tensor_bytes"] - found["tensor_bytes"]) < 4_000

@@ -91,7 +91,7 @@ def test_loading_without_calr_fails_loudly(saved):
 
 def test_an_elastic_factor_is_never_taken_for_the_dense_weight(ids, tmp_path):
     """Where N >= K a second factor of full rank has the dense weight's shape."""
-    recipe = calr.Recipe(correction_tokens=0, skip=("*k_proj", "*v_proj", "*down_proj"))
+    recipe = calr.Recipe(keep=1, correction_tokens=0, skip=("*k_proj", "*v_proj", "*down_proj"))
     model = calr.compress(tiny_llama(), recipe, calibration=ids, elastic=True)
     assert all(
         layer.out_features >= layer.in_features
@@ -337,11 +337,13 @@ def test_no_space_is_called_a_full_disk(tmp_path):
 
 
 def test_the_card_holds_recipe_and_numbers(tmp_path):
-    results = {"perplexity_dense": 12.5}
-    card = model_card("org/model", "calr compress {model} OUTPUT", "keep: 0.6\n", results)
+    results = {"source_bytes": 98_400_000, "tensor_bytes": 84e6, "perplexity_dense": 12.5}
+    command = "calr compress {model} OUTPUT"
+    card = model_card("org/model", "it is quantised", command, "keep: 0.6\n", results)
     card.save(tmp_path / "README.md")
     text = (tmp_path / "README.md").read_text()
     assert ModelCard.load(tmp_path / "README.md").data.base_model == "org/model"
     assert "`calr compress org/model OUTPUT` with\n\n```yaml\nkeep: 0.6\n```" in text
     assert "| perplexity dense | 12.5 |" in text
+    assert "`org/model`, 98.4 MB, to 84.0 MB: it is quantised." in text
     assert "import calr" in text.split("---")[2].strip().splitlines()[0]
