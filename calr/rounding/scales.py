@@ -24,6 +24,9 @@ def search(weight: Tensor, importance: Tensor, form: Form) -> Tensor:
     weighed = _grouped(importance.float()[None], form)  # [1, G, g]
     tried = torch.linspace(LEAST, MOST, FRACTIONS, dtype=torch.float64).tolist()
     tried.append(abs(form.values[0] / form.values[-1]))  # the largest weight on the other side
+    if form.levels == "table":  # or on any level that may be the outermost one used
+        most = max(map(abs, form.values))
+        tried += [abs(v) / most for v in form.values if LEAST < abs(v) / most < 1]
     cells = level_cells(form, weight.device)
     rows = max(1, CACHED // weight.shape[1])
     parts = [_grouped(part, form) for part in weight.float().split(rows)]

@@ -16,6 +16,7 @@ from calr.cli import main
 from calr.errors import CalrError
 from calr.export import export_dense, export_gguf
 from calr.export import gguf as exporting
+from calr.rounding import round_matrix
 from calr.testing import tiny_llama
 from calr_kernels import Form, QuantizedLinear, records
 
@@ -62,6 +63,30 @@ def test_llama_cpp_would_read_the_same_weights(bits, gguf_file, ids, tmp_path, m
     kinds = {t.tensor_type.name for t in gguf.GGUFReader(found["file"]).tensors} - {"F32"}
     one = {4: {"IQ4_NL"}, 5: {"Q5_0"}, 8: {"Q8_0"}}
     assert kinds <= {"IQ4_NL", "Q5_0", "Q8_0"} if bits is None else kinds == one[bits]
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0", "IQ4_NL"])
+def test_a_gguf_tensor_of_a_form_of_ours_comes_back_bit_for_bit(kind):
+    """With statistics and without: a matrix on the grid costs nothing."""
+    draw = torch.Generator().manual_seed(0)
+    if kind == "IQ4_NL":  # the gguf package only reads it: blocks of any of the outer levels
+        form = Form(4, "table", 32)
+        codes = torch.randint(2, 14, (24, 96), generator=draw).to(torch.uint8)
+        codes[:8, ::32], codes[8:16, ::32], codes[16:, ::32] = 0, 15, 1
+        scales = torch.randn(24, 3, generator=draw) / 100
+        weight = records.dequantize(records.pack(codes, scales, form), form, 96, torch.float32)
+    else:
+        form = Form({"Q4_0": 4, "Q5_0": 5, "Q8_0": 8}[kind], "uniform", 32)
+        number = gguf.GGMLQuantizationType[kind]
+        blocks = gguf.quantize(torch.randn(24, 96, generator=draw).numpy(), number)
+        weight = torch.from_numpy(gguf.dequantize(blocks, number))
+    x = torch.randn(300, 96, generator=draw) @ torch.randn(96, 96, generator=draw)
+    for moment in (None, x.mT @ x):
+        rounded = round_matrix(weight, form, moment)
+        assert torch.equal(rounded.weight(), weight)
+        data, found = exporting._blocks("x", rounded.records, form, 96)
+        assert found.name == kind
+        assert kind == "IQ4_NL" or np.array_equal(data, blocks.reshape(data.shape))
 
 
 def test_a_group_of_64_is_two_of_32_with_one_scale():
