@@ -1,6 +1,6 @@
 """Damaged files of every kind: a sentence and exit code 1, or the right answer; never a traceback.
 
-A few hundred seeded mutants in all; `make fuzz` runs tens of thousands (CALR_FUZZ=20000).
+A few hundred seeded mutants in all; `make fuzz` runs tens of thousands (CALR_FUZZ=8000).
 """
 
 import json
