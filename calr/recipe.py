@@ -70,8 +70,9 @@ class Recipe:
         correction_tokens: Tokens of text on which the compressed layers are trained to give the
             dense model's outputs again; 0: no training.
         learning_rate: Peak learning rate of that training; by default 2.5e-4 (1 - keep), since a
-            model that lost more has farther to go, or 5e-4 for the norms of a quantised one; beyond
-            81,920 tokens less, as their square root.
+            model that lost more has farther to go, or 2e-4 for a quantised one, whose scales and
+            factors move in proportion to their size; beyond 81,920 tokens less, as their square
+            root.
         step_tokens: Tokens of one step of that training, at least a window; gradients are
             accumulated, so that more takes no more memory.
         cross_entropy: Weight, in [0, 1], of the text's own next tokens beside the dense model's
@@ -203,7 +204,7 @@ class Recipe:
     def peak_learning_rate(self) -> float:
         """The learning rate of the correction, asked for or by default."""
         longer = max(1.0, self.correction_tokens / 81_920) ** 0.5
-        usual = 5e-4 if self.quantised else 2.5e-4 * (1 - self.fraction)
+        usual = 2e-4 if self.quantised else 2.5e-4 * (1 - self.fraction)
         return self.learning_rate or usual / longer
 
     def to_dict(self) -> dict[str, Any]:
