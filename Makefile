@@ -6,7 +6,7 @@ NATIVE := $(wildcard calr_kernels/csrc/*)
 OUTPUT := demo/SmolLM2-135M-Instruct-5-bits
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint gpu fuzz clean
+.PHONY: demo test lint gpu llama fuzz clean
 
 demo: .venv/installed .venv/model  ## compress a real model, measure it, let it speak
 	$(BIN)/calr compress "$(MODEL)" $(OUTPUT) --bits 5 --overwrite
@@ -26,6 +26,12 @@ gpu: .venv/developed .venv/model  ## on a machine with a GPU: test, tune and mea
 	$(BIN)/python -m pytest --device cuda
 	$(BIN)/python -m calr_kernels.tools.tune bench/results/tuned.json
 	CALR_TUNED=bench/results/tuned.json $(BIN)/python bench/kernels.py --device cuda
+
+llama: .venv/developed .venv/model  ## export a model to GGUF, run it in llama.cpp, compare
+	$(PIP) llama-cpp-python==0.3.36
+	$(BIN)/calr compress "$(MODEL)" demo/for-llama --bits 5.5 --target gguf --overwrite
+	$(BIN)/calr export demo/for-llama demo/for-llama.gguf --to gguf --like "$(MODEL)" --overwrite
+	$(BIN)/python bench/llama.py demo/for-llama demo/for-llama.gguf
 
 fuzz: .venv/developed  ## tens of thousands of damaged files; the kernels on every BLAS core type
 	CALR_FUZZ=8000 $(BIN)/python -m pytest tests/calr/test_fuzz.py

@@ -70,7 +70,7 @@ class Quantiser:
 
         What it costs is kept with the statistics, for other budgets.
         """
-        prices, known = {}, self.statistics.store.within(f"prices-{self.budget.scale_group}")
+        prices, known = {}, self.statistics.store.within(f"losses-{self.budget.scale_group}")
         if any(matrix.name not in known for matrix in self.budget.matrices):
             self.statistics.collect()
         for matrix in progress(self.budget.matrices, desc="prices", unit="matrix"):

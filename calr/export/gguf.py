@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from calr.errors import CalrError
 from calr.export.dense import load_compressed
 from calr.integrations.config import CalrConfig
+from calr.model import gguf_file
 from calr.storage import one_sentence
 from calr_kernels import Form, QuantizedEmbedding, QuantizedLinear, records
 
@@ -50,10 +51,11 @@ def export_gguf(
 ) -> dict[str, Any]:
     """Write a quantised checkpoint as a GGUF file, whole or not at all; return what it became.
 
-    like: a GGUF file of the dense model, of which all but the tensors is copied. With corrective
-    paths FILE-adapter.gguf is written, too, for `llama-cli --lora`. Raises CalrError for a form
-    that GGUF lacks, naming the layer, for a source that is no checkpoint of calr's or is damaged,
-    for a like that is another model's, and for a file that exists (without overwrite).
+    like: a GGUF file of the dense model, or a directory with one, of which all but the tensors is
+    copied. With corrective paths FILE-adapter.gguf is written, too, for `llama-cli --lora`. Raises
+    CalrError for a form that GGUF lacks, naming the layer, for a source that is no checkpoint of
+    calr's or is damaged, for a like that is another model's, and for a file that exists (without
+    overwrite).
     """
     place, template = Path(file), _template(like)
     adapter = place.with_name(f"{place.stem}-adapter.gguf")
@@ -80,7 +82,7 @@ def export_gguf(
 
 def _template(like: str | Path) -> gguf.GGUFReader:
     try:
-        return gguf.GGUFReader(like)
+        return gguf.GGUFReader(gguf_file(str(like)) or like)
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise CalrError(f"like={like}: cannot be read as a GGUF file: {error}") from error
 
