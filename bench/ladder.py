@@ -16,15 +16,16 @@ EMBEDDINGS = {None: None, "Q8_0": 8, "Q4_0": 2}  # token_embedding_type, as ggml
 def rungs(source: Path, folder: Path, threads: int = 2) -> Iterator[tuple[str, Path]]:
     """Make every rung from a GGUF file's weights, dequantised; yield its name and file.
 
-    A rung in which a linear layer has the very type that it has in the source is left out: on its
-    own grid it would look better than it is. Raises ImportError without llama-cpp-python.
+    Left out are rungs that are another one under its name, and those in which a linear layer has
+    the very type that it has in the source: on its own grid it would look better than it is. Raises
+    ImportError without llama-cpp-python.
     """
     import llama_cpp
 
     whole = folder / "F16.gguf"
     if not whole.exists():
         dequantised(source, whole)
-    before = {t.name: t.tensor_type for t in gguf.GGUFReader(source).tensors}
+    before, seen = kinds(source), []
     for rung in RUNGS:
         for embedding, number in EMBEDDINGS.items():
             name = rung if embedding is None else f"{rung}, embeddings {embedding}"
@@ -38,12 +39,18 @@ def rungs(source: Path, folder: Path, threads: int = 2) -> Iterator[tuple[str, P
                 paths = (str(path).encode() for path in (whole, file))
                 if llama_cpp.llama_model_quantize(*paths, ctypes.byref(options)):
                     raise RuntimeError(f"llama.cpp could not make {name}")
-            linear = [
-                t for t in gguf.GGUFReader(file).tensors if ".attn_" in t.name or ".ffn_" in t.name
-            ]
-            if any(t.tensor_type == before[t.name] for t in linear if len(t.shape) == 2):
+            found = kinds(file)
+            linear = [name for name in found if ".attn_" in name or ".ffn_" in name]
+            on_grid = any(found[n] == before[n] and "norm" not in n for n in linear)
+            if on_grid or found in seen:
                 continue
+            seen.append(found)
             yield name, file
+
+
+def kinds(file: Path) -> dict[str, gguf.GGMLQuantizationType]:
+    """Return the type of every tensor of a GGUF file."""
+    return {t.name: t.tensor_type for t in gguf.GGUFReader(file).tensors}
 
 
 def tensor_bytes(file: Path) -> int:
