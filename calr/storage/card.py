@@ -43,7 +43,7 @@ def model_card(
         library_name="transformers",
         tags=["calr", "compression"],
     )
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in results.items())
+    rows = "\n".join(f"| {n.replace('_', ' ')} | {_shown(value)} |" for n, value in results.items())
     name = (Path(source).resolve().name if local else source).replace("`", "'")
     name = "".join(c if c.isprintable() and c not in "<>" else "_" for c in name)
     command = command.format(model=name)
@@ -79,3 +79,9 @@ model = AutoModelForCausalLM.from_pretrained(".")
 ```
 """
     )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
