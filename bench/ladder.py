@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 
 RUNGS = (
-    "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "IQ4_NL", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K"
+    "Q2_K", "Q3_K_M", "IQ4_XS", "Q4_0", "IQ4_NL", "Q4_K_M", "Q5_0", "Q5_K_M", "Q6_K", "Q8_0"
 )  # fmt: skip
 EMBEDDINGS = {None: None, "Q8_0": 8, "Q4_0": 2}  # token_embedding_type, as ggml numbers it
 
