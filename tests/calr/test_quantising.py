@@ -220,7 +220,10 @@ def test_gemma_scales_its_embeddings(ids, tmp_path):
 
 @pytest.mark.parametrize("paths", [False, True], ids=["primary", "corrective"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_training_moves_norms_scales_and_factors_but_no_integer(tied, paths, monkeypatch):
+@pytest.mark.parametrize("fast", [False, True], ids=["float32", "bfloat16"])
+def test_training_moves_norms_scales_and_factors_but_no_integer(tied, paths, fast, monkeypatch):
+    able = {"amx_bf16": fast}  # both kinds of CPU, on every machine
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     text = torch.randint(2, 258, (40, 32), generator=torch.Generator().manual_seed(9))
     recipe = dataclasses.replace(RECIPE, bits=4.2, keep=None, window=32, learning_rate=5e-3)
     if paths:
