@@ -7,6 +7,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from calr.export.gguf import copy_fields, finish
+
 RUNGS = (
     "Q2_K", "Q3_K_M", "IQ4_XS", "Q4_0", "IQ4_NL", "Q4_K_M", "Q5_0", "Q5_K_M", "Q6_K", "Q8_0"
 )  # fmt: skip
@@ -62,15 +64,9 @@ def dequantised(source: Path, file: Path) -> None:
     """Write a GGUF file again with its matrices in F16 and all else in F32."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(file, reader.fields["general.architecture"].contents())
-    for key, field in reader.fields.items():
-        if not key.startswith(("GGUF.", "general.architecture", "general.file_type")):
-            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(key, field.contents(), field.types[0], inner)
+    copy_fields(writer, reader)
     writer.add_file_type(1)
     for tensor in reader.tensors:
         data = gguf.dequantize(tensor.data, tensor.tensor_type)
         writer.add_tensor(tensor.name, data.astype(np.float16 if data.ndim == 2 else np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calr.elastic import complete, every_rank
+from calr.elastic import LOW_RANK, complete, every_rank
 from calr.errors import CalrError
 from calr.evaluation import measured
 from calr.factoring import factorise
@@ -220,7 +220,7 @@ class _Compression:
         """What the compressed model is, in words."""
         if isinstance(self.budget, ByteBudget):
             return "its matrices are quantised"
-        return "the decoder's linear layers are stored as low-rank factors"
+        return LOW_RANK
 
     def run(self, parts: Store, statistics: str | Path | None) -> PreTrainedModel:
         """Compress the model. parts: where what is finished is kept, and found again."""

@@ -45,6 +45,8 @@ from calr.storage import (
 from calr_kernels import LowRankLinear
 from calr_kernels.layout import Layout
 
+LOW_RANK = "the decoder's linear layers are stored as low-rank factors"  # in a model card
+
 
 def resize(
     model: PreTrainedModel, keep: float, *, layout: Layout = "pivoted", solver: str = "lagrangian"
@@ -127,8 +129,7 @@ def resize_to(
         made = yaml.safe_dump(config.recipe, sort_keys=False)
         command = " ".join(f"--{name} {value}" for name, value in options.items())
         command = f"calr resize {{model}} OUTPUT {command}"
-        what = "the decoder's linear layers are stored as low-rank factors"
-        card = model_card(source, what, command, made, results)
+        card = model_card(source, LOW_RANK, command, made, results)
         check = partial(require_same, model, trust_remote_code=trust_remote_code)
         write(model, tokenizer, place, card, key=key, results=results, check=check)
     return results | {"bytes": size(place), "directory": str(place)}

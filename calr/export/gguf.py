@@ -82,9 +82,12 @@ def export_gguf(
 
 def _template(like: str | Path) -> gguf.GGUFReader:
     try:
-        return gguf.GGUFReader(gguf_file(str(like)) or like)
+        found = gguf.GGUFReader(gguf_file(str(like)) or like)
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise CalrError(f"like={like}: cannot be read as a GGUF file: {error}") from error
+    if "general.architecture" not in found.fields:
+        raise CalrError(f"like={like}: does not say of what architecture it is")
+    return found
 
 
 def _architecture(template: gguf.GGUFReader) -> str:
@@ -235,14 +238,19 @@ def _write_model(
     tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]],
 ) -> None:
     writer = gguf.GGUFWriter(file, _architecture(template))
+    copy_fields(writer, template)
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=kind)
+    finish(writer)
+
+
+def copy_fields(writer: gguf.GGUFWriter, template: gguf.GGUFReader) -> None:
+    """Copy what a GGUF file says of its model, all but what depends on the types of its tensors."""
     for key, field in template.fields.items():
         if not key.startswith(("GGUF.", "general.architecture", "general.file_type", "split.")):
             kinds = field.types
             inner = kinds[-1] if kinds[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(key, field.contents(), kinds[0], inner)
-    for name, (data, kind) in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=kind)
-    _finish(writer)
 
 
 def _write_adapter(
@@ -255,10 +263,11 @@ def _write_adapter(
     for name, (down, up) in terms.items():
         writer.add_tensor(f"{name}.lora_a", down)
         writer.add_tensor(f"{name}.lora_b", up)
-    _finish(writer)
+    finish(writer)
 
 
-def _finish(writer: gguf.GGUFWriter) -> None:
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write a GGUF file of what was added, and close it."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -156,10 +156,8 @@ def least_loss(
 
 
 def _price(prices: Sequence[float], matrix: Matrix, form: Form) -> float:
-    return (
-        prices[corrective_ranks(matrix).index(form.corrective_rank)]
-        * RATIOS[form.bits, form.levels]
-    )
+    rank = corrective_ranks(matrix).index(form.corrective_rank)
+    return prices[rank] * RATIOS[form.bits, form.levels]
 
 
 def even(budget: ByteBudget) -> Forms:

@@ -30,10 +30,8 @@ class Decompositions:
         """Decompose one layer, or find what it gave before."""
         if layer.name in self._kept:
             return self._kept[layer.name]
-        weight, moments = (
-            weight_of(self.model, layer.name),
-            self.statistics.moments(layer).with_prior(),
-        )
+        weight = weight_of(self.model, layer.name)
+        moments = self.statistics.moments(layer).with_prior()
         result = self.method.decompose(weight, moments.to(weight.device))
         size = 8 * (weight.numel() + min(weight.shape) ** 2)
         if self._kept_bytes + size <= CACHE_BYTES:

@@ -25,11 +25,8 @@ class Corrective(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.rank = (
-            in_features,
-            out_features,
-            form.corrective_rank,
-        )
+        self.in_features, self.out_features = in_features, out_features
+        self.rank = form.corrective_rank
         self.down = _empty(self.rank, in_features, form.corrective_bits, device, dtype)
         self.up = _empty(self.rank, out_features, form.corrective_bits, device, dtype)
 

@@ -190,3 +190,13 @@ def test_a_dense_export_needs_no_calr(gguf_file, ids, tmp_path, capsys, monkeypa
     torch.testing.assert_close(again(ids).logits, model(ids).logits)
     with pytest.raises(CalrError, match="exists"):
         export_dense(str(tmp_path / "made"), out)
+
+
+def test_a_gguf_file_without_an_architecture_is_no_template(tmp_path):
+    bare = tmp_path / "bare.gguf"
+    writer = gguf.GGUFWriter(bare, "llama")
+    writer.kv_data[0].clear()
+    writer.add_string("general.name", "x")
+    exporting.finish(writer)
+    with pytest.raises(CalrError, match="does not say of what architecture"):
+        exporting._template(bare)
