@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from calr.ranks import fitting_form
+from calr.ranks import fitting_group
 from calr.ranks.bits import BEST_LEVELS
 from calr_kernels import Form, native, records
 from calr_kernels.forms import PLANES
@@ -39,7 +39,7 @@ def main() -> None:
     for n, k in SHAPES:
         dense = [torch.randn(n, k) for _ in range(max(1, BYTES // (4 * n * k)))]
         for bits in PLANES:
-            form = fitting_form(bits, BEST_LEVELS[bits], 64, k)
+            form = Form(bits, BEST_LEVELS[bits], fitting_group(64, k))
             codes = torch.randint(1 << bits, (n, k)).to(torch.uint8)
             packed = records.pack(codes, torch.randn(n, form.groups(k)), form)
             many = [packed.clone() for _ in dense]

@@ -239,10 +239,11 @@ def _export(parser: ArgumentParser) -> None:
     parser.add_argument("output", type=str, help="Directory, or GGUF file, to write.")
     parser.add_argument(
         "--to",
-        type=Literal["dense", "gguf"],
+        type=Literal["dense", "gguf", "compressed-tensors"],
         required=True,
-        help="dense: an ordinary checkpoint; gguf: a file for llama.cpp, of a checkpoint that was "
-        "compressed with --target gguf.",
+        help="dense: an ordinary checkpoint; gguf: a file for llama.cpp, compressed-tensors: a "
+        "directory for transformers and vLLM, of a checkpoint that was compressed with that "
+        "--target.",
     )
     parser.add_argument(
         "--like",

@@ -16,7 +16,7 @@ from calr.compression import compress_to
 from calr.elastic import resize_to
 from calr.errors import CalrError
 from calr.evaluation import compare, perplexity
-from calr.export import export_dense, export_gguf
+from calr.export import export_compressed_tensors, export_dense, export_gguf
 from calr.inference import optimize_for_inference
 from calr.integrations.config import CalrConfig, is_quantised
 from calr.integrations.lm_eval import evaluate, retention
@@ -127,6 +127,8 @@ def export(arguments: Namespace) -> None:
     options = {name: arguments[name] for name in ("overwrite", "trust_remote_code")}
     if arguments.to == "dense":
         results = export_dense(arguments.model, arguments.output, **options)
+    elif arguments.to == "compressed-tensors":
+        results = export_compressed_tensors(arguments.model, arguments.output, **options)
     elif arguments.like is None:
         raise CalrError(
             "like: name a GGUF file of the dense model; tokenizer and hyperparameters are copied "

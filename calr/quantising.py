@@ -18,7 +18,8 @@ from calr.statistics import Statistics
 from calr.storage import Store
 from calr.training import Primary, StudentEmbedding, StudentLinear, corrected_students
 from calr_kernels import records
-from calr_kernels.forms import CORRECTIVE, Form
+from calr_kernels.forms import CORRECTIVE, LEAST_GROUP, Form
+from calr_kernels.nn.corrective import factor_numbers
 
 ROWS = 4096  # of a matrix whose loss is computed at once
 
@@ -70,7 +71,7 @@ class Quantiser:
 
         What it costs is kept with the statistics, for other budgets.
         """
-        prices, known = {}, self.statistics.store.within(f"losses-{self.budget.scale_group}")
+        prices, known = {}, self.statistics.store.within(self._losses_name)
         if any(matrix.name not in known for matrix in self.budget.matrices):
             self.statistics.collect()
         for matrix in progress(self.budget.matrices, desc="prices", unit="matrix"):
@@ -79,6 +80,11 @@ class Quantiser:
                 known.save(matrix.name, {"losses": self._losses(matrix, form)})
             prices[matrix.name] = known.load(matrix.name)["losses"].tolist()
         return least_loss(self.budget, prices, exact=exact)
+
+    @property
+    def _losses_name(self) -> str:
+        form = self.budget.form(PRICED, LEAST_GROUP)
+        return f"losses-{self.budget.scale_group}-{form.levels}-{form.scale_dtype}"
 
     def rounded(self, forms: Forms) -> dict[str, Rounding]:
         """Round matrices to their forms: the tensors that are stored of each."""
@@ -113,7 +119,7 @@ class Quantiser:
             if form.corrective_rank:
                 error = self._error(matrix, form, found.records)
                 up, down, _ = truncate(error, *curvature.one, form.corrective_rank)
-                made |= corrective_records(down, up.mT)
+                made |= corrective_factors(down, up.mT, form)
             self.finished.save(name, {key: value.cpu() for key, value in made.items()})
         return self.finished.load(name)
 
@@ -187,14 +193,13 @@ class _Curvature:
         return total
 
 
-def corrective_records(down: Tensor, up: Tensor) -> Rounding:
-    """Round the factors of a corrective path, down [c, K] and up [c, N], to 8 bits."""
+def corrective_factors(down: Tensor, up: Tensor, form: Form) -> Rounding:
+    """Return what is stored of a corrective path, down [c, K] and up [c, N]: records, in 8 bits."""
     up, down = balance(up.mT, down)
-    factors = {"down": down, "up": up.mT}
-    return {
-        f"corrective.{name}": round_matrix(factor.contiguous(), CORRECTIVE).records
-        for name, factor in factors.items()
-    }
+    factors = {"corrective.down": down, "corrective.up": up.mT.contiguous()}
+    if form.corrective_bits == 16:
+        return factors
+    return {name: round_matrix(factor, CORRECTIVE).records for name, factor in factors.items()}
 
 
 def students(
@@ -222,10 +227,10 @@ def _student(module: nn.Module, primary: Primary, tensors: Rounding) -> nn.Modul
         scale = float(getattr(module, "scalar_embed_scale", 1.0))
         return StudentEmbedding(primary, scale, module.weight.dtype)
     assert isinstance(module, nn.Linear)
+    if "corrective.down" not in tensors:
+        return StudentLinear(primary, module.bias)
     down, up = (
-        None
-        if f"corrective.{name}" not in tensors
-        else records.dequantize(tensors[f"corrective.{name}"], CORRECTIVE, columns, torch.float32)
+        factor_numbers(tensors[f"corrective.{name}"], columns, torch.float32)
         for name, columns in (("down", module.in_features), ("up", module.out_features))
     )
     return StudentLinear(primary, module.bias, down, up)
@@ -237,5 +242,5 @@ def trained(student: nn.Module) -> Rounding:
     made = {"weight": student.primary.records()}
     if isinstance(student, StudentLinear) and student.down is not None:
         assert student.up is not None
-        made |= corrective_records(student.down.detach(), student.up.detach())
+        made |= corrective_factors(student.down.detach(), student.up.detach(), student.primary.form)
     return {name: tensor.cpu() for name, tensor in made.items()}

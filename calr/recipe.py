@@ -13,10 +13,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from calr.errors import CalrError
 from calr_kernels.layout import Layout
 
-Target = Literal["gguf"]
+Target = Literal["gguf", "compressed-tensors"]
 BITS, KEEP = 5.0, 0.8  # of a recipe that names no budget
-SCALE_GROUP, SCALE_GROUPS = 64, (32, 64, 128)
-TARGET_SCALE_GROUPS: dict[Target, int] = {"gguf": 32}
+SCALE_GROUPS = (64, 32, 128)  # the usual one first
+TARGET_SCALE_GROUPS: dict[Target, tuple[int, ...]] = {  # the usual one first
+    "gguf": (32,),
+    "compressed-tensors": (64, 32),
+}
 LOW_RANK_ALONE = (  # what counts under keep alone
     "method",
     "method_options",
@@ -47,7 +50,9 @@ class Recipe:
         scale_group: Weights along a row of a quantised matrix that share a scale: 32, 64 or 128; by
             default 64, or what the target has.
         target: A format to export to later (`calr export`), which limits the forms of quantised
-            matrices to those that it holds: gguf has 4, 5 and 8 bits in groups of 32.
+            matrices to those that it holds: gguf has 4, 5 and 8 bits in groups of 32;
+            compressed-tensors 4 and 8 in groups of 64 or 32, one width for the layers of one input,
+            and leaves embeddings and lm_head as they are.
         method: Decomposition of one weight: a file in calr/methods (svd, svd_llm, erc_svd, calr).
         method_options: Options of the method, for example {"beta": 0.05} of erc_svd.
         layout: Storage of a rank-r layer: pivoted, r(N+K-r) numbers, or two_factor, r(N+K).
@@ -166,13 +171,14 @@ class Recipe:
     def _set_scale_group(self) -> None:
         if self.target is not None and not self.quantised:
             raise CalrError(f"target={self.target}: holds no low-rank layers; name bits or size")
-        usual = SCALE_GROUP if self.target is None else TARGET_SCALE_GROUPS[self.target]
+        held = SCALE_GROUPS if self.target is None else TARGET_SCALE_GROUPS[self.target]
         if self.scale_group is None:
-            object.__setattr__(self, "scale_group", usual)
+            object.__setattr__(self, "scale_group", held[0])
         elif self.scale_group not in SCALE_GROUPS:
             raise CalrError(f"scale_group={self.scale_group}: must be one of {SCALE_GROUPS}")
-        elif self.target is not None and self.scale_group != usual:
-            raise CalrError(f"scale_group={self.scale_group}: target={self.target} has {usual}")
+        elif self.scale_group not in held:
+            has = " or ".join(map(str, held))
+            raise CalrError(f"scale_group={self.scale_group}: target={self.target} has {has}")
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> "Recipe":

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 Levels = Literal["uniform", "formula", "table"]
 LEVELS: tuple[Levels, ...] = get_args(Levels)
+ScaleDtype = Literal["float16", "bfloat16"]
 PLANES = {3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # bits of each plane, lowest first
 BITS = tuple(PLANES)
 SCALE_BYTES = 2  # float16
@@ -29,7 +30,8 @@ class Form:
     / 1.5) with t = q / 2^(bits-1) ("formula", 3 to 6 bits), or llama.cpp's IQ4_NL ("table", 4 bits)
     and a table of eight (3 bits): all of them int8. scale_group: weights along a row that share a
     scale, a multiple of 32; a row's last group may be padded. corrective_rank: of the low-rank path
-    beside it, 0 for none; corrective_bits: 8, uniform levels in groups of 32, or 16. Raises
+    beside it, 0 for none; corrective_bits: 8, uniform levels in groups of 32, or 16. scale_dtype:
+    scales are stored in float16; "bfloat16" allows only those that it holds exactly, too. Raises
     ValueError for what does not exist.
 
     >>> Form(4, "table", 64).shape(2, 100), Form(5, "formula", 32).values[:3]
@@ -41,6 +43,7 @@ class Form:
     scale_group: int
     corrective_rank: int = 0
     corrective_bits: int = 8
+    scale_dtype: ScaleDtype = "float16"
 
     def __post_init__(self) -> None:
         """Refuse combinations that no layer has."""
@@ -57,6 +60,10 @@ class Form:
         if self.corrective_bits not in CORRECTIVE_BITS:
             raise ValueError(
                 f"corrective_bits={self.corrective_bits!r}: must be one of {CORRECTIVE_BITS}"
+            )
+        if self.scale_dtype not in get_args(ScaleDtype):
+            raise ValueError(
+                f"scale_dtype={self.scale_dtype!r}: must be one of {get_args(ScaleDtype)}"
             )
         group = self.scale_group
         if not isinstance(group, int) or not 0 < group <= MOST_GROUP or group % LEAST_GROUP:
@@ -88,18 +95,21 @@ class Form:
         """Return the shape of the records, uint8, of a matrix: never [rows, columns] itself."""
         return rows, self.groups(columns), self.record
 
-    def bytes(self, rows: int, columns: int) -> int:
-        """Count the bytes that a matrix takes, its corrective path included."""
+    def bytes(self, rows: int, columns: int, element: int) -> int:
+        """Count the bytes that a matrix takes, its corrective path included.
+
+        element: bytes of a number of that path, where it has 16 bits.
+        """
         found = rows * self.groups(columns) * self.record
         if self.corrective_rank and self.corrective_bits == 16:
-            return found + 2 * self.corrective_rank * (rows + columns)
+            return found + element * self.corrective_rank * (rows + columns)
         if self.corrective_rank:
             path = CORRECTIVE.groups(rows) + CORRECTIVE.groups(columns)
             found += self.corrective_rank * path * CORRECTIVE.record
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a checkpoint states them; a corrective path only where there is one.
+        """Return the fields as a checkpoint states them, without what is usual.
 
         >>> Form(4, "table", 64).to_dict()
         {'bits': 4, 'levels': 'table', 'scale_group': 64}
@@ -107,6 +117,8 @@ class Form:
         found = dataclasses.asdict(self)
         if not self.corrective_rank:
             del found["corrective_rank"], found["corrective_bits"]
+        if self.scale_dtype == "float16":
+            del found["scale_dtype"]
         return found
 
 

@@ -20,7 +20,7 @@ def pack(codes: Tensor, scales: Tensor, form: Form) -> Tensor:
     Raises ValueError for codes beyond the form's bits and for scales that float16 does not hold.
     """
     rows, columns = codes.shape
-    stored = scales.to(torch.float16)
+    stored = storable(scales, form)
     if not bool(torch.isfinite(stored).all()):
         raise ValueError("scales: not finite in float16")
     if codes.numel() and int(codes.max()) >> form.bits:
@@ -40,6 +40,12 @@ def pack(codes: Tensor, scales: Tensor, form: Form) -> Tensor:
         parts.append(packed)
         shift += bits
     return torch.cat(parts, -1)
+
+
+def storable(scales: Tensor, form: Form) -> Tensor:
+    """Round scales to the nearest that a form stores, float16."""
+    found = scales.to(torch.float16)
+    return found.bfloat16().half() if form.scale_dtype == "bfloat16" else found
 
 
 def unpack(records: Tensor, form: Form, columns: int) -> tuple[Tensor, Tensor]:
@@ -63,16 +69,19 @@ def dequantize(records: Tensor, form: Form, columns: int, dtype: torch.dtype) ->
 def check(records: Tensor, form: Form, rows: int, columns: int) -> None:
     """Raise ValueError for records that no matrix [rows, columns] of a form has.
 
-    Another dtype or shape, a scale that is not finite, a padded place that is not the level
-    nearest to 0.
+    Another dtype or shape, a scale that is not finite or not of the form, a padded place that is
+    not the level nearest to 0.
     """
     wanted = form.shape(rows, columns)
     if records.dtype != torch.uint8 or tuple(records.shape) != wanted:
         raise ValueError(
             f"{list(records.shape)} {records.dtype}: must be {list(wanted)} torch.uint8"
         )
-    if not bool(torch.isfinite(records[..., :SCALE_BYTES].contiguous().view(torch.float16)).all()):
+    scales = records[..., :SCALE_BYTES].contiguous().view(torch.float16)
+    if not bool(torch.isfinite(scales).all()):
         raise ValueError("a scale is NaN or infinity")
+    if bool((storable(scales, form) != scales).any()):
+        raise ValueError(f"a scale is no number of {form.scale_dtype}")
     padding = form.groups(columns) * form.scale_group - columns
     if padding and bool((_codes(records[:, -1:], form)[..., -padding:] != _zero(form)).any()):
         raise ValueError("bits are set that pad a scale group")

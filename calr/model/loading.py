@@ -23,6 +23,8 @@ from calr.model.weights import require_finite
 
 GGUF_DTYPE = torch.bfloat16  # of the numbers of a GGUF file, where no other is asked for
 LONG = 500  # characters, of a message that says too much
+REPEATED = re.compile(r"(layers|n_layer|experts)$")  # fields that count modules
+MOST_REPEATED = 10_000
 SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # of llama.cpp's splitting
 
 
@@ -45,8 +47,10 @@ def load(
     placed = {"dtype": found, "device_map": None if device == "cpu" else device}
     with _one_sentence(f"{source}: cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments)
+        config = AutoConfig.from_pretrained(**tokenizer_arguments)
+        _require_finite_work(source, config.to_dict())
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **arguments, **placed, output_loading_info=True
+            **arguments, **placed, config=config, output_loading_info=True
         )
     model: PreTrainedModel = loaded[0]
     _require_all(source, loaded[1])
@@ -54,6 +58,15 @@ def load(
         if parameter.device.type != "meta":
             require_finite(parameter.detach(), f"{source}: {name}: the values", parameter.dtype)
     return model.eval(), tokenizer
+
+
+def _require_finite_work(source: str, config: dict[str, Any]) -> None:
+    """Refuse a configuration whose modules would be built until memory runs out."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _require_finite_work(source, value)
+        elif REPEATED.search(str(name)) and isinstance(value, int) and value > MOST_REPEATED:
+            raise CalrError(f"{source}: {name}={value}: no model has so many")
 
 
 def _require_all(source: str, found: dict[str, Any]) -> None:
@@ -96,6 +109,7 @@ def load_skeleton(
     arguments.pop("quantization_config", None)
     with _one_sentence(f"{source}: its configuration cannot be read"), torch.device("meta"):
         config = AutoConfig.from_pretrained(**arguments)
+        _require_finite_work(source, config.to_dict())
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code
         )

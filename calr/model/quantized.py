@@ -15,14 +15,16 @@ def quantize(
 ) -> None:
     """Put quantised modules that share their records in the places of some.
 
-    stored: what the module holds by name, "weight" the records [N, groups, record]; biases stay.
+    stored: what the module holds by name, "weight" the records [N, groups, record], numbers in any
+    dtype; biases stay.
     """
     weight = None
     for name in names:
         dense: Any = model.get_submodule(name)
         made: Any = quantized_like(dense, form)
         for key, tensor in stored.items():
-            made.get_parameter(key).data = tensor.to(dense.weight.device)
+            there = made.get_parameter(key)
+            there.data = tensor.to(there.device, there.dtype)
         weight = made.weight if weight is None else weight
         made.weight = weight
         if getattr(dense, "bias", None) is not None:

@@ -9,7 +9,7 @@ from calr.ranks.bits import (
     byte_budget,
     corrective_ranks,
     even,
-    fitting_form,
+    fitting_group,
     least_loss,
     parse_size,
 )
@@ -33,7 +33,7 @@ __all__ = [
     "curves_name",
     "even",
     "feasible_last_k",
-    "fitting_form",
+    "fitting_group",
     "last_k",
     "least_error",
     "least_loss",

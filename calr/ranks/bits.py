@@ -1,8 +1,10 @@
 """What quantised matrices may store together, and who gets which form."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby, product
 
 import numpy as np
 import torch
@@ -12,20 +14,17 @@ from calr.errors import CalrError
 from calr.model import Matrix, Structure, matrices, tensor_bytes, weight_of
 from calr.ranks import knapsack
 from calr.recipe import Recipe, Target
-from calr_kernels.forms import LEAST_GROUP, Form, Levels
+from calr_kernels.forms import LEAST_GROUP, Form, Levels, ScaleDtype
 
-# levels of each width that err least, and of those that a target holds
-BEST_LEVELS: dict[int, Levels] = {
+BEST_LEVELS: dict[int, Levels] = {  # that err least
     3: "table", 4: "table", 5: "formula", 6: "formula", 8: "uniform"
 }  # fmt: skip
-TARGET_LEVELS: dict[Target, dict[int, Levels]] = {
-    "gguf": {4: "table", 5: "uniform", 8: "uniform"}  # IQ4_NL, Q5_0, Q8_0
-}
 PRICED = 4  # bits at which a matrix is really rounded to learn what its rounding costs
 # squared error of levels over that of the table at 4 bits, Gaussian groups (bench/rounding.py)
 RATIOS: dict[tuple[int, Levels], float] = {
     (3, "table"): 4.35,
     (4, "table"): 1.0,
+    (4, "uniform"): 1.19,
     (5, "formula"): 0.237,
     (5, "uniform"): 0.30,
     (6, "formula"): 0.0595,
@@ -36,14 +35,44 @@ CORRECTIVE_RANKS = (0, 8, 16, 32, 64)  # of a linear layer's corrective path
 Forms = dict[str, Form | None]  # by matrix; None leaves it as it is
 
 
-def fitting_form(bits: int, levels: Levels, scale_group: int, columns: int) -> Form:
-    """Return the form of rows of some columns.
+@dataclass(frozen=True)
+class Allowed:
+    """The forms that a budget may choose, by default all that serve this package.
 
-    A scale group that does not divide them becomes the next smaller that does, at least 32.
+    levels: by the bits that there are; padded: whether a row's last scale group may be;
+    embeddings: whether they and lm_head are quantised; fused: whether the layers of one input have
+    one width.
     """
-    while scale_group > 32 and columns % scale_group:
-        scale_group -= 32
-    return Form(bits, levels, scale_group)
+
+    levels: Mapping[int, Levels]
+    scale_dtype: ScaleDtype = "float16"
+    padded: bool = False
+    embeddings: bool = True
+    fused: bool = False
+    corrective_ranks: tuple[int, ...] = CORRECTIVE_RANKS
+    corrective_bits: int = 8
+
+
+ANY = Allowed(BEST_LEVELS, padded=True)
+HELD: dict[Target, Allowed] = {
+    "gguf": Allowed({4: "table", 5: "uniform", 8: "uniform"}),  # IQ4_NL, Q5_0, Q8_0
+    "compressed-tensors": Allowed(
+        {4: "uniform", 8: "uniform"},
+        scale_dtype="bfloat16",
+        embeddings=False,
+        fused=True,
+        corrective_ranks=(0, 16),  # one in all layers: no adapter's factors are padded
+        corrective_bits=16,
+    ),
+}
+
+
+def fitting_group(scale_group: int, columns: int) -> int:
+    """Return the scale group of rows of some columns: the next smaller that divides them, at least
+    32."""
+    while scale_group > LEAST_GROUP and columns % scale_group:
+        scale_group -= LEAST_GROUP
+    return scale_group
 
 
 @dataclass(frozen=True)
@@ -51,9 +80,8 @@ class ByteBudget:
     """How many bytes a model's tensors may take.
 
     matrices: those that may be quantised; fixed: bytes of all others; total: bytes allowed;
-    element: bytes of a number that is not quantised; parameters: of the whole model; levels: by
-    the bits that are allowed; padded: whether a row's last scale group may be. Raises CalrError for
-    a budget below what the smallest forms take.
+    element: bytes of a number that is not quantised; parameters: of the whole model. Raises
+    CalrError for a budget below what the smallest forms take.
     """
 
     matrices: tuple[Matrix, ...]
@@ -62,8 +90,7 @@ class ByteBudget:
     element: int
     parameters: int
     scale_group: int = 64
-    levels: Mapping[int, Levels] = field(default_factory=lambda: BEST_LEVELS)
-    padded: bool = True
+    allowed: Allowed = ANY
 
     def __post_init__(self) -> None:
         """Refuse a budget that no forms meet."""
@@ -80,30 +107,54 @@ class ByteBudget:
         """Bytes of the smallest model that the forms allow."""
         return self.fixed + sum(map(min, self.costs()))
 
-    def choices(self) -> list[list[Form | None]]:
-        """List the forms that each matrix may have, None for none."""
-        return [[*self._forms_of(matrix), None] for matrix in self.matrices]
+    @cached_property
+    def bundles(self) -> list[tuple[Matrix, ...]]:
+        """The matrices, those together that have one width."""
+        if not self.allowed.fused:
+            return [(matrix,) for matrix in self.matrices]
+        by_input = groupby(self.matrices, lambda m: m.name if m.layer is None else m.layer.group)
+        return [tuple(members) for _, members in by_input]
+
+    def choices(self) -> list[list[tuple[Form | None, ...]]]:
+        """List the forms that each bundle's matrices may have, None for none."""
+        return [
+            [
+                *(forms for bits in self.allowed.levels for forms in self._together(members, bits)),
+                (None,) * len(members),
+            ]
+            for members in self.bundles
+        ]
 
     def form(self, bits: int, columns: int) -> Form:
         """Return the form of a width, without a corrective path, for rows of some columns."""
-        return fitting_form(bits, self.levels[bits], self.scale_group, columns)
-
-    def _forms_of(self, matrix: Matrix) -> list[Form]:
-        if not self.padded and matrix.in_features % LEAST_GROUP:
-            return []
-        forms = [self.form(bits, matrix.in_features) for bits in self.levels]
-        ranks = corrective_ranks(matrix)
-        return [replace(form, corrective_rank=rank) for form in forms for rank in ranks]
+        group, allowed = fitting_group(self.scale_group, columns), self.allowed
+        return Form(bits, allowed.levels[bits], group, scale_dtype=allowed.scale_dtype)
 
     def costs(self) -> list[list[int]]:
         """List the bytes that these take."""
         return [
-            [
-                m.parameters * self.element if f is None else f.bytes(m.out_features, m.in_features)
-                for f in forms
-            ]
-            for m, forms in zip(self.matrices, self.choices(), strict=True)
+            [sum(map(self.cost, members, forms)) for forms in options]
+            for members, options in zip(self.bundles, self.choices(), strict=True)
         ]
+
+    def cost(self, matrix: Matrix, form: Form | None) -> int:
+        """Count the bytes of a matrix in a form."""
+        if form is None:
+            return matrix.parameters * self.element
+        return form.bytes(matrix.out_features, matrix.in_features, self.element)
+
+    def _together(self, members: Sequence[Matrix], bits: int) -> Iterator[tuple[Form, ...]]:
+        return product(*(self._forms_of(matrix, bits) for matrix in members))
+
+    def _forms_of(self, matrix: Matrix, bits: int) -> list[Form]:
+        allowed = self.allowed
+        if matrix.kind != "linear" and not allowed.embeddings:
+            return []
+        if not allowed.padded and matrix.in_features % LEAST_GROUP:
+            return []
+        form = replace(self.form(bits, matrix.in_features), corrective_bits=allowed.corrective_bits)
+        ranks = [rank for rank in corrective_ranks(matrix) if rank in allowed.corrective_ranks]
+        return [replace(form, corrective_rank=rank) for rank in ranks]
 
 
 def corrective_ranks(matrix: Matrix) -> tuple[int, ...]:
@@ -131,9 +182,8 @@ def byte_budget(
     others = tensor_bytes(model, dtype) - element * sum(m.parameters for m in found)
     parameters = structure.model_parameters
     assert recipe.scale_group is not None
-    group, target = recipe.scale_group, recipe.target
-    levels = BEST_LEVELS if target is None else TARGET_LEVELS[target]
-    return ByteBudget(found, others, total, element, parameters, group, levels, target is None)
+    allowed = ANY if recipe.target is None else HELD[recipe.target]
+    return ByteBudget(found, others, total, element, parameters, recipe.scale_group, allowed)
 
 
 def least_loss(
@@ -145,19 +195,26 @@ def least_loss(
     corrective ranks; another width costs a fixed multiple of that. exact: by HiGHS, else by
     Lagrangian bisection.
     """
+    priced = RATIOS[PRICED, budget.allowed.levels[PRICED]]
+
+    def loss(matrix: Matrix, form: Form | None) -> float:
+        if form is None:
+            return 0.0
+        rank = corrective_ranks(matrix).index(form.corrective_rank)
+        return prices[matrix.name][rank] * RATIOS[form.bits, form.levels] / priced
+
     choices = budget.choices()
     values = [
-        np.array([0.0 if f is None else _price(prices[m.name], m, f) for f in forms])
-        for m, forms in zip(budget.matrices, choices, strict=True)
+        np.array([sum(map(loss, members, forms)) for forms in options])
+        for members, options in zip(budget.bundles, choices, strict=True)
     ]
     at = knapsack.solve(budget.costs(), values, budget.total - budget.fixed, exact=exact)
-    pairs = zip(budget.matrices, choices, at, strict=True)
-    return {matrix.name: forms[i] for matrix, forms, i in pairs}
-
-
-def _price(prices: Sequence[float], matrix: Matrix, form: Form) -> float:
-    rank = corrective_ranks(matrix).index(form.corrective_rank)
-    return prices[rank] * RATIOS[form.bits, form.levels]
+    chosen = zip(budget.bundles, choices, at, strict=True)
+    return {
+        matrix.name: form
+        for members, options, i in chosen
+        for matrix, form in zip(members, options[i], strict=True)
+    }
 
 
 def even(budget: ByteBudget) -> Forms:

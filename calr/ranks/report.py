@@ -79,7 +79,7 @@ def quantised_rows(
                 "levels": form and form.levels,
                 "scale_group": form and form.scale_group,
                 "corrective_rank": form and form.corrective_rank,
-                "bytes": form.bytes(*sizes) if form else matrix.parameters * element,
+                "bytes": form.bytes(*sizes, element) if form else matrix.parameters * element,
             }
         )
     return found

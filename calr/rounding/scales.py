@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from calr_kernels.forms import Form
-from calr_kernels.records import level_cells, nearest
+from calr_kernels.records import level_cells, nearest, storable
 
 FRACTIONS = 17  # scales tried of each sign, the one that is exactly 1 among them
 LEAST, MOST = 0.75, 1.15  # of the scale under which the largest weight gets the outermost level
@@ -15,7 +15,7 @@ DAMPING = 1e-6  # of the normal equations, relative to their diagonal
 
 
 def search(weight: Tensor, importance: Tensor, form: Form) -> Tensor:
-    """Return scales [N, groups] float32, all of them float16 numbers, of weight [N, K].
+    """Return scales [N, groups] float32, all of them storable, of weight [N, K].
 
     importance [K]: what an error of each column weighs (the diagonal of the inputs' second moment).
     Both signs are tried, since the levels reach farther on one side. Of each scale tried, the
@@ -30,10 +30,10 @@ def search(weight: Tensor, importance: Tensor, form: Form) -> Tensor:
     cells = level_cells(form, weight.device)
     rows = max(1, CACHED // weight.shape[1])
     parts = [_grouped(part, form) for part in weight.float().split(rows)]
-    return torch.cat([_best(groups, weighed, cells, tried) for groups in parts])
+    return torch.cat([_best(groups, weighed, cells, tried, form) for groups in parts])
 
 
-def _best(groups: Tensor, weighed: Tensor, cells: Tensor, tried: list[float]) -> Tensor:
+def _best(groups: Tensor, weighed: Tensor, cells: Tensor, tried: list[float], form: Form) -> Tensor:
     """Search the scales [n, G] of groups [n, G, g]; weighed [1, G, g], cells: levels by ratio.
 
     tried: scales, relative to that under which the largest weight gets the outermost level.
@@ -48,7 +48,7 @@ def _best(groups: Tensor, weighed: Tensor, cells: Tensor, tried: list[float]) ->
             levels = nearest(ratios * (sign / fraction), cells)
             along = (products * levels).sum(-1)
             energy = (levels.square_() * weighed).sum(-1).clamp_(min=1e-30)
-            fitted = (along / energy).half().float()
+            fitted = storable(along / energy, form).float()
             gained = fitted * (2 * along - fitted * energy)
             better = (gained > gain) & torch.isfinite(fitted)
             best, gain = torch.where(better, fitted, best), torch.where(better, gained, gain)
@@ -77,7 +77,7 @@ def refit(weight: Tensor, codes: Tensor, moment: Tensor, scales: Tensor, form: F
         diagonal = normal.diagonal(dim1=-2, dim2=-1)
         diagonal += DAMPING * diagonal.mean(-1, keepdim=True) + 1e-30
         found.append(torch.linalg.solve_ex(normal, right)[0][..., 0])
-    fitted = torch.cat(found).half().float()
+    fitted = storable(torch.cat(found), form).float()
     good = torch.isfinite(fitted) & (fitted * scales > 0)
     return torch.where(good, fitted, scales)
 

@@ -31,11 +31,12 @@ def model_card(
     results: dict[str, Any],
     *,
     needs_calr: bool = True,
+    adapter: str | None = None,
 ) -> ModelCard:
     """Describe a compressed model: how to load it, the exact recipe, the measured numbers.
 
     what: was done, in words; command: what made it, with {model} for the source's name. needs_calr:
-    to be loaded.
+    to be loaded. adapter: a folder with a PEFT adapter that belongs to it.
     """
     local = Path(source).exists()
     data = ModelCardData(
@@ -48,6 +49,14 @@ def model_card(
     name = "".join(c if c.isprintable() and c not in "<>" else "_" for c in name)
     command = command.format(model=name)
     before, after = (f"{results[k] / 1e6:,.1f} MB" for k in ("source_bytes", "tensor_bytes"))
+    lines = ["import calr"] if needs_calr else []
+    lines += ["from peft import PeftModel"] if adapter else []
+    lines += ["from transformers import AutoModelForCausalLM", ""]
+    lines += ['model = AutoModelForCausalLM.from_pretrained(".")']
+    if adapter:
+        lines += ["model.hf_quantizer.compressor.decompress_model(model)  # PEFT wants weights"]
+        lines += [f'model = PeftModel.from_pretrained(model, "{adapter}")']
+    loading = "\n".join(lines)
     first = f"{NEEDS_CALR}\n\n" if needs_calr else ""
     return ModelCard(
         f"""---
@@ -59,9 +68,7 @@ def model_card(
 A compression of `{name}`, {before}, to {after}: {what}.
 
 ```python
-{"import calr" + chr(10) if needs_calr else ""}from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained(".")
+{loading}
 ```
 
 ## Measured

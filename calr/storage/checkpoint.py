@@ -143,9 +143,18 @@ def finished(directory: Path, key: str) -> dict[str, Any] | None:
     return results
 
 
+def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[Path], None]:
+    """Return what saves a model and its tokenizer in a directory."""
+
+    def save(directory: Path) -> None:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+    return save
+
+
 def write(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    save: Callable[[Path], None],
     directory: Path,
     card: ModelCard,
     *,
@@ -153,17 +162,16 @@ def write(
     results: dict[str, Any] | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Save model, tokenizer and card in the work directory, check them, and move them into place.
+    """Save a model and its card in the work directory, check them, and move them into place.
 
-    check: called with the complete checkpoint; what it raises leaves the directory as it was. key
-    and results go into the manifest.
+    save: writes the model's files into a directory. check: called with the complete checkpoint;
+    what it raises leaves the directory as it was. key and results go into the manifest.
     """
     work = directory / WORK
     complete = work / "checkpoint"
     if complete.exists():
         shutil.rmtree(complete)
-    model.save_pretrained(complete)
-    tokenizer.save_pretrained(complete)
+    save(complete)
     card.save(complete / "README.md")
     if check is not None:
         check(complete)

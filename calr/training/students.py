@@ -31,7 +31,7 @@ class Primary(nn.Module):
     @torch.no_grad()
     def records(self) -> Tensor:
         """Return the records of the scales as they are now; none changes its sign or becomes 0."""
-        now = self.scales.half()
+        now = records.storable(self.scales, self.form)
         good = torch.isfinite(now) & (now * self.before > 0)
         return records.pack(self.codes, torch.where(good, now, self.before), self.form)
 
@@ -43,7 +43,11 @@ class StudentLinear(nn.Module):
     """
 
     def __init__(
-        self, primary: Primary, bias: nn.Parameter | None, down: Tensor | None, up: Tensor | None
+        self,
+        primary: Primary,
+        bias: nn.Parameter | None,
+        down: Tensor | None = None,
+        up: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.primary, self.bias = primary, bias

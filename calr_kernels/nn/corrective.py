@@ -37,8 +37,8 @@ class Corrective(nn.Module):
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return down [c, K] and up [N, c] as numbers."""
-        down = _numbers(self.down, self.in_features, dtype)
-        return down, _numbers(self.up, self.out_features, dtype).mT
+        down = factor_numbers(self.down, self.in_features, dtype)
+        return down, factor_numbers(self.up, self.out_features, dtype).mT
 
     def extra_repr(self) -> str:
         """Describe the path in `print(model)`."""
@@ -59,7 +59,8 @@ def _empty(
     return nn.Parameter(torch.zeros(shape, dtype=torch.uint8, device=device), requires_grad=False)
 
 
-def _numbers(factor: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+def factor_numbers(factor: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return a factor [c, columns] as numbers of a dtype, be it records or numbers already."""
     if factor.dtype == torch.uint8:
         return dequantize(factor, CORRECTIVE, columns, dtype)
     return factor.to(dtype)

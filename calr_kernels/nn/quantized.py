@@ -122,15 +122,33 @@ class QuantizedEmbedding(nn.Embedding):
 
     @torch.no_grad()
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Embedding:
-        """Make the dense embedding of the same rows, without the scale."""
+        """Make the dense embedding that computes the same."""
         dtype = dtype or self.get_buffer("like").dtype
         weight = dequantize(self.weight, self.form, self.embedding_dim, dtype)
+        if self.scale != 1:
+            return ScaledEmbedding(weight, self.scale)
         dense: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=False)
         return dense
 
     def extra_repr(self) -> str:
         """Describe the module in `print(model)`."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.form}"
+
+
+class ScaledEmbedding(nn.Embedding):
+    """A dense embedding [V, K] whose rows are multiplied by a scale, in their dtype, as Gemma does.
+
+    `scalar_embed_scale` is what transformers calls the scale in classes of this kind.
+    """
+
+    def __init__(self, weight: Tensor, scale: float) -> None:
+        super().__init__(*weight.shape, _weight=weight)
+        self.scalar_embed_scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Look ids up: [...] int -> [..., K]."""
+        rows = super().forward(input)
+        return rows * torch.tensor(self.scalar_embed_scale, dtype=rows.dtype, device=rows.device)
 
 
 def _empty_records(

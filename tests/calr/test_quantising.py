@@ -16,11 +16,12 @@ import calr
 from calr import quantising
 from calr.cli import main
 from calr.errors import CalrError
+from calr.export import export_dense
 from calr.model import Swapped, analyse, parameter_count, quantize, tensor_bytes, weight_of
 from calr.quantising import smoothed
 from calr.ranks import byte_budget
 from calr.rounding import round_matrix
-from calr.testing import tiny_llama
+from calr.testing import byte_tokenizer, tiny_llama
 from calr_kernels import Form, QuantizedEmbedding, QuantizedLinear, records
 from calr_kernels.nn import Corrective
 
@@ -37,7 +38,7 @@ def with_paths(budget, prices, **options):
     """Choose 3 bits and a corrective path of rank 8 for every layer that may have one."""
     found = {}
     for matrix, forms in zip(budget.matrices, budget.choices(), strict=True):
-        fit = [f for f in forms if f is not None and f.bits == 3 and f.corrective_rank <= 8]
+        fit = [f for (f,) in forms if f is not None and f.bits == 3 and f.corrective_rank <= 8]
         found[matrix.name] = max(fit, key=lambda form: form.corrective_rank)
     return found
 
@@ -216,6 +217,13 @@ def test_gemma_scales_its_embeddings(ids, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+    torch.testing.assert_close(loaded.dequantize()(ids).logits, model(ids).logits)
+    byte_tokenizer().save_pretrained(tmp_path)
+    export_dense(str(tmp_path), tmp_path.with_suffix(".dense"))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path.with_suffix(".dense"))
+    torch.testing.assert_close(plain(ids).logits, model(ids).logits)
+    again = calr.compress(loaded, dataclasses.replace(RECIPE, bits=8.7), calibration=ids)
+    assert isinstance(again.model.embed_tokens, QuantizedEmbedding)
 
 
 @pytest.mark.parametrize("paths", [False, True], ids=["primary", "corrective"])
@@ -264,7 +272,7 @@ def test_the_student_is_the_model_that_is_stored(ids):
             draw = torch.Generator().manual_seed(1)
             down = torch.randn(8, matrix.in_features, generator=draw) / 30
             up = torch.randn(8, matrix.out_features, generator=draw) / 30
-            made[matrix.name] |= quantising.corrective_records(down, up)
+            made[matrix.name] |= quantising.corrective_factors(down, up, form)
     placed = quantising.students(model, budget, forms, made)
     with Swapped(model, placed), torch.no_grad():
         found = model(ids).logits

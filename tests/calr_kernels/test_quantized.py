@@ -131,7 +131,7 @@ def test_the_corrective_path_is_added(rank, bits, dtype, device):
     torch.testing.assert_close(dense(x.double()), wanted, rtol=1e-6, atol=1e-6)
     stored = sum(t.numel() * t.element_size() for t in (layer.weight, path.down, path.up))
     if bits == 8 or dtype.itemsize == 2:
-        assert stored == form.bytes(37, 100)
+        assert stored == form.bytes(37, 100, 2)
 
 
 @pytest.mark.parametrize("rank", [0, 3])

@@ -46,7 +46,7 @@ def test_what_is_packed_comes_back(form, rows, columns, seed):
     packed = records.pack(codes, scales, form)
     records.check(packed, form, rows, columns)
     assert packed.shape == form.shape(rows, columns)
-    assert packed.numel() == form.bytes(rows, columns)
+    assert packed.numel() == form.bytes(rows, columns, 2)
     assert packed.shape != (rows, columns)
     found = records.unpack(packed, form, columns)
     assert torch.equal(found[0], codes)

@@ -1,5 +1,6 @@
 """Loading: every tensor has a value from the files, or the model is refused by name."""
 
+import json
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import calr
+from calr.cli import main
 from calr.errors import CalrError
 from calr.model import load
 from calr.testing import byte_tokenizer, tiny_llama
@@ -64,6 +66,22 @@ def test_what_may_be_missing_by_the_models_own_rules_is_fine(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     load(str(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect", "plan"])
+def test_a_count_of_layers_that_no_model_has_is_refused(command, dense, ids, capsys):
+    """It would be built until memory runs out."""
+    made = dense / "made"
+    calr.compress_to(str(dense), made, calr.Recipe(**RECIPE, samples=4, window=16), eval_windows=0)
+    for directory in (dense,) if command == "plan" else (dense, made):
+        if command == "inspect" and directory == dense:
+            continue
+        config = json.loads((directory / "config.json").read_text())
+        for count in (10**20, 10_001):
+            config["num_hidden_layers"] = count
+            (directory / "config.json").write_text(json.dumps(config))
+            assert main([command, str(directory)]) == 1
+            assert f"num_hidden_layers={count}: no model has so many" in capsys.readouterr().err
 
 
 def test_an_adapter_is_no_model(dense):

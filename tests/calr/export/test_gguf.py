@@ -31,7 +31,7 @@ def forced(bits, rank=0):
     def choose(budget, prices, **options):
         found = {}
         for matrix, forms in zip(budget.matrices, budget.choices(), strict=True):
-            fit = [f for f in forms if f and f.bits == bits and f.corrective_rank <= rank]
+            fit = [f for (f,) in forms if f and f.bits == bits and f.corrective_rank <= rank]
             found[matrix.name] = max(fit, key=lambda form: form.corrective_rank, default=None)
         return found
 
