@@ -201,20 +201,17 @@ def _order(model: PreTrainedModel, architecture: str, name: str) -> np.ndarray |
 def _terms(
     model: PreTrainedModel, template: gguf.GGUFReader
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return the corrective paths, lora_a [c, K] and lora_b [N, c], padded to one rank."""
+    """Return the corrective paths, lora_a [c, K] and lora_b [N, c], of any ranks."""
     architecture, names = _architecture(template), _names(model, template)
     config: CalrConfig = model.config.quantization_config
-    ranks = {n: int(how.get("corrective_rank", 0)) for n, how in config.layers.items()}
-    widest, found = max(ranks.values(), default=0), {}
-    for name, rank in ranks.items():
-        if rank:
+    found = {}
+    for name, how in config.layers.items():
+        if how.get("corrective_rank"):
             path: Any = model.get_submodule(f"{name}.corrective")
             down, up = (f.detach().half().numpy() for f in path.factors(torch.float32))
             order = _order(model, architecture, f"{name}.weight")
-            up = up if order is None else up[order]
-            padding = ((0, widest - rank), (0, 0))
-            pair = np.pad(down, padding), np.ascontiguousarray(np.pad(up.T, padding).T)
-            found[names[f"{name}.weight"]] = pair
+            up = np.ascontiguousarray(up if order is None else up[order])
+            found[names[f"{name}.weight"]] = down, up
     return found
 
 
@@ -259,7 +256,7 @@ def _write_adapter(
     writer = gguf.GGUFWriter(file, _architecture(template))
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", len(next(iter(terms.values()))[0]))
+    writer.add_float32("adapter.lora.alpha", 0.0)  # llama.cpp then scales by 1, whatever the rank
     for name, (down, up) in terms.items():
         writer.add_tensor(f"{name}.lora_a", down)
         writer.add_tensor(f"{name}.lora_b", up)

@@ -109,7 +109,7 @@ def test_corrective_paths_are_an_adapter(gguf_file, ids, tmp_path, monkeypatch):
     reader = gguf.GGUFReader(found["adapter"])
     said = {key: reader.fields[key].contents() for key in reader.fields if "." in key}
     assert said["general.type"] == "adapter"
-    assert (said["adapter.type"], said["adapter.lora.alpha"]) == ("lora", 8)
+    assert (said["adapter.type"], said["adapter.lora.alpha"]) == ("lora", 0)
     tensors = {t.name: np.array(t.data, dtype=np.float64) for t in reader.tensors}
     paths = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m.corrective]
     assert len(tensors) == 2 * len(paths) > 0
