@@ -25,7 +25,7 @@ CALIBRATION = (
     "that every Python carries), or several of these separated by commas, in equal shares."
 )
 
-LISTS = ("--skip", "--tasks")  # options that take several values
+LISTS = ("--skip", "--tasks", "--widths")  # options that take several values
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,16 +75,20 @@ def _terminate_as_interrupt() -> Any:
 
 
 def _lists(arguments: list[str]) -> list[str]:
-    """Let lists be typed plainly: --skip '*.0.*' and --tasks arc_easy,piqa."""
+    """Let lists be typed plainly: --skip '*.0.*', --tasks arc_easy,piqa, --widths 4,5."""
     found: list[str] = []
     for word in arguments:
         option, _, value = word.partition("=")
         if found and found[-1] in LISTS and not word.startswith("["):
-            word = json.dumps(word.split(","))
+            word = _json_list(word)
         elif option in LISTS and value and not value.startswith("["):
-            word = f"{option}={json.dumps(value.split(','))}"
+            word = f"{option}={_json_list(value)}"
         found.append(word)
     return found
+
+
+def _json_list(typed: str) -> str:
+    return json.dumps([int(x) if x.isdecimal() else x for x in typed.split(",")])
 
 
 def _set_up_logging() -> None:

@@ -81,7 +81,8 @@ def plan(arguments: Namespace) -> None:
 
 def _print_quantised_plan(result: planning.Plan) -> None:
     tables.print_matrices(result.layers)
-    print("Which matrix gets which bits follows calibration; shown are nearly equal ones.")
+    if result.ranks_follow_calibration:
+        print("Which matrix gets which bits follows calibration; shown are nearly equal ones.")
     totals = result.totals
     tables.print_facts(
         {
@@ -91,6 +92,8 @@ def _print_quantised_plan(result: planning.Plan) -> None:
             "smallest that the forms reach": f"{tables.gigabytes(totals['smallest_bytes'])}, "
             f"{totals['smallest_bits']:.2f} bits",
             "share of the model that can be quantised": f"{result.coverage:.2%}",
+            "can be exported to": ", ".join(result.exports)
+            + (" (others: name a --target)" if len(result.exports) == 1 else ""),
             "peak memory (estimate)": tables.gigabytes(result.peak_memory_bytes),
             "time (estimate, this machine's CPU)": f"{result.seconds:.0f} s",
         }

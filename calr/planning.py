@@ -20,6 +20,7 @@ from calr.model import (
     resolve_dtype,
     tensor_bytes,
 )
+from calr.quantising import losses_name
 from calr.ranks import (
     CACHE_BYTES,
     Budget,
@@ -32,6 +33,7 @@ from calr.ranks import (
     even,
     feasible_last_k,
     least_error,
+    least_loss,
     report,
     uniform,
 )
@@ -50,6 +52,7 @@ class Plan:
 
     ranks_follow_calibration: the ranks (or bits) of `layers` are not final. feasible_last_k: under
     allocation=last_k, the exact ranks for every number k of last blocks that can reach keep.
+    exports: the formats that `calr export` will write of the result.
     """
 
     model: str
@@ -58,6 +61,7 @@ class Plan:
     coverage: float
     ranks_follow_calibration: bool
     feasible_last_k: dict[int, dict[str, Any]]
+    exports: list[str]
     peak_memory_bytes: int
     seconds: float
 
@@ -77,8 +81,8 @@ def plan(
     """Plan a compression without weights in memory and without writing anything.
 
     Ranks are exact for allocation=uniform, and for global when statistics names the directory of an
-    earlier run with the same method; otherwise they follow calibration, and what is shown are
-    nearly uniform ones, with the same totals to within one rank step.
+    earlier run with the same method, as bits are; otherwise they follow calibration, and what is
+    shown are nearly uniform ones, with the same totals to within one rank step.
     """
     recipe = recipe or Recipe()
     model = load_skeleton(source, trust_remote_code=trust_remote_code)
@@ -87,7 +91,7 @@ def plan(
     before = tensor_bytes(model, stored) if file is None else file.stat().st_size
     bytes_allowed = byte_budget(model, structure, recipe, stored)
     if bytes_allowed is not None:
-        return _quantised(source, model, structure, recipe, bytes_allowed, before)
+        return _quantised(source, model, structure, recipe, bytes_allowed, before, statistics)
     budget = Budget.of(structure, recipe)
     ranks, exact = _ranks(budget, recipe, statistics)
     layers, element = report.stored_at(ranks, recipe.layout), stored.itemsize
@@ -102,16 +106,27 @@ def plan(
         coverage=structure.coverage,
         ranks_follow_calibration=not exact,
         feasible_last_k=_feasible_last_k(structure, budget, recipe),
+        exports=["dense"],
         peak_memory_bytes=_peak_memory(structure, recipe, element, _vocabulary(model)),
         seconds=_seconds(structure, recipe),
     )
 
 
 def _quantised(
-    source: str, model: Any, structure: Structure, recipe: Recipe, budget: ByteBudget, before: int
+    source: str,
+    model: Any,
+    structure: Structure,
+    recipe: Recipe,
+    budget: ByteBudget,
+    before: int,
+    statistics: str | Path | None,
 ) -> Plan:
-    """Plan forms of nearly one width; which matrix gets which follows calibration."""
-    forms = even(budget)
+    """Plan the forms that statistics lead to, or forms of nearly one width without any."""
+    if statistics is None:
+        forms = even(budget)
+    else:
+        losses = _known_losses(budget, Path(statistics))
+        forms = least_loss(budget, losses, exact=recipe.solver == "exact")
     stored = {name: form.to_dict() for name, form in forms.items() if form is not None}
     rows = report.quantised_rows(budget.matrices, stored, budget.element)
     after = budget.fixed + sum(row["bytes"] for row in rows)
@@ -123,11 +138,25 @@ def _quantised(
         layers=rows,
         totals=totals,
         coverage=sum(m.parameters for m in budget.matrices) / structure.model_parameters,
-        ranks_follow_calibration=True,
+        ranks_follow_calibration=statistics is None,
         feasible_last_k={},
+        exports=["dense", *([] if recipe.target is None else [recipe.target])],
         peak_memory_bytes=_peak_memory(structure, recipe, budget.element, _vocabulary(model)),
         seconds=_seconds(structure, recipe),
     )
+
+
+def _known_losses(budget: ByteBudget, statistics: Path) -> dict[str, list[float]]:
+    """Read what an earlier run found rounding to cost; CalrError where it is none of this."""
+    name = losses_name(budget)
+    known = Store(statistics / name) if (statistics / name).is_dir() else Store()
+    for matrix in budget.matrices:
+        if matrix.name not in known:
+            raise CalrError(
+                f"{statistics}: does not say what rounding {matrix.name} costs ({name}); compress "
+                "with it first"
+            )
+    return {m.name: known.load(m.name)["losses"].tolist() for m in budget.matrices}
 
 
 def _ranks(budget: Budget, recipe: Recipe, statistics: str | Path | None) -> tuple[Ranks, bool]:

@@ -71,7 +71,7 @@ class Quantiser:
 
         What it costs is kept with the statistics, for other budgets.
         """
-        prices, known = {}, self.statistics.store.within(self._losses_name)
+        prices, known = {}, self.statistics.store.within(losses_name(self.budget))
         if any(matrix.name not in known for matrix in self.budget.matrices):
             self.statistics.collect()
         for matrix in progress(self.budget.matrices, desc="prices", unit="matrix"):
@@ -80,11 +80,6 @@ class Quantiser:
                 known.save(matrix.name, {"losses": self._losses(matrix, form)})
             prices[matrix.name] = known.load(matrix.name)["losses"].tolist()
         return least_loss(self.budget, prices, exact=exact)
-
-    @property
-    def _losses_name(self) -> str:
-        form = self.budget.form(PRICED, LEAST_GROUP)
-        return f"losses-{self.budget.scale_group}-{form.levels}-{form.scale_dtype}"
 
     def rounded(self, forms: Forms) -> dict[str, Rounding]:
         """Round matrices to their forms: the tensors that are stored of each."""
@@ -151,6 +146,12 @@ class Quantiser:
             moment = Moments(known["inputs"]).with_prior().input * scale**2
             parts.append((smoothed(known["tokens"]), moment))
         return _Curvature(parts)
+
+
+def losses_name(budget: ByteBudget) -> str:
+    """Name what rounding to PRICED bits costs, among the statistics."""
+    form = budget.form(PRICED, LEAST_GROUP)
+    return f"losses-{budget.scale_group}-{form.levels}-{form.scale_dtype}"
 
 
 def smoothed(counts: Tensor) -> Tensor:

@@ -53,6 +53,8 @@ class Recipe:
             matrices to those that it holds: gguf has 4, 5 and 8 bits in groups of 32;
             compressed-tensors 4 and 8 in groups of 64 or 32, one width for the layers of one input,
             and leaves embeddings and lm_head as they are.
+        widths: Bits that a quantised matrix may have, --widths 4,8; by default all that there are,
+            or that the target has. vLLM's build for CPUs multiplies by 4 bits alone.
         method: Decomposition of one weight: a file in calr/methods (svd, svd_llm, erc_svd, calr).
         method_options: Options of the method, for example {"beta": 0.05} of erc_svd.
         layout: Storage of a rank-r layer: pivoted, r(N+K-r) numbers, or two_factor, r(N+K).
@@ -93,6 +95,7 @@ class Recipe:
     size: str | None = None
     scale_group: int | None = None
     target: Target | None = None
+    widths: tuple[int, ...] = ()
     method: str = "calr"
     method_options: dict[str, float] = field(default_factory=dict)
     layout: Layout = "pivoted"
@@ -169,6 +172,8 @@ class Recipe:
             raise CalrError(f"cross_entropy={self.cross_entropy}: must be in [0, 1]")
 
     def _set_scale_group(self) -> None:
+        if self.widths and not self.quantised:
+            raise CalrError(f"widths={self.widths}: are of quantised matrices; name bits or size")
         if self.target is not None and not self.quantised:
             raise CalrError(f"target={self.target}: holds no low-rank layers; name bits or size")
         held = SCALE_GROUPS if self.target is None else TARGET_SCALE_GROUPS[self.target]

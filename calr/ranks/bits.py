@@ -80,8 +80,9 @@ class ByteBudget:
     """How many bytes a model's tensors may take.
 
     matrices: those that may be quantised; fixed: bytes of all others; total: bytes allowed;
-    element: bytes of a number that is not quantised; parameters: of the whole model. Raises
-    CalrError for a budget below what the smallest forms take.
+    element: bytes of a number that is not quantised; parameters: of the whole model; widths:
+    bits that a matrix may have, all that are allowed where none is named. Raises CalrError for a
+    width that is not, and for a budget below what the smallest forms take.
     """
 
     matrices: tuple[Matrix, ...]
@@ -91,9 +92,14 @@ class ByteBudget:
     parameters: int
     scale_group: int = 64
     allowed: Allowed = ANY
+    widths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse a budget that no forms meet."""
+        for bits in self.widths:
+            if bits not in self.allowed.levels:
+                there = ", ".join(map(str, self.allowed.levels))
+                raise CalrError(f"widths={bits}: must be of {there} bits")
         if self.smallest > self.total:
             raise CalrError(
                 f"{self.total / 1e6:.3g} MB ({8 * self.total / self.parameters:.2f} bits per "
@@ -117,9 +123,10 @@ class ByteBudget:
 
     def choices(self) -> list[list[tuple[Form | None, ...]]]:
         """List the forms that each bundle's matrices may have, None for none."""
+        widths = self.widths or tuple(self.allowed.levels)
         return [
             [
-                *(forms for bits in self.allowed.levels for forms in self._together(members, bits)),
+                *(forms for bits in widths for forms in self._together(members, bits)),
                 (None,) * len(members),
             ]
             for members in self.bundles
@@ -181,9 +188,10 @@ def byte_budget(
     element = (dtype or weight_of(model, structure.layers[0].name).dtype).itemsize
     others = tensor_bytes(model, dtype) - element * sum(m.parameters for m in found)
     parameters = structure.model_parameters
-    assert recipe.scale_group is not None
+    group, widths = recipe.scale_group, recipe.widths
+    assert group is not None
     allowed = ANY if recipe.target is None else HELD[recipe.target]
-    return ByteBudget(found, others, total, element, parameters, recipe.scale_group, allowed)
+    return ByteBudget(found, others, total, element, parameters, group, allowed, widths)
 
 
 def least_loss(

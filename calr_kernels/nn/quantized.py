@@ -142,7 +142,8 @@ class ScaledEmbedding(nn.Embedding):
     """
 
     def __init__(self, weight: Tensor, scale: float) -> None:
-        super().__init__(*weight.shape, _weight=weight)
+        rows, columns = weight.shape
+        super().__init__(rows, columns, _weight=weight)
         self.scalar_embed_scale = scale
 
     def forward(self, input: Tensor) -> Tensor:

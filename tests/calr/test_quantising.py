@@ -407,9 +407,21 @@ def test_the_command_line_from_plan_to_inspect(source, tmp_path, capsys):
     planned = json.loads(run("plan", source, "--size", "30KB", *few, "--json"))
     assert planned["totals"]["tensor_bytes"] <= 30_000
     assert "smallest that the forms reach" in run("plan", source, "--size", "30KB", *few)
-    made = json.loads(run("compress", source, out, "--size", "30KB", *few, "--json"))
+    kept = ["--statistics", tmp_path / "kept"]
+    with pytest.raises(CalrError, match=r"does not say what rounding .* compress with it first"):
+        calr.plan(str(source), calr.Recipe(size="30KB"), statistics=tmp_path / "kept")
+    command = ["compress", source, out, "--size", "30KB", *few, *kept, "--json"]
+    made = json.loads(run(*command))
+    exact = json.loads(run("plan", source, "--size", "30KB", *few, *kept, "--json"))
+    assert exact["totals"]["tensor_bytes"] == made["tensor_bytes"]
+    assert not exact["ranks_follow_calibration"]
+    assert planned["exports"] == ["dense"]
+    target = ["--target", "compressed-tensors", "--bits", "14.5", "--dtype", "bfloat16"]
+    assert "can be exported to" in run("plan", source, *target)
+    assert json.loads(run("plan", source, *target, "--json"))["exports"] == ["dense", target[1]]
     assert made["tensor_bytes"] <= 30_000 < made["source_bytes"]
     found = json.loads(run("inspect", out, "--json"))
+    assert [row["bits"] for row in found["layers"]] == [row["bits"] for row in exact["layers"]]
     assert found["totals"]["tensor_bytes"] == made["tensor_bytes"]
     assert sum(row["bytes"] for row in found["layers"]) < made["tensor_bytes"]
     assert "scale group" in run("inspect", out)

@@ -1,5 +1,6 @@
 """Budgets of bytes: exact, never exceeded, spent where it is worth most."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -76,6 +77,33 @@ def test_a_corrective_path_is_bought_where_it_is_cheap():
     forms = least_loss(budget, prices)
     assert forms["large"].corrective_rank > 0
     assert forms["small"] is None or forms["small"].corrective_rank == 0
+
+
+def test_only_the_widths_that_are_named_are_chosen():
+    budget = dataclasses.replace(budget_of(10**6), widths=(4, 6))
+    forms = {form for options in budget.choices() for (form,) in options if form is not None}
+    assert {form.bits for form in forms} == {4, 6}
+    with pytest.raises(CalrError, match="widths=7: must be of 3, 4, 5, 6, 8 bits"):
+        dataclasses.replace(budget, widths=(4, 7))
+    with pytest.raises(CalrError, match="are of quantised matrices"):
+        Recipe(keep=0.5, widths=(4,))
+
+
+def test_the_layers_of_one_input_have_one_width_where_they_must():
+    model = tiny_llama(hidden_size=128, intermediate_size=192)
+    recipe = Recipe(bits=9.0, target="compressed-tensors")
+    budget = byte_budget(model, analyse(model), recipe)
+    names = [[m.name.rpartition(".")[2] for m in members] for members in budget.bundles]
+    block = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert names == [*block, *block, ["embed_tokens"]]
+    for members, options, costs in zip(
+        budget.bundles, budget.choices(), budget.costs(), strict=True
+    ):
+        for forms, cost in zip(options, costs, strict=True):
+            assert len({form and form.bits for form in forms}) == 1
+            assert cost == sum(map(budget.cost, members, forms))
+            assert all(f is None or f.corrective_rank in (0, 16) for f in forms)
+    assert budget.choices()[-1] == [(None,)]  # embeddings stay as they are
 
 
 def test_costs_are_the_bytes_that_are_stored():
