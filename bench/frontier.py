@@ -1,6 +1,7 @@
 """Bytes against quality: quantised models of several sizes, on text that nothing was fitted to.
 
     python bench/frontier.py --model MODEL --data DIR [--bits 6 5 4.5] [--tokens 0 65536] [--ladder]
+        [--without "corrective path"]
 
 Each cell, a budget in bits per parameter of the whole model and a number of tokens of correction
 (0: none), is measured once and written to bench/results/frontier.json; a killed run continues.
@@ -9,10 +10,12 @@ llama.cpp's own quantisations of the same weights, too, in the same way (pip ins
 llama-cpp-python; MODEL must be a GGUF file then). The table has bytes of tensors, and on each text
 the mean KL to the dense model in nats, the share of equal most probable tokens and the ratio of
 perplexities; of a model of ours also its mean KL over that of llama.cpp's ladder at the same bytes
-(ln KL interpolated between the two nearest rungs). --plot draws it. See bench/README.md for DIR.
+(ln KL interpolated between the two nearest rungs). --plot draws it. --without: measure the same
+cells without a part of the method, too. See bench/README.md for DIR.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -30,10 +33,18 @@ from texts import HELD_OUT_PAGES, WINDOW, pages, unseen_windows, write_json
 
 import calr
 from calr.evaluation import compare
+from calr.ranks import bits as ranks_bits
 from calr.model import gguf_file, recast, tensor_bytes
 from calr.text import spread_windows
 
 OUTPUT = Path("bench/results/frontier.json")
+PARTS = {  # what --without leaves out, as what a budget may then choose
+    "corrective path": {"corrective_ranks": (0,)},
+    "other levels than uniform ones": {
+        "levels": {bits: "uniform" for bits in ranks_bits.BEST_LEVELS}
+    },
+    "widths but 4 and 8": {"levels": {4: "table", 8: "uniform"}},
+}
 
 
 def main() -> None:
@@ -44,6 +55,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="*", default=[8.5, 6.0, 5.0, 4.5, 4.0])
     parser.add_argument("--tokens", type=int, nargs="*", default=[0])
     parser.add_argument("--windows", type=int, default=8, help="windows of 512 of a text")
+    parser.add_argument("--without", nargs="*", choices=PARTS, default=[])
     parser.add_argument("--statistics", type=Path, help="kept there for another run")
     parser.add_argument("--ladder", action="store_true", help="measure llama.cpp's rungs, too")
     parser.add_argument("--plot", type=Path, help="draw the table here (PNG)")
@@ -57,10 +69,14 @@ def main() -> None:
     ids = spread_windows(text, tokenizer, count, WINDOW, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         place = arguments.statistics or Path(folder) / "statistics"
-        for bits, tokens in itertools.product(arguments.bits, arguments.tokens):
+        for bits, tokens, without in itertools.product(
+            arguments.bits, arguments.tokens, [None, *arguments.without]
+        ):
             cell = {"bits": bits, "tokens": tokens, "windows": arguments.windows}
+            cell |= {"without": without}
             if not any(cell.items() <= row.items() for row in rows):
-                found = measure(arguments.model, dense, bits, tokens, ids, texts, place)
+                with leaving_out(without):
+                    found = measure(arguments.model, dense, bits, tokens, ids, texts, place)
                 rows.append(cell | found)
                 write_json(arguments.output, rows)
         if arguments.ladder:
@@ -73,6 +89,17 @@ def main() -> None:
     table(rows)
     if arguments.plot:
         plot(rows, arguments.plot)
+
+
+@contextlib.contextmanager
+def leaving_out(part):
+    """Have budgets choose without a part of the method."""
+    whole = ranks_bits.ANY
+    ranks_bits.ANY = dataclasses.replace(whole, **PARTS[part]) if part else whole
+    try:
+        yield
+    finally:
+        ranks_bits.ANY = whole
 
 
 def measure(source, dense, bits, tokens, ids, texts, place):
@@ -138,11 +165,17 @@ def table(rows: list[dict]) -> None:
             f"{t['kl']:.4f}, {t['agreement']:.3f}, {t['ratio']:.3f}" for t in row["texts"].values()
         ]
         megabytes = f"{row['tensor_bytes'] / 1e6:.1f}"
-        name = row.get("rung") or f"calr, {row['tokens']:,} tokens"
+        name = row.get("rung") or label(row)
         print(
             f"| {name} | {row['bits_per_parameter']:.2f} | {megabytes} | {' | '.join(cells)} | "
             f"{mean_kl(row):.4f} | {over_ladder(row, rows)} |"
         )
+
+
+def label(row: dict) -> str:
+    """Name a row of ours."""
+    without = f", without {row['without']}" if row["without"] else ""
+    return f"calr, {row['tokens']:,} tokens{without}"
 
 
 def plot(rows: list[dict], file: Path) -> None:
@@ -152,12 +185,12 @@ def plot(rows: list[dict], file: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5))
     groups: dict[str, list[dict]] = {}
     for row in rows:
-        label = "llama.cpp" if "rung" in row else f"calr, {row['tokens']:,} tokens"
-        groups.setdefault(label, []).append(row)
-    for label, members in groups.items():
+        name = "llama.cpp" if "rung" in row else label(row)
+        groups.setdefault(name, []).append(row)
+    for name, members in groups.items():
         members.sort(key=lambda row: row["tensor_bytes"])
         points = [(row["tensor_bytes"] / 1e6, mean_kl(row)) for row in members]
-        axes.plot(*zip(*points, strict=True), "x" if label == "llama.cpp" else "o-", label=label)
+        axes.plot(*zip(*points, strict=True), "x" if name == "llama.cpp" else "o-", label=name)
     for row in groups.get("llama.cpp", []):
         if "," not in row["rung"]:
             axes.annotate(row["rung"], (row["tensor_bytes"] / 1e6, mean_kl(row)), fontsize=7)

@@ -29,7 +29,7 @@ def main() -> None:
         lost = weight - rounded.weight()
         return float(((lost @ moment) * lost).sum() / ((weight @ moment) * weight).sum())
 
-    forms = [Form(bits, levels, 64) for bits, levels in RATIOS]
+    forms = [Form(bits, levels, 64) for bits, levels in sorted(RATIOS)]
     priced = error(round_matrix(weight, Form(PRICED, BEST_LEVELS[PRICED], 64), moment))
     print("| form | to nearest | GPTQ | fitted again | over 4 bits |")
     print("|---|---|---|---|---|")

@@ -23,11 +23,13 @@ PRICED = 4  # bits at which a matrix is really rounded to learn what its roundin
 # squared error of levels over that of the table at 4 bits, Gaussian groups (bench/rounding.py)
 RATIOS: dict[tuple[int, Levels], float] = {
     (3, "table"): 4.35,
+    (3, "uniform"): 4.89,
     (4, "table"): 1.0,
     (4, "uniform"): 1.19,
     (5, "formula"): 0.237,
     (5, "uniform"): 0.30,
     (6, "formula"): 0.0595,
+    (6, "uniform"): 0.0746,
     (8, "uniform"): 0.0046,
 }
 CORRECTIVE_RANKS = (0, 8, 16, 32, 64)  # of a linear layer's corrective path
