@@ -33,8 +33,8 @@ from texts import HELD_OUT_PAGES, WINDOW, pages, unseen_windows, write_json
 
 import calr
 from calr.evaluation import compare
-from calr.ranks import bits as ranks_bits
 from calr.model import gguf_file, recast, tensor_bytes
+from calr.ranks import bits as ranks_bits
 from calr.text import spread_windows
 
 OUTPUT = Path("bench/results/frontier.json")
