@@ -1,12 +1,13 @@
 """A compressed-tensors export and its adapter in vLLM, over its OpenAI-compatible server.
 
-    python bench/vllm.py DIRECTORY EXPORT DENSE --vllm VENV/bin/vllm
+    python bench/vllm.py DIRECTORY EXPORT DENSE --python VENV/bin/python
 
 DIRECTORY: a checkpoint of calr's; EXPORT: what `calr export --to compressed-tensors` made of it;
-DENSE: the dense model as a Hugging Face directory. Prompt log-probabilities of held-out built-in
-text, in vLLM (bfloat16, 16-bit activations) with the adapter and without it and in transformers
-with PEFT in bfloat16, against transformers with PEFT in float32; and tokens per second of one
-greedy sequence, beside the dense model's. Written to bench/results/vllm.json.
+DENSE: the dense model as a Hugging Face directory; --python: of an environment with vLLM. Prompt
+log-probabilities of held-out built-in text, in vLLM (bfloat16, 16-bit activations) with the adapter
+and without it and in transformers with PEFT in bfloat16, against transformers with PEFT in float32;
+and tokens per second of one greedy sequence, beside the dense model's. Written to
+bench/results/vllm.json.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("directory")
     parser.add_argument("export", type=Path)
     parser.add_argument("dense", type=Path)
-    parser.add_argument("--vllm", default=".venv-vllm/bin/vllm")
+    parser.add_argument("--python", default=".venv-vllm/bin/python")
     parser.add_argument("--windows", type=int, default=4)
     arguments = parser.parse_args()
     model, tokenizer = calr.load(arguments.directory, dtype="float32")
@@ -50,11 +51,11 @@ def main() -> None:
     own, exact = log_probabilities(model, ids), in_transformers(arguments.export, ids, "float32")
     rows = {"calr, float32": own, "transformers and PEFT": in_transformers(arguments.export, ids)}
     speeds = {}
-    with server(arguments.vllm, arguments.export, adapter=True) as ask:
+    with server(arguments.python, arguments.export, adapter=True) as ask:
         for name, served in (("vLLM", "adapter"), ("vLLM without the adapter", "base")):
             rows[name] = torch.stack([prompt_log_probabilities(ask, served, w) for w in ids])
             speeds[name] = tokens_per_second(ask, served, ids[0])
-    with server(arguments.vllm, arguments.dense) as ask:
+    with server(arguments.python, arguments.dense) as ask:
         speeds["vLLM, dense model"] = tokens_per_second(ask, "base", ids[0])
     found: dict[str, Any] = {
         name: {
@@ -91,9 +92,10 @@ def log_probabilities(model: Any, ids: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def server(vllm: str, directory: Path, *, adapter: bool = False) -> Iterator[Any]:
+def server(python: str, directory: Path, *, adapter: bool = False) -> Iterator[Any]:
     """Serve a directory as "base", and its adapter; yield what asks for a completion."""
-    command = [vllm, "serve", str(directory), "--served-model-name", "base", "--port", str(PORT)]
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
+    command += ["--served-model-name", "base", "--port", str(PORT)]
     command += ["--dtype", "bfloat16", "--max-model-len", str(2 * WINDOW), "--enforce-eager"]
     if adapter:
         rank = json.loads((directory / "adapter/adapter_config.json").read_text())["r"]

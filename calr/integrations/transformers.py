@@ -199,6 +199,7 @@ def _check_loaded(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> 
         for factor, parameter in model.get_submodule(name).named_parameters():
             if parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
                 raise CalrError(f"{name}.{factor}: holds NaN or infinity; the file is damaged")
+    _check_shared(model)
     parallel = any(type(p).__name__ == "DTensor" for p in model.parameters())
     pivoted = [name for name, layer in layers.items() if layer.get("layout") == "pivoted"]
     quantised = [name for name, layer in layers.items() if is_quantised(layer)]
@@ -226,6 +227,20 @@ def _check_loaded(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> 
                 f"{name}.pivots: not ascending distinct rows below {rows} of type int32; the file "
                 "is damaged"
             )
+
+
+def _check_shared(model: PreTrainedModel) -> None:
+    """Refuse a weight that two modules take for different forms: a tied embedding and lm_head."""
+    forms: dict[int, tuple[str, Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            form = getattr(module, "form", None)
+            first, other = forms.setdefault(id(module.weight), (name, form))
+            if form != other:
+                raise CalrError(
+                    f"config.json: layer {name} shares its weight with {first}, but they are not "
+                    "of one form there"
+                )
 
 
 def _check_records(name: str, module: nn.Module) -> None:

@@ -179,6 +179,8 @@ def _refuse_adapters(model: nn.Module) -> None:
 def _linears(name: str, blocks: nn.ModuleList) -> dict[str, nn.Linear]:
     """Return the blocks' plain linear layers by full name; refuse weights that would be missed."""
     total = sum(p.numel() for p in blocks.parameters())
+    if not total:
+        raise CalrError(f"{name}: its blocks have no weights; config.json is damaged")
     conv = [n for n, m in blocks.named_modules() if isinstance(m, Conv1D)]
     if conv:
         raise CalrError(

@@ -374,6 +374,23 @@ def test_a_tampered_checkpoint_is_refused_by_name(what, saved, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens"])
+@pytest.mark.parametrize("change", ["unlisted", "other levels"])
+def test_a_tied_matrix_is_of_one_form(change, name, ids, tmp_path):
+    model = calr.compress(tiny_llama(), RECIPE, calibration=ids)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    layers = config["quantization_config"]["layers"]
+    if change == "unlisted":
+        del layers[name]
+    else:
+        other = {"uniform": "formula", "formula": "uniform", "table": "uniform"}
+        layers[name]["levels"] = other[layers[name]["levels"]]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CalrError, match=r"lm_head|embed_tokens"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -117,6 +117,11 @@ def test_a_skip_pattern_that_matches_nothing_is_refused():
         analyse(tiny_llama(), ["*.wrong"])
 
 
+def test_blocks_without_weights_are_refused():
+    with torch.device("meta"), pytest.raises(CalrError, match=r"model.layers: .* no weights"):
+        analyse(tiny_llama(hidden_size=0, head_dim=8))
+
+
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(CalrError, match="no list of decoder blocks"):
         find_blocks(torch.nn.Linear(2, 2))
