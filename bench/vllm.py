@@ -1,9 +1,9 @@
 """A compressed-tensors export and its adapter in vLLM, over its OpenAI-compatible server.
 
-    python bench/vllm.py DIRECTORY EXPORT DENSE --python VENV/bin/python
+    python bench/vllm.py DIRECTORY EXPORT MODEL --python VENV/bin/python
 
 DIRECTORY: a checkpoint of calr's; EXPORT: what `calr export --to compressed-tensors` made of it;
-DENSE: the dense model as a Hugging Face directory; --python: of an environment with vLLM. Prompt
+MODEL: the dense model; --python: of an environment with vLLM. Prompt
 log-probabilities of held-out built-in text, in vLLM (bfloat16, 16-bit activations) with the adapter
 and without it and in transformers with PEFT in bfloat16, against transformers with PEFT in float32;
 and tokens per second of one greedy sequence, beside the dense model's. Written to
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory")
     parser.add_argument("export", type=Path)
-    parser.add_argument("dense", type=Path)
+    parser.add_argument("model")
     parser.add_argument("--python", default=".venv-vllm/bin/python")
     parser.add_argument("--windows", type=int, default=4)
     arguments = parser.parse_args()
@@ -55,8 +55,11 @@ def main() -> None:
         for name, served in (("vLLM", "adapter"), ("vLLM without the adapter", "base")):
             rows[name] = torch.stack([prompt_log_probabilities(ask, served, w) for w in ids])
             speeds[name] = tokens_per_second(ask, served, ids[0])
-    with server(arguments.python, arguments.dense) as ask:
-        speeds["vLLM, dense model"] = tokens_per_second(ask, "base", ids[0])
+    with tempfile.TemporaryDirectory() as folder:
+        for part in calr.load(arguments.model, dtype="bfloat16"):
+            part.save_pretrained(folder)
+        with server(arguments.python, Path(folder)) as ask:
+            speeds["vLLM, dense model"] = tokens_per_second(ask, "base", ids[0])
     found: dict[str, Any] = {
         name: {
             "largest_difference": float((row - exact).abs().max()),
