@@ -21,6 +21,15 @@ def saved(request, tmp_path_factory, ids):
     return model, directory, request.param
 
 
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory, ids):
+    recipe = calr.Recipe(bits=6, scale_group=32, correction_tokens=0)
+    model = calr.compress(tiny_llama(), recipe, calibration=ids)
+    directory = tmp_path_factory.mktemp("quantised")
+    model.save_pretrained(directory)
+    return directory
+
+
 @pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
 def test_another_class_is_refused_with_the_reason(kind, saved):
     with pytest.raises(calr.CalrError, match="is of LlamaForCausalLM and cannot be loaded as"):
@@ -83,6 +92,16 @@ def test_torchao_int8(saved, ids):
     assert 0 < error < 0.05
 
 
+@pytest.mark.works("torchao int8 weights", quantised="refused")
+def test_torchao_refuses_what_is_quantised_already(quantised, ids):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = AutoModelForCausalLM.from_pretrained(quantised)
+    exact = model(ids).logits.detach()
+    with pytest.raises(AssertionError, match="uint8"):
+        quantization.quantize_(model.model, quantization.Int8WeightOnlyConfig())
+    assert torch.equal(model(ids).logits, exact)
+
+
 @pytest.mark.works("`generate`, `torch.compile`")
 @pytest.mark.parametrize("mode", ["generate", "compile"])
 def test_generation(saved, mode):
@@ -122,19 +141,30 @@ dist.destroy_process_group()
 """
 
 
+def in_parallel(directory, place):
+    """Load a checkpoint in two processes that share it; what each finds is written to a place."""
+    script = place / "parallel.py"
+    script.write_text(PARALLEL)
+    return subprocess.run(
+        [Path(sys.executable).parent / "torchrun", "--nproc-per-node=2", "--master-port=0",
+         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", script, directory, place],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.works("tensor parallel (transformers, 2 gloo processes)", quantised="refused")
+def test_tensor_parallel_refuses_quantised_layers(quantised, tmp_path):
+    result = in_parallel(quantised, tmp_path)
+    assert "a quantised layer cannot be sharded" in result.stdout, result.stdout + result.stderr
+
+
 @pytest.mark.works(
     "tensor parallel (transformers, 2 gloo processes)",
     pivoted="refused",
 )
 def test_tensor_parallel_on_two_processes(saved, tmp_path):
     _, directory, layout = saved
-    script = tmp_path / "parallel.py"
-    script.write_text(PARALLEL)
-    result = subprocess.run(
-        [Path(sys.executable).parent / "torchrun", "--nproc-per-node=2", "--master-port=0",
-         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", script, directory, tmp_path],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    result = in_parallel(directory, tmp_path)
     if layout == "pivoted":
         assert "REFUSED model.layers" in result.stdout, result.stdout + result.stderr
         assert "compress with layout=two_factor" in result.stdout
