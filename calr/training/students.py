@@ -6,6 +6,8 @@ from torch.nn.functional import linear
 
 from calr_kernels import Form, records
 
+ROWS = 4096  # of a matrix that are converted at once
+
 
 class Primary(nn.Module):
     """A matrix [N, K] of frozen levels, int8, and trained scales [N, groups], float32.
@@ -16,9 +18,9 @@ class Primary(nn.Module):
     def __init__(self, stored: Tensor, form: Form, columns: int) -> None:
         super().__init__()
         self.form, self.columns = form, columns
-        self.codes, self.before = records.unpack(stored, form, columns)
-        values = torch.tensor(form.values, dtype=torch.int8, device=stored.device)
-        self.levels = values[self.codes.int()]
+        codes, self.before = records.unpack(stored, form, columns)
+        self.values = torch.tensor(form.values, dtype=torch.int8, device=stored.device)
+        self.levels = torch.cat([self.values[part.int()] for part in codes.split(ROWS)])
         self.scales = nn.Parameter(self.before.float())
 
     def forward(self, rows: Tensor | None = None) -> Tensor:
@@ -33,7 +35,10 @@ class Primary(nn.Module):
         """Return the records of the scales as they are now; none changes its sign or becomes 0."""
         now = records.storable(self.scales, self.form)
         good = torch.isfinite(now) & (now * self.before > 0)
-        return records.pack(self.codes, torch.where(good, now, self.before), self.form)
+        values = self.values.int()
+        codes = [torch.bucketize(part.int(), values) for part in self.levels.split(ROWS)]
+        stored = torch.cat([part.to(torch.uint8) for part in codes])
+        return records.pack(stored, torch.where(good, now, self.before), self.form)
 
 
 class StudentLinear(nn.Module):
