@@ -222,6 +222,7 @@ class Recipe:
         """Return the fields as plain JSON values, the learning rate as it is used."""
         return dataclasses.asdict(self) | {
             "skip": list(self.skip),
+            "widths": list(self.widths),
             "learning_rate": self.peak_learning_rate or None,  # nothing to train at keep 1
         }
 
