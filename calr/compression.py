@@ -35,6 +35,7 @@ from calr.model import (
     recast,
     require_same,
     require_supported,
+    rotate,
     set_submodule,
     tensor_bytes,
 )
@@ -90,7 +91,8 @@ def compress(
     again. work: a directory for finished parts, so that a killed run can continue (another one is
     refused there). elastic: keep every layer whole, as ordered factors with their error curves, for
     `resize`; keep, layout and training do not count then. The model is changed only after
-    everything has been computed; CalrError says what is wrong otherwise.
+    everything has been computed, but for a rotation that leaves its function as it is; CalrError
+    says what is wrong otherwise.
 
     >>> import torch
     >>> from calr.testing import tiny_llama
@@ -183,6 +185,7 @@ class _Compression:
     structure: Structure
     budget: Budget | ByteBudget
     stored: torch.dtype | None  # of the result, where it is another than the dense model's
+    rotated: bool = False
 
     @classmethod
     def of(
@@ -235,9 +238,11 @@ class _Compression:
         found: dict[str, Any] = {}
         with evaluating(model):
             ids = self._windows(parts)
+            self.rotated = self._rotated()
             collected = self._statistics(spread(ids, recipe.samples), parts, statistics)
             if isinstance(self.budget, ByteBudget):
                 stored, found = quantised(model, self.budget, recipe, ids, collected, parts)
+                found["rotated"] = self.rotated
                 attach(model, CalrConfig(layers=stored, recipe=self._described(ids) | found))
                 return model
             decompositions = Decompositions(model, self.structure, recipe, collected)
@@ -257,6 +262,14 @@ class _Compression:
         described = self._described(ids) | found
         attach(model, CalrConfig(layers=stored, recipe=described, errors=errors))
         return model
+
+    def _rotated(self) -> bool:
+        """Rotate a model that is going to be quantised, if it can be; its function stays."""
+        _ = self.identity  # of the weights as they came
+        recipe = self.recipe
+        return (
+            recipe.quantised and recipe.rotate and rotate(self.model, self.structure, recipe.seed)
+        )
 
     def _described(self, ids: Tensor) -> dict[str, Any]:
         """State the recipe as it goes into the checkpoint."""
@@ -305,7 +318,9 @@ class _Compression:
         windows = min(recipe.gradient_samples, len(ids))
         gradients = recipe.quantised or method.needs_gradients(recipe)
         directory = directory or parts.path("statistics")
-        key = "" if directory is None else digest(self.identity, ids, windows, recipe.seed)
+        parts_of_key = [self.identity, ids, windows, recipe.seed]
+        parts_of_key += ["rotated"] if self.rotated else []
+        key = "" if directory is None else digest(*parts_of_key)
         return Statistics(
             self.model,
             self.structure,

@@ -55,6 +55,8 @@ class Recipe:
             and leaves embeddings and lm_head as they are.
         widths: Bits that a quantised matrix may have, --widths 4,8; by default all that there are,
             or that the target has. vLLM's build for CPUs multiplies by 4 bits alone.
+        rotate: Before quantising, rotate the residual stream of a model whose function that leaves
+            as it is (RMS norms, lm_head not tied): it loses a quarter less.
         method: Decomposition of one weight: a file in calr/methods (svd, svd_llm, erc_svd, calr).
         method_options: Options of the method, for example {"beta": 0.05} of erc_svd.
         layout: Storage of a rank-r layer: pivoted, r(N+K-r) numbers, or two_factor, r(N+K).
@@ -96,6 +98,7 @@ class Recipe:
     scale_group: int | None = None
     target: Target | None = None
     widths: tuple[int, ...] = ()
+    rotate: bool = True
     method: str = "calr"
     method_options: dict[str, float] = field(default_factory=dict)
     layout: Layout = "pivoted"

@@ -13,6 +13,7 @@ from calr.model.lowrank import balance, low_rank, pack, pivot, two_factor
 from calr.model.matrices import Matrix, matrices
 from calr.model.quantized import parameter_count, quantize, tensor_bytes, weight_of
 from calr.model.readback import require_same
+from calr.model.rotation import rotate
 from calr.model.structure import (
     Layer,
     Structure,
@@ -59,6 +60,7 @@ __all__ = [
     "require_supported",
     "requiring",
     "resolve_dtype",
+    "rotate",
     "set_submodule",
     "tensor_bytes",
     "two_factor",

@@ -1,0 +1,126 @@
+"""A rotation that leaves a model's function as it is and makes its weights easier to round.
+
+Of the residual stream, by a random orthogonal matrix (QuaRot, arXiv 2404.00456; SpinQuant, arXiv
+2405.16406): weights, and inputs, become more alike in size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from calr.model.structure import Structure
+from calr.model.swapping import evaluating, hooked
+
+TOKENS = 16  # whose logits are compared
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of their norm; 16-bit types: the next
+COARSE = 5e-2
+
+
+@torch.no_grad()
+def rotate(model: PreTrainedModel, structure: Structure, seed: int = 0) -> bool:
+    """Rotate a model's residual stream, in place; return whether it was done.
+
+    Weights of the norms go into the layers that read them. A model whose logits then differ, by
+    more than rounding, is of another form (norms behind a layer that writes to the residual, layer
+    norms, lm_head tied to the embedding): it is as it was.
+    """
+    embedding, head = _ends(model)
+    if type(embedding) is not nn.Embedding or type(head) is not nn.Linear:
+        return False
+    if head.weight is embedding.weight or next(model.parameters()).device.type == "meta":
+        return False
+    blocks = model.get_submodule(structure.blocks_name)
+    with evaluating(model):
+        wanted, readers = _traced(model)
+        read = {linear for linears in readers.values() for linear in linears}
+        writers = [
+            module
+            for module in blocks.modules()
+            if type(module) is nn.Linear
+            and module.out_features == embedding.embedding_dim
+            and module not in read
+        ]
+        moved = [embedding, *readers, *read, *writers]
+        before = [(p, p.data.clone()) for module in moved for p in module.parameters(False)]
+        draw = torch.Generator().manual_seed(seed)
+        _turn(embedding, readers, writers, _orthogonal(embedding.embedding_dim, draw))
+        found = _logits(model)
+    error = torch.linalg.vector_norm((found - wanted).float())
+    limit = TOLERANCE.get(wanted.dtype, COARSE) * torch.linalg.vector_norm(wanted.float())
+    if head in read and bool(error <= limit):
+        return True
+    for p, value in before:
+        p.data = value
+    return False
+
+
+def _ends(model: Any) -> tuple[nn.Module, nn.Module | None]:
+    return model.get_input_embeddings(), model.get_output_embeddings()
+
+
+def _logits(model: Any) -> Tensor:
+    ids = torch.arange(1, TOKENS + 1, device=model.device)[None] % model.config.vocab_size
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def _traced(model: PreTrainedModel) -> tuple[Tensor, dict[nn.Module, list[nn.Linear]]]:
+    """Return the logits of a few tokens, and of each norm the layers that read what it gives."""
+    given: dict[int, nn.Module] = {}
+    alive: list[Any] = []  # so that an address means sameness
+    readers: dict[nn.Module, list[nn.Linear]] = {}
+
+    def of_norm(module: nn.Module, args: Any, output: Tensor) -> None:
+        alive.append(output)
+        given[output.data_ptr()] = module
+
+    def of_linear(module: nn.Linear, args: tuple[Any, ...]) -> None:
+        norm = given.get(args[0].data_ptr())
+        if norm is not None:
+            readers.setdefault(norm, []).append(module)
+
+    hidden, hooks = model.get_input_embeddings().get_parameter("weight").shape[1], []
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if "norm" in type(module).__name__.lower() and weight is not None:
+            if list(weight.shape) == [hidden]:
+                hooks.append(module.register_forward_hook(of_norm))
+        elif type(module) is nn.Linear:
+            hooks.append(module.register_forward_pre_hook(of_linear))
+    with hooked(hooks):
+        return _logits(model), readers
+
+
+def _orthogonal(size: int, draw: torch.Generator) -> Tensor:
+    """Draw an orthogonal matrix, float64, evenly from all of them."""
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=draw, dtype=torch.float64))
+    even: Tensor = q * r.diagonal().sign()
+    return even
+
+
+def _turn(
+    embedding: nn.Embedding,
+    readers: dict[nn.Module, list[nn.Linear]],
+    writers: list[nn.Linear],
+    q: Tensor,
+) -> None:
+    """Turn h into Qᵀh: E Q, W Γ Q of a layer behind a norm of weight Γ, Qᵀ W, Qᵀ b of a writer."""
+    _change(embedding.weight, lambda w, q: w @ q, q)
+    for norm, linears in readers.items():
+        gain = norm.get_parameter("weight")
+        for linear in linears:
+            _change(linear.weight, lambda w, q, gain=gain: (w * gain.to(w)) @ q, q)
+        gain.data = torch.ones_like(gain)
+    for linear in writers:
+        _change(linear.weight, lambda w, q: q.mT @ w, q)
+        if linear.bias is not None:
+            _change(linear.bias, lambda b, q: q.mT @ b, q)
+
+
+def _change(parameter: Tensor, how: Callable[..., Tensor], q: Tensor) -> None:
+    """Replace a parameter by what becomes of it, computed in float32 at least."""
+    wide = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    parameter.data = how(wide, q.to(wide)).to(parameter.dtype)
