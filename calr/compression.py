@@ -64,7 +64,7 @@ from calr.storage import (
     model_card,
     prepare,
     recipe_yaml,
-    saved,
+    saver,
     size,
     write,
     writing,
@@ -165,7 +165,7 @@ def compress_to(
         command = "calr compress {model} OUTPUT --config recipe.yaml"
         card = model_card(source, run.what, command, recipe_yaml(recipe, options), results)
         check = partial(require_same, model, trust_remote_code=trust_remote_code)
-        write(saved(model, tokenizer), place, card, key=run.key, results=results, check=check)
+        write(saver(model, tokenizer), place, card, key=run.key, results=results, check=check)
     return results | {"bytes": size(place), "directory": str(place)}
 
 

@@ -37,7 +37,7 @@ from calr.storage import (
     model_card,
     prepare,
     read_manifest,
-    saved,
+    saver,
     size,
     verify,
     write,
@@ -132,7 +132,7 @@ def resize_to(
         command = f"calr resize {{model}} OUTPUT {command}"
         card = model_card(source, LOW_RANK, command, made, results)
         check = partial(require_same, model, trust_remote_code=trust_remote_code)
-        write(saved(model, tokenizer), place, card, key=key, results=results, check=check)
+        write(saver(model, tokenizer), place, card, key=key, results=results, check=check)
     return results | {"bytes": size(place), "directory": str(place)}
 
 

@@ -46,7 +46,7 @@ def ids() -> torch.Tensor:
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama and its tokenizer in Q8_0, in one GGUF file."""
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    model, tokenizer = tiny_llama(vocab_size=259), byte_tokenizer()
+    model, tokenizer = tiny_llama(vocab_size=260), byte_tokenizer()
     config, writer = model.config, gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -58,8 +58,8 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_vocab_size(config.vocab_size)
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*(token for token, _ in tokens), "ab"])
-    writer.add_token_merges(["a b"])
+    writer.add_token_list([*(token for token, _ in tokens), "ab", "abc"])
+    writer.add_token_merges(["a b", "ab c"])  # two: older transformers take one alone for text
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         stem, _, kind = name.rpartition(".")

@@ -14,7 +14,7 @@ from calr.storage import (
     model_card,
     prepare,
     read_manifest,
-    saved,
+    saver,
     size,
     verify,
     write,
@@ -48,7 +48,7 @@ def export_dense(
             command = "calr export {model} OUTPUT --to dense"
             card = model_card(source, what, command, made, results, needs_calr=False)
             check = partial(require_same, model, trust_remote_code=trust_remote_code)
-            write(saved(model, tokenizer), place, card, key=key, results=results, check=check)
+            write(saver(model, tokenizer), place, card, key=key, results=results, check=check)
     return results | {"bytes": size(place), "directory": str(place)}
 
 

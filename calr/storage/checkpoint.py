@@ -143,7 +143,7 @@ def finished(directory: Path, key: str) -> dict[str, Any] | None:
     return results
 
 
-def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[Path], None]:
+def saver(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[Path], None]:
     """Return what saves a model and its tokenizer in a directory."""
 
     def save(directory: Path) -> None:

@@ -155,7 +155,9 @@ def in_parallel(directory, place):
 @pytest.mark.works("tensor parallel (transformers, 2 gloo processes)", quantised="refused")
 def test_tensor_parallel_refuses_quantised_layers(quantised, tmp_path):
     result = in_parallel(quantised, tmp_path)
-    assert "a quantised layer cannot be sharded" in result.stdout, result.stdout + result.stderr
+    said = result.stdout + result.stderr  # transformers before 5.21 refuses it in words of its own
+    assert "a quantised layer cannot be sharded" in said or "tensor parallel size" in said, said
+    assert not list(tmp_path.glob("*.difference"))
 
 
 @pytest.mark.works(

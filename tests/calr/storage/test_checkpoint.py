@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import calr
 from calr.errors import CalrError
-from calr.storage import model_card, prepare, write, writing
+from calr.storage import model_card, prepare, saver, write, writing
 from calr.testing import byte_tokenizer, tiny_llama
 
 LAYOUTS = ["pivoted", "two_factor"]
@@ -238,7 +238,7 @@ def test_files_that_are_not_ours_survive(tmp_path):
     prepare(tmp_path, "k", {}, overwrite=True)
     with pytest.raises(CalrError, match="--overwrite"):  # not a run of its own any more
         prepare(tmp_path, "k", {}, overwrite=False)
-    write(tiny_llama(), byte_tokenizer(), tmp_path, CARD)
+    write(saver(tiny_llama(), byte_tokenizer()), tmp_path, CARD)
     assert (tmp_path / "notes.txt").read_text() == (tmp_path / "model.gguf").read_text() == "mine"
     assert (tmp_path / "additional_chat_templates" / "old.jinja").read_text() == "old"
 
@@ -249,7 +249,7 @@ def test_a_torn_checkpoint_stays_ours_to_overwrite(tmp_path):
     (tmp_path / "model.safetensors").write_text("half")
     for key in ("second", "third"):
         prepare(tmp_path, key, {}, overwrite=True)
-    write(tiny_llama(), byte_tokenizer(), tmp_path, CARD)
+    write(saver(tiny_llama(), byte_tokenizer()), tmp_path, CARD)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.hidden_size == 32
 
 
@@ -257,11 +257,11 @@ def test_overwriting_leaves_nothing_of_the_old_checkpoint(tmp_path):
     chatting = byte_tokenizer()
     chatting.chat_template = "{{ messages }}"
     prepare(tmp_path, "first", {}, overwrite=False)
-    write(tiny_llama(), chatting, tmp_path, CARD, key="first")
+    write(saver(tiny_llama(), chatting), tmp_path, CARD, key="first")
     assert (tmp_path / "chat_template.jinja").exists()
     prepare(tmp_path, "second", {}, overwrite=True)
     assert (tmp_path / "config.json").exists()  # the old one stays until the new one is whole
-    write(tiny_llama(), byte_tokenizer(), tmp_path, CARD, key="second")
+    write(saver(tiny_llama(), byte_tokenizer()), tmp_path, CARD, key="second")
     assert not (tmp_path / "chat_template.jinja").exists()
     assert not (tmp_path / ".calr").exists()
     assert not list(tmp_path.glob("*.before-calr"))

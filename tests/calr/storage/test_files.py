@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 import calr
 from calr.errors import CalrError
-from calr.storage import Store, finished, locked, prepare, verify, write, writing
+from calr.storage import Store, finished, locked, prepare, saver, verify, write, writing
 from calr.storage.manifest import MANIFEST, listed
 from calr.testing import byte_tokenizer, tiny_llama
 
@@ -266,12 +266,12 @@ def test_a_manifest_names_no_file_elsewhere(tmp_path):
     (tmp_path / "precious").write_text("mine")
     out = tmp_path / "out"
     prepare(out, "k", {}, overwrite=False)
-    write(tiny_llama(), byte_tokenizer(), out, CARD, key="k")
+    write(saver(tiny_llama(), byte_tokenizer()), out, CARD, key="k")
     manifest = json.loads((out / MANIFEST).read_text())
     manifest["files"] |= {"../precious": "", str(tmp_path / "precious"): ""}
     (out / MANIFEST).write_text(json.dumps(manifest))
     prepare(out, "k2", {}, overwrite=True)
-    write(tiny_llama(), byte_tokenizer(), out, CARD, key="k2")
+    write(saver(tiny_llama(), byte_tokenizer()), out, CARD, key="k2")
     assert (tmp_path / "precious").read_text() == "mine"
     assert finished(out, "other") is None
 
