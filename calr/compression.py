@@ -31,6 +31,7 @@ from calr.model import (
     fingerprint,
     gguf_file,
     load,
+    on_grid,
     pack,
     recast,
     require_same,
@@ -130,7 +131,8 @@ def compress_to(
     source, dtype, device and trust_remote_code: as in `load`. Finished parts lie in
     DIRECTORY/.calr: the same call continues where a killed one stopped and ends with the same bits.
     What a GGUF file holds is computed with in float32 and stored in bfloat16, where no dtype is
-    named. eval_windows: windows of held-out built-in text on which the result is compared with the
+    named; weights that are quantised there are not rotated, off the grid on which they lie.
+    eval_windows: windows of held-out built-in text on which the result is compared with the
     dense model, which is loaded again for that; 0: none. Raises CalrError for a directory that
     holds something else (without overwrite), and for what `load` and `compress` refuse.
     """
@@ -141,6 +143,8 @@ def compress_to(
     loading["dtype"] = dtype if file is None else "float32"
     model, tokenizer = load(source, **loading)
     stored = None if file is None else GGUF_DTYPE
+    if recipe.quantised and on_grid(source):
+        recipe = dataclasses.replace(recipe, rotate=False)
     run = _Compression.of(model, recipe, calibration, tokenizer, elastic, stored)
     if eval_windows:
         check_window(model, "window", recipe.window)
@@ -285,6 +289,7 @@ class _Compression:
             rows = report.quantised_rows(self.budget.matrices, config.layers, self.budget.element)
             widths = Counter(row["bits"] or 8 * self.budget.element for row in rows)
             found |= {f"matrices_of_{bits}_bits": count for bits, count in sorted(widths.items())}
+            found["rotated"] = "yes" if self.rotated else "no"
         else:
             found |= report.outcome(self.structure, config.layers)
         training = config.recipe.get("correction", {})

@@ -7,6 +7,7 @@ from calr.model.loading import (
     is_compressed,
     load,
     load_skeleton,
+    on_grid,
     resolve_dtype,
 )
 from calr.model.lowrank import balance, low_rank, pack, pivot, two_factor
@@ -50,6 +51,7 @@ __all__ = [
     "load_skeleton",
     "low_rank",
     "matrices",
+    "on_grid",
     "pack",
     "parameter_count",
     "pivot",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 import transformers
 from transformers import (
@@ -22,6 +23,7 @@ from calr.integrations.config import QUANT_METHOD
 from calr.model.weights import require_finite
 
 GGUF_DTYPE = torch.bfloat16  # of the numbers of a GGUF file, where no other is asked for
+NUMBERS = {gguf.GGMLQuantizationType[kind] for kind in ("F64", "F32", "F16", "BF16")}
 LONG = 500  # characters, of a message that says too much
 REPEATED = re.compile(r"(layers|n_layer|experts)$")  # fields that count modules
 MOST_REPEATED = 10_000
@@ -124,6 +126,16 @@ def gguf_file(source: str) -> Path | None:
     found = _arguments(source)
     name = found.get("gguf_file")
     return None if name is None else Path(found["pretrained_model_name_or_path"]) / name
+
+
+def on_grid(source: str) -> bool:
+    """Tell whether a source is a GGUF file whose weights are quantised."""
+    file = gguf_file(source)
+    if file is None:
+        return False
+    with _one_sentence(f"{source}: cannot be read"):
+        kinds = {tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors}
+    return not kinds <= NUMBERS
 
 
 def is_compressed(directory: Path) -> bool:

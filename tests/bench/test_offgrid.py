@@ -8,6 +8,7 @@ import torch
 
 import calr
 from calr.export.gguf import copy_fields, finish
+from calr.model import on_grid
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -35,3 +36,15 @@ def test_the_logits_are_the_same_and_no_matrix_is(gguf_file, ids, tmp_path, monk
             assert torch.equal(module.weight, torch.ones_like(module.weight))
         elif isinstance(module, torch.nn.Linear):
             assert not torch.equal(module.weight, before.get_submodule(name).weight)
+    assert on_grid(str(gguf_file))
+    assert not on_grid(str(tmp_path / "out.gguf"))
+    small = {"samples": 4, "gradient_samples": 2, "window": 32, "correction_tokens": 0}
+    for file, rotated in ((gguf_file, "no"), (tmp_path / "out.gguf", "yes")):
+        made = calr.compress_to(
+            str(file),
+            tmp_path / f"made-{rotated}",
+            calr.Recipe(bits=9.0, scale_group=32, **small),
+            calibration="builtin",
+            eval_windows=0,
+        )
+        assert made["rotated"] == rotated

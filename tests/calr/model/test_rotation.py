@@ -1,5 +1,6 @@
 """The rotation: the same function, weights more alike; what is of another form stays as it is."""
 
+import peft
 import pytest
 import torch
 from transformers import (
@@ -102,6 +103,22 @@ def test_a_seed_draws_the_same_and_another_another():
         made.append(model.model.embed_tokens.weight)
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_an_adapter_of_the_dense_model_serves_one_that_is_not_rotated(rotated, ids):
+    adapted = []
+    for recipe in (None, calr.Recipe(bits=9, rotate=rotated, scale_group=32, correction_tokens=0)):
+        model = tiny_llama(tie_word_embeddings=False)
+        if recipe is not None:
+            model = calr.compress(model, recipe, calibration=ids)
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=["up_proj", "o_proj"], init_lora_weights=False)
+        adapted.append(peft.get_peft_model(model, config).eval())
+    with torch.no_grad():
+        wanted, found = (model(ids).logits for model in adapted)
+    error = float((found - wanted).norm() / wanted.norm())
+    assert error > 0.5 if rotated else error < 0.05
 
 
 @pytest.mark.parametrize("asked", [True, False])
