@@ -29,6 +29,7 @@ from calr.ranks import (
     Shape,
     by_block,
     byte_budget,
+    corrective_ranks,
     curves_name,
     even,
     feasible_last_k,
@@ -150,13 +151,19 @@ def _known_losses(budget: ByteBudget, statistics: Path) -> dict[str, list[float]
     """Read what an earlier run found rounding to cost; CalrError where it is none of this."""
     name = losses_name(budget)
     known = Store(statistics / name) if (statistics / name).is_dir() else Store()
+    found = {}
     for matrix in budget.matrices:
         if matrix.name not in known:
             raise CalrError(
                 f"{statistics}: does not say what rounding {matrix.name} costs ({name}); compress "
                 "with it first"
             )
-    return {m.name: known.load(m.name)["losses"].tolist() for m in budget.matrices}
+        found[matrix.name] = known.load(matrix.name)["losses"].tolist()
+        if len(found[matrix.name]) != len(corrective_ranks(matrix)):
+            raise CalrError(
+                f"{statistics}: {matrix.name} is of another shape there; it is another model's"
+            )
+    return found
 
 
 def _ranks(budget: Budget, recipe: Recipe, statistics: str | Path | None) -> tuple[Ranks, bool]:
