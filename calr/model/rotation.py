@@ -44,7 +44,8 @@ def rotate(model: PreTrainedModel, structure: Structure, seed: int = 0) -> bool:
             and module not in read
         ]
         moved = [embedding, *readers, *read, *writers]
-        before = [(p, p.data.clone()) for module in moved for p in module.parameters(False)]
+        parameters = [p for module in moved for p in module.parameters(recurse=False)]
+        before = [p.data.to("cpu", copy=True) for p in parameters]  # a GPU may have no room
         draw = torch.Generator().manual_seed(seed)
         _turn(embedding, readers, writers, _orthogonal(embedding.embedding_dim, draw))
         found = _logits(model)
@@ -52,8 +53,8 @@ def rotate(model: PreTrainedModel, structure: Structure, seed: int = 0) -> bool:
     limit = TOLERANCE.get(wanted.dtype, COARSE) * torch.linalg.vector_norm(wanted.float())
     if head in read and bool(error <= limit):
         return True
-    for p, value in before:
-        p.data = value
+    for p, value in zip(parameters, before, strict=True):
+        p.data = value.to(p.device)
     return False
 
 
