@@ -89,7 +89,7 @@ def _traced(model: PreTrainedModel) -> tuple[Tensor, dict[nn.Module, list[nn.Lin
         if "norm" in type(module).__name__.lower() and weight is not None:
             if list(weight.shape) == [hidden]:
                 hooks.append(module.register_forward_hook(of_norm))
-        elif type(module) is nn.Linear:
+        elif type(module) is nn.Linear and module.in_features == hidden:
             hooks.append(module.register_forward_pre_hook(of_linear))
     with hooked(hooks):
         return _logits(model), readers
