@@ -259,7 +259,7 @@ class _Compression:
                 found["correction"] = dataclasses.asdict(done)
             else:
                 layers = pack(model, layers, recipe.layout)
-            errors = self._sampled_errors(decompositions) if self.elastic else None
+            errors = decompositions.sampled(recipe.rank_step) if self.elastic else None
         for name, layer in layers.items():
             set_submodule(model, name, layer.train(model.training))
         stored = {n: {"layout": layer.layout, "rank": layer.rank} for n, layer in layers.items()}
@@ -347,8 +347,3 @@ class _Compression:
             return last_k(budget, blocks, FinalState(decompositions).error)
         curves = {name: curve.numpy() for name, curve in decompositions.curves().items()}
         return least_error(budget, curves, exact=self.recipe.solver == "exact")
-
-    def _sampled_errors(self, decompositions: Decompositions) -> dict[str, list[float]]:
-        """Return every layer's errors at the multiples of rank_step."""
-        curves = decompositions.curves()
-        return {name: curve[:: self.recipe.rank_step].tolist() for name, curve in curves.items()}

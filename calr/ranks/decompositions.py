@@ -67,6 +67,10 @@ class Decompositions:
             store.save(name, self._curves())
         return store.load(name)
 
+    def sampled(self, step: int) -> dict[str, list[float]]:
+        """Return each layer's errors at the multiples of a step."""
+        return {name: curve[::step].tolist() for name, curve in self.curves().items()}
+
     def _curves(self) -> dict[str, Tensor]:
         """Return each layer's expected increase of the loss (or output error) at every rank."""
         curves, influence = {}, None
