@@ -11,7 +11,8 @@ llama-cpp-python; MODEL must be a GGUF file then). The table has bytes of tensor
 the mean KL to the dense model in nats, the share of equal most probable tokens and the ratio of
 perplexities; of a model of ours also its mean KL over that of llama.cpp's ladder at the same bytes
 (ln KL interpolated between the two nearest rungs). --plot draws it. --without: measure the same
-cells without a part of the method, too. See bench/README.md for DIR.
+cells without a part of the method, too. An output holds the cells of one model and its text: name
+another --output for another. See bench/README.md for DIR.
 """
 
 import argparse
@@ -38,12 +39,13 @@ from calr.ranks import bits as ranks_bits
 from calr.text import spread_windows
 
 OUTPUT = Path("bench/results/frontier.json")
-PARTS = {  # what --without leaves out, as what a budget may then choose
+PARTS = {  # what --without leaves out, as what a budget may choose otherwise
     "corrective path": {"corrective_ranks": (0,)},
     "other levels than uniform ones": {
         "levels": {bits: "uniform" for bits in ranks_bits.BEST_LEVELS}
     },
     "widths but 4 and 8": {"levels": {4: "table", 8: "uniform"}},
+    "rotation": {},
 }
 
 
@@ -75,8 +77,11 @@ def main() -> None:
             cell = {"bits": bits, "tokens": tokens, "windows": arguments.windows}
             cell |= {"without": without}
             if not any(cell.items() <= row.items() for row in rows):
+                turned = without != "rotation"  # which has statistics of its own
+                recipe = calr.Recipe(bits=bits, correction_tokens=tokens, rotate=turned)
+                kept = place if turned else place.with_name(f"{place.name}-unrotated")
                 with leaving_out(without):
-                    found = measure(arguments.model, dense, bits, tokens, ids, texts, place)
+                    found = measure(arguments.model, dense, recipe, ids, texts, kept)
                 rows.append(cell | found)
                 write_json(arguments.output, rows)
         if arguments.ladder:
@@ -102,11 +107,10 @@ def leaving_out(part):
         ranks_bits.ANY = whole
 
 
-def measure(source, dense, bits, tokens, ids, texts, place):
+def measure(source, dense, recipe, ids, texts, place):
     """Compress to a budget and compare with the dense model on each text."""
     started = time.monotonic()
     model, _ = calr.load(source, dtype="float32")
-    recipe = calr.Recipe(bits=bits, correction_tokens=tokens)
     calr.compress(model, recipe, calibration=ids, statistics=place)
     seconds = time.monotonic() - started
     found = {

@@ -3,11 +3,10 @@
     python bench/vllm.py DIRECTORY EXPORT MODEL --python VENV/bin/python
 
 DIRECTORY: a checkpoint of calr's; EXPORT: what `calr export --to compressed-tensors` made of it;
-MODEL: the dense model; --python: of an environment with vLLM. Prompt
-log-probabilities of held-out built-in text, in vLLM (bfloat16, 16-bit activations) with the adapter
-and without it and in transformers with PEFT in bfloat16, against transformers with PEFT in float32;
-and tokens per second of one greedy sequence, beside the dense model's. Written to
-bench/results/vllm.json.
+MODEL: the dense model; --python: of an environment with vLLM. Prompt log-probabilities of held-out
+built-in text, in vLLM (bfloat16, 16-bit activations) with the adapter and without it and in
+transformers with PEFT in bfloat16, against transformers with PEFT in float32; and tokens per second
+of one greedy sequence, beside the dense model's. Written to bench/results/vllm.json.
 """
 
 import argparse
@@ -18,7 +17,6 @@ import statistics
 import subprocess
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,16 +107,10 @@ def server(python: str, directory: Path, *, adapter: bool = False) -> Iterator[A
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
-            for _ in range(STARTING):
+            end = time.monotonic() + STARTING
+            while not (up := answers(url)) and process.poll() is None and time.monotonic() < end:
                 time.sleep(1)
-                with contextlib.suppress(urllib.error.URLError):
-                    urllib.request.urlopen(f"{url}/health")
-                    break
-                if process.poll() is not None:
-                    break
-            else:
-                process.kill()
-            if process.poll() is not None:
+            if not up:
                 log.seek(0)
                 raise RuntimeError(f"vLLM did not start: {log.read()[-3000:]}")
 
@@ -133,6 +125,14 @@ def server(python: str, directory: Path, *, adapter: bool = False) -> Iterator[A
         finally:
             process.terminate()
             process.wait(60)
+
+
+def answers(url: str) -> bool:
+    """Tell whether a server is up."""
+    with contextlib.suppress(OSError):
+        urllib.request.urlopen(f"{url}/health")
+        return True
+    return False
 
 
 def prompt_log_probabilities(ask: Any, model: str, ids: Tensor) -> Tensor:

@@ -33,15 +33,12 @@ from calr.ranks import Budget, Shape, least_error, report
 from calr.recipe import Recipe
 from calr.storage import (
     destination,
-    finished,
     model_card,
-    prepare,
     read_manifest,
     saver,
     size,
     verify,
-    write,
-    writing,
+    write_at_once,
 )
 from calr_kernels import LowRankLinear
 from calr_kernels.layout import Layout
@@ -121,18 +118,19 @@ def resize_to(
     config: Any = model.config.quantization_config
     results = {"source_bytes": before} | report.byte_totals(structure, tensor_bytes(model))
     results |= report.outcome(structure, config.layers)
-    with writing(place):
-        key = digest(fingerprint(model), options)
-        done = None if overwrite else finished(place, key)
-        if done is not None:
-            return done | {"bytes": size(place), "directory": str(place)}
-        prepare(place, key, {"model": source, "keep": keep}, overwrite=overwrite)
-        made = yaml.safe_dump(config.recipe, sort_keys=False)
-        command = " ".join(f"--{name} {value}" for name, value in options.items())
-        command = f"calr resize {{model}} OUTPUT {command}"
-        card = model_card(source, LOW_RANK, command, made, results)
-        check = partial(require_same, model, trust_remote_code=trust_remote_code)
-        write(saver(model, tokenizer), place, card, key=key, results=results, check=check)
+    made = yaml.safe_dump(config.recipe, sort_keys=False)
+    command = " ".join(f"--{name} {value}" for name, value in options.items())
+    command = f"calr resize {{model}} OUTPUT {command}"
+    write_at_once(
+        saver(model, tokenizer),
+        place,
+        model_card(source, LOW_RANK, command, made, results),
+        key=digest(fingerprint(model), options),
+        summary={"model": source, "keep": keep},
+        results=results,
+        overwrite=overwrite,
+        check=partial(require_same, model, trust_remote_code=trust_remote_code),
+    )
     return results | {"bytes": size(place), "directory": str(place)}
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calr.errors import CalrError
 from calr.export.dense import load_compressed
 from calr.model import digest, fingerprint, load_skeleton, tensor_bytes
-from calr.storage import destination, finished, model_card, prepare, size, write, writing
+from calr.storage import destination, model_card, size, write_at_once
 from calr_kernels import LowRankLinear, QuantizedEmbedding, QuantizedLinear, records
 
 WIDTHS = (4, 8)
@@ -59,18 +59,18 @@ def export_compressed_tensors(
     skeleton = load_skeleton(source, trust_remote_code=trust_remote_code, dense=True)
     skeleton.config.quantization_config = config
     skeleton.generation_config = model.generation_config
-    with writing(place):
-        done = None if overwrite else finished(place, key)
-        if done is None:
-            summary = {"model": source, "to": "compressed-tensors"}
-            prepare(place, key, summary, overwrite=overwrite)
-            command = "calr export {model} OUTPUT --to compressed-tensors"
-            folder = ADAPTER if adapter else None
-            card = model_card(
-                source, WHAT, command, made, results, needs_calr=False, adapter=folder
-            )
-            save = partial(_save, skeleton, tokenizer, base, adapter, str(place))
-            write(save, place, card, key=key, results=results, check=partial(_check, base))
+    command = "calr export {model} OUTPUT --to compressed-tensors"
+    folder = ADAPTER if adapter else None
+    write_at_once(
+        partial(_save, skeleton, tokenizer, base, adapter, str(place)),
+        place,
+        model_card(source, WHAT, command, made, results, needs_calr=False, adapter=folder),
+        key=key,
+        summary={"model": source, "to": "compressed-tensors"},
+        results=results,
+        overwrite=overwrite,
+        check=partial(_check, base, adapter),
+    )
     written = {"bytes": size(place), "directory": str(place)}
     return results | written | ({"adapter": str(place / ADAPTER)} if adapter else {})
 
@@ -205,13 +205,14 @@ def _save(
         save_file(adapter, file, metadata={"format": "pt"})
 
 
-def _check(base: Tensors, directory: Path) -> None:
-    """Read the checkpoint back and compare: every tensor bit for bit."""
-    missing = set(base)
-    for file in sorted(directory.glob("*.safetensors")):
+def _check(base: Tensors, adapter: Tensors, directory: Path) -> None:
+    """Read the checkpoint and its adapter back and compare: every tensor bit for bit."""
+    wanted = base | adapter
+    missing = set(wanted)
+    for file in sorted(directory.rglob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118
-                if name not in base or not torch.equal(opened.get_tensor(name), base[name]):
+                if name not in wanted or not torch.equal(opened.get_tensor(name), wanted[name]):
                     raise CalrError(f"{name}: is another one when the checkpoint is read again")
                 missing.discard(name)
     for name in sorted(missing):

@@ -10,16 +10,15 @@ from calr.errors import CalrError
 from calr.model import digest, fingerprint, is_compressed, load, require_same, tensor_bytes
 from calr.storage import (
     destination,
-    finished,
     model_card,
-    prepare,
     read_manifest,
     saver,
     size,
     verify,
-    write,
-    writing,
+    write_at_once,
 )
+
+WHAT = "the same function in dense matrices, for programs that do not know calr"
 
 
 def export_dense(
@@ -40,15 +39,17 @@ def export_dense(
     made = yaml.safe_dump(model.config.quantization_config.recipe, sort_keys=False)
     model = model.dequantize()
     results: dict[str, Any] = {"source_bytes": before, "tensor_bytes": tensor_bytes(model)}
-    with writing(place):
-        done = None if overwrite else finished(place, key)
-        if done is None:
-            prepare(place, key, {"model": source, "to": "dense"}, overwrite=overwrite)
-            what = "the same function in dense matrices, for programs that do not know calr"
-            command = "calr export {model} OUTPUT --to dense"
-            card = model_card(source, what, command, made, results, needs_calr=False)
-            check = partial(require_same, model, trust_remote_code=trust_remote_code)
-            write(saver(model, tokenizer), place, card, key=key, results=results, check=check)
+    command = "calr export {model} OUTPUT --to dense"
+    write_at_once(
+        saver(model, tokenizer),
+        place,
+        model_card(source, WHAT, command, made, results, needs_calr=False),
+        key=key,
+        summary={"model": source, "to": "dense"},
+        results=results,
+        overwrite=overwrite,
+        check=partial(require_same, model, trust_remote_code=trust_remote_code),
+    )
     return results | {"bytes": size(place), "directory": str(place)}
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calr.model.structure import Structure
+from calr.model.support import alike
 from calr.model.swapping import evaluating, hooked
 
 TOKENS = 16  # whose logits are compared
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of their norm; 16-bit types: the next
-COARSE = 5e-2
+TOLERANCES = (1e-3, 5e-2)  # of weights, too, that are rounded: in float32, in 16 bit
 
 
 @torch.no_grad()
@@ -46,16 +46,14 @@ def rotate(model: PreTrainedModel, structure: Structure, seed: int = 0) -> bool:
         moved = [embedding, *readers, *read, *writers]
         parameters = [p for module in moved for p in module.parameters(recurse=False)]
         before = [p.data.to("cpu", copy=True) for p in parameters]  # a GPU may have no room
-        draw = torch.Generator().manual_seed(seed)
-        _turn(embedding, readers, writers, _orthogonal(embedding.embedding_dim, draw))
-        found = _logits(model)
-    error = torch.linalg.vector_norm((found - wanted).float())
-    limit = TOLERANCE.get(wanted.dtype, COARSE) * torch.linalg.vector_norm(wanted.float())
-    if head in read and bool(error <= limit):
-        return True
-    for p, value in zip(parameters, before, strict=True):
-        p.data = value.to(p.device)
-    return False
+        draw, same = torch.Generator().manual_seed(seed), False
+        try:
+            _turn(embedding, readers, writers, _orthogonal(embedding.embedding_dim, draw))
+            same = head in read and alike(_logits(model), wanted, *TOLERANCES)
+        finally:
+            for p, value in zip(parameters, before, strict=True):
+                p.data = p.data if same else value.to(p.device)
+    return same
 
 
 def _ends(model: Any) -> tuple[nn.Module, nn.Module | None]:

@@ -41,7 +41,7 @@ def require_supported(model: PreTrainedModel, structure: Structure) -> None:
         if not all(bool(torch.isfinite(output).all()) for output in outputs):
             return  # for whoever names the layer that overflows
         first, second = (output[0, : TOKENS - 1] for output in outputs)
-        if not _alike(first, second):
+        if not alike(first, second):
             raise CalrError(
                 f"{family}: is not causal (a later token changes what comes before it; is_decoder "
                 "is false?), so there is no language model to compress"
@@ -51,7 +51,7 @@ def require_supported(model: PreTrainedModel, structure: Structure) -> None:
             hidden = runner.hidden
             for block in range(structure.blocks):
                 hidden = runner.run(block, hidden)
-            same = _alike(hidden[0], outputs[0])
+            same = alike(hidden[0], outputs[0])
         except Exception as error:  # whatever another form of block raises
             raise CalrError(
                 f"{family}: its blocks are of a form that calr cannot run one by one ({error}); it "
@@ -64,10 +64,10 @@ def require_supported(model: PreTrainedModel, structure: Structure) -> None:
         )
 
 
-def _alike(found: Tensor, wanted: Tensor) -> bool:
-    """Compare up to what another order of sums may change."""
+def alike(found: Tensor, wanted: Tensor, fine: float = 1e-4, coarse: float = 3e-2) -> bool:
+    """Compare up to what another order of sums may change; coarse: in types of 16 bit."""
     if found.shape != wanted.shape:
         return False
-    tolerance = 1e-4 if wanted.dtype in (torch.float32, torch.float64) else 3e-2
+    tolerance = fine if wanted.dtype in (torch.float32, torch.float64) else coarse
     wrong = torch.linalg.vector_norm((found - wanted).float())
     return bool(wrong <= tolerance * torch.linalg.vector_norm(wanted.float()))

@@ -9,6 +9,7 @@ from calr.storage.checkpoint import (
     saver,
     size,
     write,
+    write_at_once,
     writing,
 )
 from calr.storage.ledger import claim
@@ -31,5 +32,6 @@ __all__ = [
     "size",
     "verify",
     "write",
+    "write_at_once",
     "writing",
 ]

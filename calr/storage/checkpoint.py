@@ -194,6 +194,24 @@ def write(
     _clear(work)
 
 
+def write_at_once(
+    save: Callable[[Path], None],
+    directory: Path,
+    card: ModelCard,
+    *,
+    key: str,
+    summary: dict[str, Any],
+    results: dict[str, Any],
+    overwrite: bool,
+    check: Callable[[Path], None],
+) -> None:
+    """Write a checkpoint that needs no work but its writing; see `prepare` and `write`."""
+    with writing(directory):
+        if overwrite or finished(directory, key) is None:
+            prepare(directory, key, summary, overwrite=overwrite)
+            write(save, directory, card, key=key, results=results, check=check)
+
+
 @contextmanager
 def writing(directory: Path) -> Iterator[None]:
     """Be the only run at work in a directory, and say a full disk and the like in one sentence.

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import calr
-from calr.model import analyse, rotate
+from calr.model import analyse, rotate, rotation
 from calr.testing import tiny_llama
 
 SIZES = {
@@ -80,6 +80,22 @@ def test_a_model_of_another_form_stays_as_it_is(family):
     model = at_random(OTHERS[family])
     before = {name: p.clone() for name, p in model.named_parameters()}
     assert not rotate(model, analyse(model))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_interrupted_it_leaves_the_model_as_it_was(monkeypatch):
+    model = at_random(SUITED["Llama"])
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    whole = rotation._turn
+
+    def interrupted(*arguments):
+        whole(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rotation, "_turn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rotate(model, analyse(model))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
 
