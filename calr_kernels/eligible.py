@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from calr_kernels import gpu
-from calr_kernels.layout import Factors
+from calr_kernels.layout import Factors, Records
 from calr_kernels.native import TYPES, library
 
 PLAIN = (Tensor, nn.Parameter)
@@ -18,6 +18,7 @@ PLAIN = (Tensor, nn.Parameter)
 MAX_ROWS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16}
 
 QUANTIZED_ROWS = 16  # of x, above which weights are made numbers first (bench/quantized.py)
+MOST_PACKED_GROUP = 512  # weights of a scale group whose products with integers fit 32 bits
 
 
 class Replacement:
@@ -43,6 +44,18 @@ def readable(x: Tensor, bias: Tensor | None, *weights: Tensor | None) -> bool:
         (bias is None or (bias.dtype is x.dtype and bias.device == x.device))
         and is_plain(x)
         and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def readable_records(x: Tensor, layer: Records) -> bool:
+    """Tell the same of a quantised layer's tensors: plain parameters of bytes, where x is."""
+    parts = (layer.weight, layer.corrective_down, layer.corrective_up)
+    return readable(x, layer.bias) and all(
+        part is None
+        or (
+            type(part) is nn.Parameter and part.dtype is torch.uint8 and part.device == x.device
+        )
+        for part in parts
     )
 
 
@@ -158,6 +171,21 @@ def native_quantized(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and _at_hand(x)
         and (bias is None or (bias.is_contiguous() and _at_hand(bias)))
         and native_records(weight, x.dtype)
+    )
+
+
+def native_packed(x: Tensor, layer: Records, in_features: int | None = None) -> bool:
+    """Tell whether the native kernel computes a quantised layer of x from panels: few rows, plain
+    tensors, no more columns than fit. in_features: as in `native`."""
+    correctives = (layer.corrective_down, layer.corrective_up)
+    return (
+        (in_features or x.shape[-1]) == layer.in_features
+        and layer.form.scale_group <= MOST_PACKED_GROUP
+        and native_quantized(x, layer.weight, layer.bias)
+        and all(
+            part is None or (part.dtype is torch.uint8 and native_records(part, x.dtype))
+            for part in correctives
+        )
     )
 
 

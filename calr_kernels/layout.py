@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from calr_kernels.forms import Form
+
 Layout = Literal["pivoted", "two_factor"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
@@ -36,6 +38,26 @@ class Factors(NamedTuple):
     def out_features(self) -> int:
         """N, pivots included."""
         return self.up.shape[0] + (0 if self.pivots is None else self.pivots.shape[0])
+
+
+class Records(NamedTuple):
+    """The tensors of one quantised layer: weight, records [N, groups, record] of a form; bias [N].
+
+    corrective_down [c, groups, record] and corrective_up, its transposed second factor, are records
+    of `forms.CORRECTIVE`, or None.
+    """
+
+    weight: Tensor
+    form: Form
+    in_features: int
+    bias: Tensor | None = None
+    corrective_down: Tensor | None = None
+    corrective_up: Tensor | None = None
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.weight.shape[0]
 
 
 def parameters(layout: Layout, out_features: int, in_features: int, rank: int) -> int:

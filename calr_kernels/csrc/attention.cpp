@@ -5,23 +5,20 @@
 
 #include "calr.h"
 #include "isa.h"
-#include "pool.h"
+#include "team.h"
 
 void calr_rotate(void* x, const void* cosines, const void* sines, int64_t m, int64_t heads, int64_t d,
                  int64_t stride, int32_t type) {
   typed(type, [&](auto value) {
     using X = decltype(value);
-    const int64_t half = d / 2;
+    std::vector<float> wide(d);
     for (int64_t i = 0; i < m * heads; ++i) {
       X* head = static_cast<X*>(x) + i * d;
       const X* c = static_cast<const X*>(cosines) + i / heads * stride;
       const X* s = static_cast<const X*>(sines) + i / heads * stride;
-      for (int64_t j = 0; j < half; ++j) {
-        const float a = widen(head[j]), b = widen(head[j + half]);
-        narrow(rounded<X>(a * widen(c[j])) - rounded<X>(b * widen(s[j])), head + j);
-        narrow(rounded<X>(b * widen(c[j + half])) + rounded<X>(a * widen(s[j + half])),
-               head + j + half);
-      }
+      for (int64_t j = 0; j < d; ++j) wide[j] = widen(head[j]);
+      CALR_BY_ISA(rotate, wide.data(), c, s, d);
+      for (int64_t j = 0; j < d; ++j) narrow(wide[j], head + j);
     }
   });
 }
@@ -31,16 +28,19 @@ void calr_attend(const void* q, const void* keys, const void* values, void* y, i
                  int32_t threads) {
   typed(type, [&](auto value) {
     using X = decltype(value);
-    auto run = [&](int64_t begin, int64_t end) {
-      thread_local std::vector<float> buffer;
-      buffer.resize(group * (d + count) + d);
+    calr::parallel(threads, b * heads, 2 * group * count * d, [&](int64_t begin, int64_t end) {
+      std::vector<float> buffer(group * (2 * d + count + 2));
+      float *wide = buffer.data(), *out = wide + group * d, *scores = out + group * d;
+      float *most = scores + group * count, *total = most + group;
       for (int64_t i = begin; i < end; ++i) {
-        CALR_BY_ISA(attend, static_cast<const X*>(q) + i * group * d,
-                    static_cast<const X*>(keys) + i * count * d,
-                    static_cast<const X*>(values) + i * count * d, static_cast<X*>(y) + i * group * d,
-                    group, count, d, scale, buffer.data());
+        const X* own = static_cast<const X*>(q) + i * group * d;
+        X* to = static_cast<X*>(y) + i * group * d;
+        for (int64_t j = 0; j < group * d; ++j) wide[j] = scale * widen(own[j]);
+        CALR_BY_ISA(gather, wide, static_cast<const X*>(keys) + i * count * d,
+                    static_cast<const X*>(values) + i * count * d, most, total, out, group, count, d,
+                    scores);
+        for (int64_t j = 0; j < group * d; ++j) narrow(out[j] / total[j / d], to + j);
       }
-    };
-    calr::parallel(threads, b * heads, 2 * group * count * d, run);
+    });
   });
 }

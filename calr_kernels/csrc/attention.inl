@@ -1,12 +1,3 @@
-// In place: exp(x - max) over its sum.
-inline void softmax(float* x, int64_t count) {
-  float largest = x[0], total = 0;
-  for (int64_t i = 1; i < count; ++i) largest = x[i] > largest ? x[i] : largest;
-  for (int64_t i = 0; i < count; ++i) x[i] = exponential(x[i] - largest);
-  for (int64_t i = 0; i < count; ++i) total += x[i];
-  for (int64_t i = 0; i < count; ++i) x[i] /= total;
-}
-
 // out [d] = the sum of weights[i] * values[i], values [count, d].
 template <typename X>
 inline void combine(const float* weights, const X* values, float* out, int64_t count, int64_t d) {
@@ -29,17 +20,52 @@ inline void combine(const float* weights, const X* values, float* out, int64_t c
   }
 }
 
-// y [group, d] = softmax(scale * q keys') values: queries [group, d] that share keys and values
-// [count, d]. scratch: group * (d + count) + d.
+// What queries [group, d], scaled, gather from keys and values [count, d]: most [group], the largest
+// score, total [group], the sum of exp(score - most), and out [group, d], the values weighted by that.
+// scores: [group, count].
 template <typename X>
-void attend(const X* q, const X* keys, const X* values, X* y, int64_t group, int64_t count,
-            int64_t d, float scale, float* scratch) {
-  float *scores = scratch + group * d, *out = scores + group * count;
-  for (int64_t i = 0; i < group * d; ++i) scratch[i] = scale * widen(q[i]);
-  dots(keys, scratch, scores, group, d, count, 0, count);
+void gather(const float* q, const X* keys, const X* values, float* most, float* total, float* out,
+            int64_t group, int64_t count, int64_t d, float* scores) {
+  dots(keys, q, scores, group, d, count, 0, count);
   for (int64_t i = 0; i < group; ++i) {
-    softmax(scores + i * count, count);
-    combine(scores + i * count, values, out, count, d);
-    for (int64_t j = 0; j < d; ++j) narrow(out[j], y + i * d + j);
+    float* own = scores + i * count;
+    float largest = own[0];
+    for (int64_t j = 1; j < count; ++j) largest = own[j] > largest ? own[j] : largest;
+    for (int64_t j = 0; j < count; ++j) own[j] = exponential(own[j] - largest);
+    float sums[CALR_LANES] = {};  // so that they are added side by side
+    for (int64_t j = 0; j < count; ++j) sums[j % CALR_LANES] += own[j];
+    most[i] = largest;
+    total[i] = 0;
+    for (float sum : sums) total[i] += sum;
+    combine(own, values, out + i * d, count, d);
+  }
+}
+
+// y [d] = what `parts` of the context have gathered for one query, brought together: their most, total
+// and out lie `stride` elements apart.
+inline void bring_together(const float* most, const float* total, const float* out, float* y,
+                           int64_t parts, int64_t stride, int64_t d) {
+  float largest = most[0], sum = 0;
+  for (int64_t i = 1; i < parts; ++i) {
+    largest = most[i * stride] > largest ? most[i * stride] : largest;
+  }
+  for (int64_t j = 0; j < d; ++j) y[j] = 0;
+  for (int64_t i = 0; i < parts; ++i) {
+    const float weight = exponential(most[i * stride] - largest);
+    sum += weight * total[i * stride];
+    for (int64_t j = 0; j < d; ++j) y[j] += weight * out[i * stride + j];
+  }
+  for (int64_t j = 0; j < d; ++j) y[j] /= sum;
+}
+
+// A head x [d] turned by the angles of cosines and sines, in place; products round to X.
+template <typename X>
+inline void rotate(float* x, const X* cosines, const X* sines, int64_t d) {
+  const int64_t half = d / 2;
+  for (int64_t j = 0; j < half; ++j) {
+    const float a = x[j], b = x[j + half];
+    x[j] = rounded<X>(rounded<X>(a * widen(cosines[j])) - rounded<X>(b * widen(sines[j])));
+    x[j + half] =
+        rounded<X>(rounded<X>(b * widen(cosines[j + half])) + rounded<X>(a * widen(sines[j + half])));
   }
 }

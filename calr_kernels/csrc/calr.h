@@ -1,8 +1,8 @@
 // The C interface of the native kernel: what the binding in Python calls with ctypes.
 //
 // Arrays are contiguous. Types of elements: 0 float32, 1 bfloat16, 2 float16. In linear layers x, y and
-// biases have x_type, all weights weight_type. Accumulation is in float32, in a fixed order: the same
-// bits for any number of threads. Memory that cannot be had ends the process.
+// biases have x_type. Accumulation is in float32, in a fixed order: the same bits for any number of
+// threads. Memory that cannot be had ends the process.
 #pragma once
 
 #include <stdint.h>
@@ -13,6 +13,11 @@ extern "C" {
 
 // One linear layer [n, K]: y = up (down x) + corrective_up (corrective_down x) + bias. With pivots, the
 // outputs `pivots` are down x itself, up gives the others, and there is no corrective. r == 0: dense.
+//
+// With panels (calr_pack) it is a quantised matrix in place of down and up, and so is corrective_down,
+// of 8 bits in groups of 32; corrective_up are records [c, groups along n] of 8 bits in groups of 32. Of
+// x in float32 the products are in float32; of x in 16 bits they are sums of integers, x rounded to 16
+// bits below the largest of a scale group.
 typedef struct calr_layer {
   const void* down;             // [r, K]
   const void* up;               // [n, r]; with pivots [n - r, r]; dense [n, K]
@@ -21,10 +26,42 @@ typedef struct calr_layer {
   const void* bias;             // [n] or null
   const int32_t* pivots;        // [r] or null
   const int32_t* others;        // [n - r], ascending: the outputs that are not pivots
+  const uint8_t* panels;        // or null
+  const int8_t* table;          // [64]: the level of every code, not read for 8 bits
   int64_t n;
   int64_t r;
-  int64_t c;  // 0: no corrective
+  int64_t c;      // 0: no corrective
+  int64_t group;  // of panels, at most 512, a multiple of 32
+  int32_t bits;   // of panels: 3, 4, 5, 6 or 8
+  int32_t type;   // of down, up and, without panels, of the corrective
 } calr_layer;
+
+// One block of a decoder: x += norm_1(attention(norm_0(x))), x += norm_3(gated(norm_2(x))).
+typedef struct calr_block {
+  const void* norms[4];     // RMS norms' weights [hidden size]; 1 and 3 may be null
+  const void* q_norm;       // [d] or null, of every head
+  const void* k_norm;       // [d] or null
+  calr_layer attention[4];  // q, k, v, o
+  calr_layer gated[3];      // gate, up, down
+  int64_t heads;
+  int64_t key_heads;
+  int64_t d;
+  int64_t window;      // of the last positions that are seen; 0: all are
+  int32_t rotation;    // which of the rotations; -1: none
+  int32_t activation;  // 0 SiLU, 1 GELU by tanh
+  int32_t from_one;    // norms' weights count from 1
+  float epsilon;
+  float scale;
+} calr_block;
+
+// The keys and values that a block has seen, with room for those of the new token.
+typedef struct calr_past {
+  void* keys;        // [B, key heads, capacity, d]
+  void* values;      // the same
+  int64_t capacity;
+  int64_t count;     // positions held
+  int64_t dropped;   // earlier ones, held no longer
+} calr_past;
 
 // Returns the instruction set in use: 0 scalar, 1 AVX2, 2 AVX-512.
 int32_t calr_isa(void);
@@ -34,7 +71,7 @@ int32_t calr_select_isa(int32_t isa);
 
 // ys[i] [M, n_i] = layers[i] of x [M, K], i below count.
 void calr_linears(const void* x, const calr_layer* layers, int64_t count, void* const* ys, int64_t m,
-                  int64_t k, int32_t x_type, int32_t weight_type, int32_t threads);
+                  int64_t k, int32_t x_type, int32_t threads);
 
 // y [M, n] = one layer of x [M, K], given by its parts, its `others` found here. Returns 0, or -1 for a
 // pivot outside [0, n) or given twice.
@@ -46,7 +83,16 @@ int32_t calr_lowrank_linear(const void* x, const void* down, const void* up, con
 // y [M, n_2] = layers[2] of act(layers[0] x) * layers[1] x, x [M, K]: a gated feed-forward block. Every
 // intermediate rounds to x's type where separate operations would. activation: 0 SiLU, 1 GELU by tanh.
 void calr_gated(const void* x, const calr_layer* layers, void* y, int64_t m, int64_t k,
-                int32_t activation, int32_t x_type, int32_t weight_type, int32_t threads);
+                int32_t activation, int32_t x_type, int32_t threads);
+
+// In place: x [B, hidden size], one token of each sequence, through blocks, which write its keys and
+// values behind those of pasts. starts [B]: the first position that a sequence sees, or null.
+// cosines[i], sines[i]: the i-th rotation, [B, d], or [d] where `shared`. All of x_type but the weights
+// of linear layers.
+void calr_decode(void* x, const calr_block* blocks, const calr_past* pasts, int64_t count,
+                 const void* const* cosines, const void* const* sines, int32_t shared,
+                 const int64_t* starts, int64_t b, int64_t hidden_size, int32_t x_type,
+                 int32_t threads);
 
 // Write into others [n - r] the outputs below n that are not among pivots [r], ascending. Returns 0, or
 // -1 for a pivot outside [0, n) or given twice.
@@ -81,6 +127,10 @@ void calr_attend(const void* q, const void* keys, const void* values, void* y, i
 void calr_quantized_linear(const void* x, const uint8_t* records, const int8_t* table,
                            const void* bias, void* y, int64_t m, int64_t k, int64_t n, int64_t group,
                            int32_t bits, int32_t x_type, int32_t threads);
+
+// Write records [n, groups] as panels of 16 rows: [ceil(n / 16), groups, 16 * record] bytes.
+void calr_pack(const uint8_t* records, uint8_t* panels, int64_t n, int64_t k, int64_t group, int32_t bits,
+               int32_t threads);
 
 // y [n, K] = the numbers of records [n, groups]: level * scale in float32, rounded to y's type.
 void calr_dequantize(const uint8_t* records, const int8_t* table, void* y, int64_t n, int64_t k,

@@ -1,180 +1,268 @@
-// Low-rank and dense linear layers for small batches.
+// Low-rank, dense and quantised linear layers for small batches.
 //
-// y = up (down x) + corrective_up (corrective_down x) + bias, x [M, K]. All products are dot products
-// of contiguous weight rows, so every weight byte is read once, in order, and nothing is packed: the
-// cost is the memory traffic. Several layers of one input run as one. Weights are float32, bfloat16
-// or float16, accumulation is float32 in a fixed order (the same bits for any number of threads), and
-// the intermediate rounds to x's type once.
+// Weights of 16 or 32 bits are read by rows where they are: all products are dot products of contiguous
+// rows. Quantised ones come in panels. Either way every weight byte is read once, in order, and the cost
+// is the memory traffic. Accumulation is in float32 in a fixed order (the same bits for any number of
+// threads), and the rank-r intermediate rounds to x's type once.
 
-#include <algorithm>
+#include "linear.h"
+
 #include <cstdint>
 #include <vector>
 
-#include "calr.h"
+#include "bits.h"
 #include "isa.h"
-#include "pool.h"
 
 namespace {
 
-// What all products of one call share.
-struct Call {
-  int64_t m;
-  int32_t x_type, weight_type, threads;
-};
+using calr::room;
+using calr::Team;
 
-// out [M, rows] = the rows of weight [rows, k] times input [M, k].
-struct Product {
-  const void* weight = nullptr;
-  const float* input = nullptr;
-  float* out = nullptr;
-  int64_t k = 0;
-};
+constexpr int64_t kUnit = 16;          // outputs: whole panels
+constexpr int64_t kCorrectiveGroup = 32;
 
-// A product, and a second one of as many rows that adds to it (if it has a weight). What comes out goes
-// into y, or is the input of later products, or both.
-struct Segment {
-  int64_t rows;
-  Product product, added;
-  bool intermediate;      // an input: rounded to x's type in place, put into y last
-  void* y;                // [M, n]; nullptr: not an output
-  int64_t n;
-  const int32_t* places;  // output i is column places[i] of y; nullptr: column i
-  const void* bias;       // [n] or nullptr
-
-  int64_t cost() const { return product.k + added.k; }  // per row
-};
-
-void widen_all(int32_t type, const void* x, float* out, int64_t count) {
-  typed(type, [&](auto value) {
-    const auto* in = static_cast<const decltype(value)*>(x);
-    for (int64_t i = 0; i < count; ++i) out[i] = widen(in[i]);
-  });
-}
-
-void multiply(const Call& call, const Product& product, int64_t rows, int64_t begin, int64_t end) {
-  typed(call.weight_type, [&](auto w) {
-    CALR_BY_ISA(dots, static_cast<const decltype(w)*>(product.weight), product.input, product.out, call.m,
-                product.k, rows, begin, end);
-  });
-}
-
-// Put outputs [begin, end) of one row of a segment in their places in y.
-template <typename X>
-void place(const Segment& s, int64_t row, int64_t begin, int64_t end) {
-  const float* values = s.product.out + row * s.rows;
-  const float* added = s.added.weight ? s.added.out + row * s.rows : nullptr;
-  const X* bias = static_cast<const X*>(s.bias);
-  const int32_t* places = s.places;
-  X* y = static_cast<X*>(s.y) + row * s.n;
-  if (!added && !bias && !places) {
-    for (int64_t i = begin; i < end; ++i) narrow(values[i], y + i);
-    return;
+// An input as panels take it, made once by each thread for every size of scale group.
+class Prepared {
+ public:
+  void start(const float* x, int64_t m, int64_t k, int32_t x_type) {
+    x_ = x, m_ = m, k_ = k, exact_ = x_type == kFloat32, used_ = 0;
   }
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t column = places ? places[i] : i;
-    float value = values[i];
-    if (added) value += added[i];
-    if (bias) value += widen(bias[column]);
-    narrow(value, y + column);
-  }
-}
 
-template <typename X>
-void finish(const Segment& s, int64_t row, int64_t begin, int64_t end) {
-  if (!s.intermediate) return place<X>(s, row, begin, end);
-  float* out = s.product.out + row * s.rows;
-  for (int64_t i = begin; i < end; ++i) out[i] = rounded<X>(out[i]);
-}
-
-// Run all rows of all segments, split into parts of similar cost.
-void run(const Call& call, const std::vector<Segment>& segments) {
-  int64_t total = 0;
-  for (const Segment& s : segments) total += s.rows * s.cost();
-  calr::parallel(call.threads, total, call.m, [&](int64_t begin, int64_t end) {
-    int64_t start = 0;
-    for (const Segment& s : segments) {
-      const int64_t cost = s.cost();
-      auto row_at = [&](int64_t position) {
-        return std::clamp<int64_t>((position - start + cost - 1) / cost, 0, s.rows);
-      };
-      const int64_t first = begin <= start ? 0 : row_at(begin), last = row_at(end);
-      if (end > start && first < last) {
-        multiply(call, s.product, s.rows, first, last);
-        if (s.added.weight) multiply(call, s.added, s.rows, first, last);
-        typed(call.x_type, [&](auto x) {
-          for (int64_t row = 0; row < call.m; ++row) finish<decltype(x)>(s, row, first, last);
-        });
-      }
-      start += s.rows * cost;
+  // Call run(values, scales) with x in scale groups.
+  template <typename Run>
+  void in_groups(int64_t group, const Run& run) {
+    const Entry& entry = find(group);
+    if (exact_) {
+      run(entry.floats.data(), entry.scales.data());
+    } else {
+      run(entry.integers.data(), entry.scales.data());
     }
-  });
-}
+  }
+
+ private:
+  struct Entry {
+    int64_t group = 0;
+    std::vector<float> floats, scales;
+    std::vector<int16_t> integers;
+  };
+
+  const Entry& find(int64_t group) {
+    for (size_t i = 0; i < used_; ++i) {
+      if (entries_[i].group == group) return entries_[i];
+    }
+    if (used_ == entries_.size()) entries_.emplace_back();
+    Entry& entry = entries_[used_++];
+    const int64_t groups = (k_ + group - 1) / group, padded = groups * group;
+    entry.group = group;
+    entry.floats.assign(m_ * padded, 0.0f);
+    entry.scales.assign(m_ * groups, 1.0f);
+    for (int64_t row = 0; row < m_; ++row) {
+      std::copy(x_ + row * k_, x_ + (row + 1) * k_, entry.floats.data() + row * padded);
+    }
+    if (exact_) return entry;
+    entry.integers.resize(m_ * padded);
+    for (int64_t i = 0; i < m_ * groups; ++i) {
+      entry.scales[i] = CALR_BY_ISA(fixed_point, entry.floats.data() + i * group,
+                                    entry.integers.data() + i * group, group);
+    }
+    return entry;
+  }
+
+  const float* x_;
+  int64_t m_, k_;
+  bool exact_;
+  size_t used_ = 0;
+  std::vector<Entry> entries_;
+};
 
 bool pivoted(const calr_layer& layer) { return layer.r && layer.pivots; }
 
 int64_t rows_of(const calr_layer& layer) { return pivoted(layer) ? layer.n - layer.r : layer.n; }
 
-int64_t scratch_of(const calr_layer& layer) {
-  return layer.r + layer.c + rows_of(layer) * (layer.c ? 2 : 1);
+// out [m, stride]: rows [begin, end) of weight [rows, k] times x [m, k].
+void products(int32_t type, const void* weight, const float* x, float* out, int64_t m, int64_t k,
+              int64_t stride, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  typed(type, [&](auto w) {
+    CALR_BY_ISA(dots, static_cast<const decltype(w)*>(weight), x, out, m, k, stride, begin, end);
+  });
 }
 
-// Add what makes y of wide x [M, K]: to `first` the products with x, to `second` those with what the first
-// ones leave in scratch [M * scratch_of(layer)]. Returns where the scratch ends.
-float* plan(const Call& call, const float* x, int64_t k, const calr_layer& layer, void* y,
-            float* scratch, std::vector<Segment>& first, std::vector<Segment>& second) {
-  auto take = [&](int64_t columns) {
-    float* taken = scratch;
-    scratch += call.m * columns;
-    return taken;
-  };
-  const int64_t rows = rows_of(layer), n = layer.n, r = layer.r, c = layer.c;
-  float* out = take(rows);
-  if (!r) {
-    first.push_back({rows, {layer.up, x, out, k}, {}, false, y, n, nullptr, layer.bias});
-    return scratch;
+// out [m, stride]: panels of rows [begin, end) times what was prepared.
+void panel_products(Prepared& prepared, const void* panels, const int8_t* table, int32_t bits,
+                    int64_t group, int64_t k, float* out, int64_t m, int64_t stride, int64_t begin,
+                    int64_t end) {
+  if (begin >= end) return;
+  prepared.in_groups(group, [&](const auto* values, const float* scales) {
+    of_bits(bits, [&](auto constant) {
+      CALR_BY_ISA(panels_products<decltype(constant)::value>, static_cast<const uint8_t*>(panels), table,
+                  values, scales, out, m, (k + group - 1) / group, group, stride, begin / kUnit,
+                  (end + kUnit - 1) / kUnit);
+    });
+  });
+}
+
+// Rows [begin, end) of a quantised layer with its corrective path.
+void quantized(const calr_layer& layer, Prepared& prepared, int64_t m, int64_t k, int32_t x_type,
+               float* out, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  const int64_t stride = room(layer.n), c = layer.c;
+  panel_products(prepared, layer.panels, layer.table, layer.bits, layer.group, k, out, m, stride, begin,
+                 end);
+  if (!c) return;
+  thread_local std::vector<float> terms;
+  terms.resize(m * room(c));
+  panel_products(prepared, layer.corrective_down, layer.table, 8, kCorrectiveGroup, k, terms.data(), m,
+                 room(c), 0, c);
+  calr::round_to(x_type, terms.data(), m * room(c));
+  for (int64_t row = 0; row < m; ++row) {
+    CALR_BY_ISA(add_terms, static_cast<const uint8_t*>(layer.corrective_up), terms.data() + row * room(c),
+                out + row * stride + begin, c, (layer.n + kCorrectiveGroup - 1) / kCorrectiveGroup, begin,
+                end - begin);
   }
-  const bool pivots = pivoted(layer);
-  float* t = take(r);
-  first.push_back({r, {layer.down, x, t, k}, {}, true, pivots ? y : nullptr, n, layer.pivots, layer.bias});
-  Product corrective;
+}
+
+float bias_at(const calr_layer& layer, int32_t x_type, int64_t column) {
+  float found = 0.0f;
+  if (layer.bias) {
+    typed(x_type, [&](auto x) { found = widen(static_cast<const decltype(x)*>(layer.bias)[column]); });
+  }
+  return found;
+}
+
+// Put values [m, stride], of outputs [begin, end) of `places`, where they belong.
+void place(const calr_layer& layer, const int32_t* places, const float* values, int64_t stride,
+           int64_t m, int32_t x_type, float* out, int64_t begin, int64_t end) {
+  for (int64_t row = 0; row < m; ++row) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t column = places[i];
+      out[row * room(layer.n) + column] = values[row * stride + i] + bias_at(layer, x_type, column);
+    }
+  }
+}
+
+// The second factor of a low-rank layer, or all of a dense one, for this thread's part of the rows.
+void second(const calr_layer& layer, const Team& team, const float* x, int64_t m, int64_t k,
+            int32_t x_type, float* out, float* scratch) {
+  const int64_t rows = rows_of(layer), r = layer.r, c = layer.c;
+  const auto [begin, end] = team.part(rows, kUnit);
+  const float *t = scratch, *corrective_t = scratch + m * r;
+  float* rest = scratch + m * (r + c);
+  float* to = pivoted(layer) || c ? rest : out;
+  const int64_t stride = room(rows);
+  products(layer.type, layer.up, r ? t : x, pivoted(layer) ? rest : out, m, r ? r : k, stride, begin, end);
   if (c) {
-    float* corrective_t = take(c);
-    const Product down{layer.corrective_down, x, corrective_t, k};
-    first.push_back({c, down, {}, true, nullptr, n, nullptr, nullptr});
-    corrective = {layer.corrective_up, corrective_t, take(rows), c};
+    products(layer.type, layer.corrective_up, corrective_t, to, m, c, stride, begin, end);
+    for (int64_t row = 0; row < m; ++row) {
+      for (int64_t i = begin; i < end; ++i) out[row * stride + i] += to[row * stride + i];
+    }
   }
-  if (rows) {
-    const int32_t* places = pivots ? layer.others : nullptr;
-    second.push_back({rows, {layer.up, t, out, r}, corrective, false, y, n, places, layer.bias});
+  if (pivoted(layer)) {
+    place(layer, layer.others, rest, stride, m, x_type, out, begin, end);
+    const auto [first, last] = team.part(r, kUnit);
+    place(layer, layer.pivots, t, r, m, x_type, out, first, last);
   }
-  return scratch;
+}
+
+// Add biases and round this thread's part of the outputs.
+void finish(const calr_layer& layer, const Team& team, int64_t m, int32_t x_type, float* out) {
+  const auto [begin, end] = team.part(layer.n, kUnit);
+  for (int64_t row = 0; row < m; ++row) {
+    float* own = out + row * room(layer.n);
+    if (layer.bias && !pivoted(layer)) {
+      typed(x_type, [&](auto x) {
+        const auto* bias = static_cast<const decltype(x)*>(layer.bias);
+        for (int64_t i = begin; i < end; ++i) own[i] += widen(bias[i]);
+      });
+    }
+    calr::round_to(x_type, own + begin, end - begin);
+  }
 }
 
 }  // namespace
 
-void calr_linears(const void* x, const calr_layer* layers, int64_t count, void* const* ys, int64_t m,
-                  int64_t k, int32_t x_type, int32_t weight_type, int32_t threads) {
-  thread_local std::vector<float> buffer;
-  thread_local std::vector<Segment> first, second;
-  int64_t size = k;
-  for (int64_t i = 0; i < count; ++i) size += scratch_of(layers[i]);
-  buffer.resize(m * size);
-  first.clear();
-  second.clear();
-  const Call call{m, x_type, weight_type, threads};
-  float *wide = buffer.data(), *scratch = wide + m * k;
-  widen_all(x_type, x, wide, m * k);
+int64_t calr::scratch_of(const calr_layer& layer) {
+  return layer.panels || !layer.r ? 0 : layer.r + layer.c + room(rows_of(layer));
+}
+
+int64_t calr::weights_of(const calr_layer& layer, int64_t k) {
+  if (!layer.r) return (layer.n + layer.c) * k + layer.n * layer.c;
+  return (layer.r + layer.c) * k + rows_of(layer) * (layer.r + layer.c);
+}
+
+void calr::round_to(int32_t x_type, float* values, int64_t count) {
+  if (x_type == kFloat32) return;
+  typed(x_type, [&](auto x) { CALR_BY_ISA(round_all<decltype(x)>, values, count); });
+}
+
+void calr::multiply(const Team& team, const calr_layer* layers, int64_t count, const float* x,
+                    int64_t m, int64_t k, int32_t x_type, float* const* outs, float* scratch) {
+  thread_local Prepared prepared;
+  prepared.start(x, m, k, x_type);
+  bool two_steps = false, scattered = false;
+  float* at = scratch;
   for (int64_t i = 0; i < count; ++i) {
-    scratch = plan(call, wide, k, layers[i], ys[i], scratch, first, second);
+    const calr_layer& layer = layers[i];
+    if (!layer.panels && layer.r) {
+      two_steps = true, scattered |= pivoted(layer);
+      float* steps[2] = {at, at + m * layer.r};
+      const void* downs[2] = {layer.down, layer.corrective_down};
+      const int64_t ranks[2] = {layer.r, layer.c};
+      for (int step = 0; step < 2; ++step) {
+        const auto [begin, end] = team.part(ranks[step], 8);
+        products(layer.type, downs[step], x, steps[step], m, k, ranks[step], begin, end);
+        for (int64_t row = 0; row < m; ++row) {
+          round_to(x_type, steps[step] + row * ranks[step] + begin, end - begin);
+        }
+      }
+    }
+    at += m * scratch_of(layer);
   }
-  run(call, first);
-  if (!second.empty()) run(call, second);
-  for (const Segment& s : first) {  // pivots; among the rest above, threads would share lines of y
-    if (!s.intermediate || !s.y) continue;
-    typed(x_type, [&](auto value) {
-      for (int64_t row = 0; row < m; ++row) place<decltype(value)>(s, row, 0, s.rows);
+  if (two_steps) team.wait();
+  at = scratch;
+  for (int64_t i = 0; i < count; ++i) {
+    const calr_layer& layer = layers[i];
+    if (layer.panels) {
+      const auto [begin, end] = team.part(layer.n, kUnit);
+      quantized(layer, prepared, m, k, x_type, outs[i], begin, end);
+    } else {
+      second(layer, team, x, m, k, x_type, outs[i], at);
+    }
+    at += m * scratch_of(layer);
+  }
+  if (scattered) team.wait();
+  for (int64_t i = 0; i < count; ++i) finish(layers[i], team, m, x_type, outs[i]);
+}
+
+void calr_linears(const void* x, const calr_layer* layers, int64_t count, void* const* ys, int64_t m,
+                  int64_t k, int32_t x_type, int32_t threads) {
+  thread_local std::vector<float> buffer;
+  thread_local std::vector<float*> outs;
+  int64_t size = k, operations = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    size += calr::scratch_of(layers[i]) + room(layers[i].n);
+    operations += m * calr::weights_of(layers[i], k);
+  }
+  buffer.resize(m * size);
+  outs.clear();
+  float *wide = buffer.data(), *at = wide + m * k;
+  for (int64_t i = 0; i < count; ++i, at += m * room(layers[i - 1].n)) outs.push_back(at);
+  float* const* results = outs.data();
+  typed(x_type, [&](auto value) {
+    using X = decltype(value);
+    for (int64_t i = 0; i < m * k; ++i) wide[i] = widen(static_cast<const X*>(x)[i]);
+    calr::together(calr::useful(threads, operations), [&](const Team& team) {
+      calr::multiply(team, layers, count, wide, m, k, x_type, results, at);
+      for (int64_t i = 0; i < count; ++i) {
+        const auto [begin, end] = team.part(layers[i].n, kUnit);
+        for (int64_t row = 0; row < m; ++row) {
+          const float* from = results[i] + row * room(layers[i].n);
+          X* to = static_cast<X*>(ys[i]) + row * layers[i].n;
+          for (int64_t j = begin; j < end; ++j) narrow(from[j], to + j);
+        }
+      }
     });
-  }
+  });
 }
 
 int32_t calr_lowrank_linear(const void* x, const void* down, const void* up, const int32_t* pivots,
@@ -186,8 +274,10 @@ int32_t calr_lowrank_linear(const void* x, const void* down, const void* up, con
     others.resize(n);
     if (calr_complement(pivots, others.data(), n, r)) return -1;
   }
-  const calr_layer layer{down,   up,            corrective_down, corrective_up, bias,
-                         pivots, others.data(), n,               r,             c};
-  calr_linears(x, &layer, 1, &y, m, k, x_type, weight_type, threads);
+  calr_layer layer{};
+  layer.down = down, layer.up = up, layer.pivots = pivots, layer.others = others.data();
+  layer.corrective_down = corrective_down, layer.corrective_up = corrective_up, layer.bias = bias;
+  layer.n = n, layer.r = r, layer.c = c, layer.type = weight_type;
+  calr_linears(x, &layer, 1, &y, m, k, x_type, threads);
   return 0;
 }

@@ -9,4 +9,5 @@ namespace CALR_NAMESPACE {
 #include "activation.inl"
 #include "attention.inl"
 #include "quantized.inl"
+#include "panels.inl"
 }  // namespace CALR_NAMESPACE

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "calr.h"
-#include "pool.h"
+#include "team.h"
 
 namespace {
 

@@ -1,32 +1,12 @@
 // Quantised linear layers for small batches, and quantised matrices as numbers.
 
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 
+#include "bits.h"
 #include "calr.h"
 #include "isa.h"
-#include "pool.h"
-
-namespace {
-
-// Call run with the number of bits as a constant.
-template <typename Run>
-void of_bits(int32_t bits, const Run& run) {
-  if (bits == 3) {
-    run(std::integral_constant<int, 3>{});
-  } else if (bits == 4) {
-    run(std::integral_constant<int, 4>{});
-  } else if (bits == 5) {
-    run(std::integral_constant<int, 5>{});
-  } else if (bits == 6) {
-    run(std::integral_constant<int, 6>{});
-  } else {
-    run(std::integral_constant<int, 8>{});
-  }
-}
-
-}  // namespace
+#include "team.h"
 
 void calr_quantized_linear(const void* x, const uint8_t* records, const int8_t* table, const void* bias,
                            void* y, int64_t m, int64_t k, int64_t n, int64_t group, int32_t bits,
@@ -68,6 +48,18 @@ void calr_dequantize(const uint8_t* records, const int8_t* table, void* y, int64
                       static_cast<Y*>(y) + row * k, k, group, codes.data());
         }
       });
+    });
+  });
+}
+
+void calr_pack(const uint8_t* records, uint8_t* panels, int64_t n, int64_t k, int64_t group, int32_t bits,
+               int32_t threads) {
+  const int64_t groups = (k + group - 1) / group;
+  calr::parallel(threads, (n + 15) / 16, 16 * k, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> codes(16 * group);
+    of_bits(bits, [&](auto constant) {
+      CALR_BY_ISA(pack_panels<decltype(constant)::value>, records, panels, n, groups, group, begin, end,
+                  codes.data());
     });
   });
 }

@@ -6,7 +6,7 @@ works in plain PyTorch, slower for small batches. When it is used is decided in
 `calr_kernels.eligible`.
 """
 
-from calr_kernels.native.decoder import attend, rms_norm, rotate
+from calr_kernels.native.decoder import BlockParts, Blocks, attend, rms_norm, rotate
 from calr_kernels.native.linears import Bound, interleave, lowrank_linear
 from calr_kernels.native.loader import ISAS, TYPES, library
 from calr_kernels.native.quantized import dequantize, quantized_linear
@@ -14,6 +14,8 @@ from calr_kernels.native.quantized import dequantize, quantized_linear
 __all__ = [
     "ISAS",
     "TYPES",
+    "BlockParts",
+    "Blocks",
     "Bound",
     "attend",
     "dequantize",

@@ -1,12 +1,18 @@
-"""What lies between a decoder's linear layers, on the native kernel: norms, rotation, attention.
+"""A decoder's blocks on the native kernel, and what lies between their linear layers.
 
 Callers ask `calr_kernels.eligible` first; all tensors are on the CPU and of one type in TYPES.
 """
 
+import ctypes
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from calr_kernels.native.loader import TYPES, required
+from calr_kernels.layout import Factors, Records
+from calr_kernels.native.linears import Binding
+from calr_kernels.native.loader import TYPES, Block, Layer, Past, pointer, required
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -80,3 +86,94 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         torch.get_num_threads(),
     )
     return y
+
+
+class BlockParts(NamedTuple):
+    """One block of a decoder: what struct calr_block of csrc/calr.h holds, as tensors.
+
+    norms: before and after attention, before and after the feed-forward block, [hidden_size] or
+    None. attention: q, k, v and o; gated: gate, up and down. rotation: which of the rotations that
+    a call names, or -1. window: positions seen, 0 for all.
+    """
+
+    norms: tuple[Tensor | None, ...]
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    attention: tuple[Factors | Records, ...]
+    gated: tuple[Factors | Records, ...]
+    heads: int
+    key_heads: int
+    d: int
+    window: int
+    rotation: int
+    activation: int
+    from_one: bool
+    epsilon: float
+    scale: float
+
+
+class Blocks:
+    """Blocks of a decoder, bound to the kernel. They must be kept alive and unchanged."""
+
+    def __init__(self, blocks: Sequence[BlockParts]) -> None:
+        self.parts = blocks
+        self._bindings = [Binding([*block.attention, *block.gated]) for block in blocks]
+        described = map(self._describe, blocks, self._bindings)
+        self._array = (Block * len(blocks))(*described)
+
+    @staticmethod
+    def _describe(parts: BlockParts, binding: Binding) -> Block:
+        numbers = parts._asdict()
+        for name in ("norms", "q_norm", "k_norm", "attention", "gated"):
+            del numbers[name]
+        return Block(
+            norms=(ctypes.c_void_p * 4)(*map(pointer, parts.norms)),
+            q_norm=pointer(parts.q_norm),
+            k_norm=pointer(parts.k_norm),
+            attention=(Layer * 4)(*binding.layers[:4]),
+            gated=(Layer * 3)(*binding.layers[4:]),
+            **numbers,
+        )
+
+    def decode(
+        self,
+        x: Tensor,
+        pasts: Sequence[tuple[Tensor, Tensor, int, int]],
+        rotations: Sequence[tuple[Tensor, Tensor]],
+        starts: Tensor | None = None,
+    ) -> None:
+        """Send one token of each sequence, x [B, hidden_size], through all blocks, in place.
+
+        pasts: of each block keys and values [B, key heads, capacity, d], how many positions they
+        hold, fewer than they have room for, and how many earlier ones they hold no longer; the new
+        token's are written behind. rotations: cosines and sines, [B, d] or [1, d] each. starts [B]
+        int64: the first position that a sequence sees. Everything is contiguous, on the CPU, of x's
+        dtype; trusted but for what is written to. Raises ValueError for a past without room.
+        """
+        b, hidden_size = x.shape
+        for (keys, values, count, _), parts in zip(pasts, self.parts, strict=True):
+            wanted = (b, parts.key_heads, parts.d)
+            for held in (keys, values):
+                if (*held.shape[:2], held.shape[3]) != wanted or count >= held.shape[2]:
+                    raise ValueError(f"a past of {list(held.shape)} has no room for {wanted}")
+        shared = all(len(cosines) == 1 for cosines, _ in rotations)
+        required().calr_decode(
+            x.data_ptr(),
+            self._array,
+            (Past * len(pasts))(
+                *[(k.data_ptr(), v.data_ptr(), k.shape[2], n, gone) for k, v, n, gone in pasts]
+            ),
+            len(pasts),
+            _addresses([cosines for cosines, _ in rotations]),
+            _addresses([sines for _, sines in rotations]),
+            shared,
+            pointer(starts),
+            b,
+            hidden_size,
+            TYPES[x.dtype],
+            torch.get_num_threads(),
+        )
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calr_kernels.layout import Factors
+from calr_kernels.forms import CORRECTIVE
+from calr_kernels.layout import Factors, Records
 from calr_kernels.native.loader import TYPES, Layer, pointer, required
+from calr_kernels.native.quantized import packed, table
 
 
 def lowrank_linear(
@@ -60,26 +62,27 @@ def lowrank_linear(
 class Bound:
     """Layers of one input, bound to the kernel: what a call needs is looked up once.
 
-    Every call names the factors and binds anew when one was replaced, moved or, for pivots, written
-    to (but not through `.data`, which torch does not count); other weights may change in place. All
-    weights are of one type in TYPES, contiguous, on the CPU; x has few rows of that type, or of
-    float32. A copy, or what is unpickled, starts unbound.
+    Every call names the tensors and binds anew when one was replaced, moved or, for pivots and
+    records, written to (but not through `.data`, which torch does not count); other weights may
+    change in place. All weights are contiguous, on the CPU, of types in TYPES or records, which are
+    packed in panels, a second time in memory; x has few rows. A copy, or what is unpickled, starts
+    unbound.
     """
 
     def __init__(self) -> None:
-        self._binding: _Binding | None = None  # replaced whole: threads may share a layer
+        self._binding: Binding | None = None  # replaced whole: threads may share a layer
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Copy and pickle as unbound: pointers are of this process and these tensors."""
         return Bound, ()
 
-    def linears(self, x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
+    def linears(self, x: Tensor, layers: Sequence[Factors | Records]) -> list[Tensor]:
         """Apply every layer: x [..., K] -> one [..., N] each."""
-        binding = self._current(factors)
+        binding = self._current(layers)
         x = x.contiguous()
         k, shape = x.shape[-1], x.shape[:-1]
         ys = [x.new_empty(*shape, n) for n in binding.outputs]
-        binding.linears(
+        required().calr_linears(
             x.data_ptr(),
             binding.layers,
             len(ys),
@@ -87,18 +90,17 @@ class Bound:
             x.numel() // k,
             k,
             TYPES[x.dtype],
-            binding.weight_type,
             torch.get_num_threads(),
         )
         return ys
 
-    def gated(self, x: Tensor, factors: Sequence[Factors], activation: int) -> Tensor:
-        """Apply a gated feed-forward block of factors gate, up, down: down(act(gate x) * up x)."""
-        binding = self._current(factors)
+    def gated(self, x: Tensor, layers: Sequence[Factors | Records], activation: int) -> Tensor:
+        """Apply a gated feed-forward block of layers gate, up, down: down(act(gate x) * up x)."""
+        binding = self._current(layers)
         x = x.contiguous()
         k = x.shape[-1]
         y = x.new_empty(*x.shape[:-1], binding.outputs[2])
-        binding.gated(
+        required().calr_gated(
             x.data_ptr(),
             binding.layers,
             y.data_ptr(),
@@ -106,46 +108,71 @@ class Bound:
             k,
             activation,
             TYPES[x.dtype],
-            binding.weight_type,
             torch.get_num_threads(),
         )
         return y
 
-    def _current(self, factors: Sequence[Factors]) -> "_Binding":
+    def _current(self, layers: Sequence[Factors | Records]) -> "Binding":
         """Bind unless these are the bound tensors, unchanged in place, type and shape."""
-        tensors = [tensor for layer in factors for tensor in layer]
         binding = self._binding
-        if (
-            binding is None
-            or len(tensors) != len(binding.tensors)
-            or not all(map(operator.is_, tensors, binding.tensors))
-            or [_state(tensor) for tensor in tensors] != binding.state
-        ):
-            binding = self._binding = _Binding(factors, tensors)
+        if binding is None or not binding.holds(layers):
+            binding = self._binding = Binding(layers)
         return binding
 
 
-class _Binding:
-    """What calls with these factors need. Raises ValueError for shapes that do not fit one another,
-    tensors elsewhere than on the CPU, and pivots that are not distinct."""
+class Binding:
+    """Layers as the kernel takes them: `layers`, an array of Layer, and `outputs`, their widths.
 
-    def __init__(self, factors: Sequence[Factors], tensors: list[Tensor | None]) -> None:
-        loaded = required()
-        self.linears, self.gated = loaded.calr_linears, loaded.calr_gated
-        self.tensors, self.state = tensors, [_state(tensor) for tensor in tensors]
-        self.outputs = [layer.out_features for layer in factors]
-        self._places: list[Tensor] = []  # pivots as they are now, and the other columns
-        self.layers = (Layer * len(factors))(*map(self._layer, factors, self.outputs))
-        self.weight_type = TYPES[factors[0].up.dtype]
+    Raises ValueError for shapes that do not fit one another, tensors elsewhere than on the CPU, and
+    pivots that are not distinct.
+    """
 
-    def _layer(self, layer: Factors, n: int) -> Layer:
+    def __init__(self, layers: Sequence[Factors | Records]) -> None:
+        self._parts = [part for layer in layers for part in layer]
+        self._state = list(map(_state, self._parts))
+        self._kept: list[Tensor] = []  # panels, pivots as they are now, and the other columns
+        self.outputs = [layer.out_features for layer in layers]
+        self.layers = (Layer * len(layers))(*map(self._layer, layers))
+
+    def holds(self, layers: Sequence[Factors | Records]) -> bool:
+        """Tell whether these are the bound tensors, as they were."""
+        parts = [part for layer in layers for part in layer]
+        return (
+            len(parts) == len(self._parts)
+            and all(map(operator.is_, parts, self._parts))
+            and list(map(_state, parts)) == self._state
+        )
+
+    def _layer(self, layer: Factors | Records) -> Layer:
         """Describe one layer to the kernel."""
-        rank, pivots, others = 0 if layer.down is None else layer.down.shape[0], None, None
+        described = self._quantized(layer) if isinstance(layer, Records) else self._plain(layer)
+        bias, n = layer.bias, layer.out_features
+        if bias is not None and (list(bias.shape) != [n] or not bias.is_cpu):
+            raise ValueError(f"bias: is {list(bias.shape)} on {bias.device}, must be [{n}] on the CPU")
+        described.bias, described.n = pointer(bias), n
+        return described
+
+    def _quantized(self, layer: Records) -> Layer:
+        down, up = layer.corrective_down, layer.corrective_up
+        panels = self._keep(packed(layer.weight, layer.form, layer.in_features))
+        path = None if down is None else self._keep(packed(down, CORRECTIVE, layer.in_features))
+        return Layer(
+            panels=panels,
+            table=table(layer.form).data_ptr(),
+            group=layer.form.scale_group,
+            bits=layer.form.bits,
+            corrective_down=path,
+            corrective_up=pointer(up),
+            c=0 if down is None else down.shape[0],
+        )
+
+    def _plain(self, layer: Factors) -> Layer:
+        n, rank = layer.out_features, 0 if layer.down is None else layer.down.shape[0]
+        pivots = others = None
         width = layer.in_features if layer.down is None else rank
         for name, tensor, shape in (
             ("up", layer.up, [layer.up.shape[0], width]),
             ("pivots", layer.pivots, [rank]),
-            ("bias", layer.bias, [n]),
         ):
             if tensor is not None and (list(tensor.shape) != shape or not tensor.is_cpu):
                 raise ValueError(
@@ -153,33 +180,39 @@ class _Binding:
                     "CPU"
                 )
         if layer.pivots is not None:
-            pivots, others = layer.pivots.clone(), torch.empty(n - rank, dtype=torch.int32)
-            loaded = required()
-            if loaded.calr_complement(pivots.data_ptr(), others.data_ptr(), n, rank):
+            found = torch.empty(n - rank, dtype=torch.int32)
+            pivots, others = self._keep(layer.pivots.clone()), self._keep(found)
+            if required().calr_complement(pivots, others, n, rank):
                 raise ValueError(f"pivots: must be {rank} distinct rows below {n}")
-            self._places += [pivots, others]
         return Layer(
             down=pointer(layer.down),
             up=layer.up.data_ptr(),
-            bias=pointer(layer.bias),
-            pivots=pointer(pivots),
-            others=pointer(others),
-            n=n,
+            pivots=pivots,
+            others=others,
             r=rank,
+            type=TYPES[layer.up.dtype],
         )
 
+    def _keep(self, tensor: Tensor) -> int:
+        """Hold on to a tensor, and return its address."""
+        self._kept.append(tensor)
+        return tensor.data_ptr()
 
-def _state(tensor: Tensor | None) -> tuple[Any, ...]:
-    """Return where and what a tensor is and, for pivots, how often it was written to.
+
+COPIED = (torch.int32, torch.uint8)  # pivots and records: a binding has them as they were
+
+
+def _state(part: object) -> tuple[Any, ...]:
+    """Return where and what a tensor is and, for what is copied, how often it was written to.
 
     Inference tensors do not count that: their values stand for it.
     """
-    if tensor is None:
+    if not isinstance(part, Tensor):
         return ()
     version: object = 0
-    if tensor.dtype is torch.int32:
-        version = tensor.numpy().tobytes() if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, version
+    if part.dtype in COPIED:
+        version = part.numpy().tobytes() if part.is_inference() else part._version
+    return part.data_ptr(), part.dtype, part.shape, version
 
 
 def interleave(t: Tensor, rest: Tensor, pivots: Tensor) -> Tensor:

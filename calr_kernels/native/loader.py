@@ -22,12 +22,25 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # what they return and take
     "calr_select_isa": (_CODE, [_CODE]),
     "calr_complement": (_CODE, [_POINTER] * 2 + [_SIZE] * 2),
     "calr_lowrank_linear": (_CODE, [_POINTER] * 8 + [_SIZE] * 5 + [_CODE] * 3),
-    "calr_linears": (None, [_POINTER, _POINTER, _SIZE, _POINTER] + [_SIZE] * 2 + [_CODE] * 3),
-    "calr_gated": (None, [_POINTER] * 3 + [_SIZE] * 2 + [_CODE] * 4),
+    "calr_linears": (None, [_POINTER, _POINTER, _SIZE, _POINTER] + [_SIZE] * 2 + [_CODE] * 2),
+    "calr_gated": (None, [_POINTER] * 3 + [_SIZE] * 2 + [_CODE] * 3),
+    "calr_decode": (
+        None,
+        [
+            *[_POINTER] * 3,
+            _SIZE,
+            *[_POINTER] * 2,
+            _CODE,
+            _POINTER,
+            *[_SIZE] * 2,
+            *[_CODE] * 2,
+        ],
+    ),
     "calr_interleave": (_CODE, [_POINTER] * 4 + [_SIZE] * 3 + [_CODE] * 2),
     "calr_rms_norm": (None, [_POINTER] * 3 + [_SIZE] * 2 + [_FLOAT] + [_CODE] * 2),
     "calr_rotate": (None, [_POINTER] * 3 + [_SIZE] * 4 + [_CODE]),
     "calr_quantized_linear": (None, [_POINTER] * 5 + [_SIZE] * 4 + [_CODE] * 3),
+    "calr_pack": (None, [_POINTER] * 2 + [_SIZE] * 3 + [_CODE] * 2),
     "calr_dequantize": (None, [_POINTER] * 3 + [_SIZE] * 3 + [_CODE] * 3),
     "calr_attend": (None, [_POINTER] * 4 + [_SIZE] * 5 + [_FLOAT] + [_CODE] * 2),
 }
@@ -38,8 +51,32 @@ class Layer(ctypes.Structure):
 
     _fields_: ClassVar[list[Any]] = [
         *((name, ctypes.c_void_p) for name in ("down", "up", "corrective_down", "corrective_up")),
-        *((name, ctypes.c_void_p) for name in ("bias", "pivots", "others")),
-        *((name, ctypes.c_int64) for name in ("n", "r", "c")),
+        *((name, ctypes.c_void_p) for name in ("bias", "pivots", "others", "panels", "table")),
+        *((name, ctypes.c_int64) for name in ("n", "r", "c", "group")),
+        *((name, ctypes.c_int32) for name in ("bits", "type")),
+    ]
+
+
+class Block(ctypes.Structure):
+    """struct calr_block of csrc/calr.h."""
+
+    _fields_: ClassVar[list[Any]] = [
+        ("norms", ctypes.c_void_p * 4),
+        *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm")),
+        ("attention", Layer * 4),
+        ("gated", Layer * 3),
+        *((name, ctypes.c_int64) for name in ("heads", "key_heads", "d", "window")),
+        *((name, ctypes.c_int32) for name in ("rotation", "activation", "from_one")),
+        *((name, ctypes.c_float) for name in ("epsilon", "scale")),
+    ]
+
+
+class Past(ctypes.Structure):
+    """struct calr_past of csrc/calr.h."""
+
+    _fields_: ClassVar[list[Any]] = [
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        *((name, ctypes.c_int64) for name in ("capacity", "count", "dropped")),
     ]
 
 

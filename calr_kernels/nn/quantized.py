@@ -1,11 +1,14 @@
 """The drop-in modules of a quantised linear layer and of a quantised embedding."""
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from calr_kernels import eligible
 from calr_kernels.forms import Form
+from calr_kernels.layout import Records
 from calr_kernels.nn.corrective import Corrective
 from calr_kernels.quantized import dequantize, quantized_linear
 
@@ -43,6 +46,30 @@ class QuantizedLinear(nn.Linear):
         """Apply the layer: [..., in_features] -> [..., out_features]."""
         y = quantized_linear(input, self.weight, self.form, self.bias)
         return y if self.corrective is None else y + self.corrective(input)
+
+    def records(self) -> Records:
+        """Return the layer's tensors."""
+        own, corrective = self._parameters, self.corrective
+        paths = () if corrective is None else (corrective.down, corrective.up)
+        weight = cast(Tensor, own["weight"])
+        return Records(weight, self.form, self.in_features, own["bias"], *paths)
+
+    def fusible(self, input: Tensor) -> bool:
+        """Tell whether a kernel may read the tensors for an input [..., in_features].
+
+        Not where something acts when the corrective path is called, or where a tensor is wrapped or
+        elsewhere, or where the input is.
+        """
+        own, corrective = self._parameters, self.corrective
+        if "bias" not in own or "weight" not in own:
+            return False
+        if corrective is not None and not (
+            type(corrective) is Corrective
+            and eligible.unhooked(corrective)
+            and len(corrective._parameters) == 2
+        ):
+            return False
+        return eligible.readable_records(input, self.records())
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight matrix [out_features, in_features], rounded once to a dtype."""

@@ -1,4 +1,4 @@
-"""Prepared for inference a model gives the same outputs, and stays a model like any other."""
+"""Prepared for inference, a model's modules give the same outputs, and stay modules like any other."""
 
 import copy
 
@@ -11,25 +11,27 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import calr
-from calr.inference import (
-    _AttentionForward,
-    _DenseForward,
-    _GatedForward,
-    _NormForward,
-    optimize_for_inference,
+from calr.inference import optimize_for_inference
+from calr.inference.modules import (
+    AttentionForward,
+    DenseForward,
+    GatedForward,
+    NormForward,
 )
 from calr.testing import tiny_llama
 from calr_kernels import native
 
 
 def prepared(ids, compressed=True, dtype=torch.float32, **config):
-    """A model as it is, and prepared."""
+    """A model as it is, and prepared, but for its decoder as a whole."""
     model = tiny_llama(**config)
     if compressed:
         recipe = calr.Recipe(keep=0.6, rank_step=2, correction_tokens=0)
         model = calr.compress(model, recipe, calibration=ids)
     model = model.to(dtype).eval()
-    return model, optimize_for_inference(copy.deepcopy(model))
+    fast = optimize_for_inference(copy.deepcopy(model))
+    vars(fast.model).pop("forward", None)
+    return model, fast
 
 
 @pytest.mark.parametrize("compressed", [True, False], ids=["compressed", "dense"])
@@ -64,12 +66,12 @@ def test_a_pruned_bias_is_applied(ids):
 def test_what_is_replaced(ids):
     _, fast = prepared(ids)
     for block in fast.model.layers:
-        assert isinstance(vars(block.mlp)["forward"], _GatedForward)
-        assert isinstance(vars(block.input_layernorm)["forward"], _NormForward)
-        assert isinstance(vars(block.self_attn)["forward"], _AttentionForward)
+        assert isinstance(vars(block.mlp)["forward"], GatedForward)
+        assert isinstance(vars(block.input_layernorm)["forward"], NormForward)
+        assert isinstance(vars(block.self_attn)["forward"], AttentionForward)
         for linear in block.self_attn.children():
             assert "forward" not in vars(getattr(linear, "down", nn.Identity()))
-    assert isinstance(vars(fast.lm_head)["forward"], _DenseForward)
+    assert isinstance(vars(fast.lm_head)["forward"], DenseForward)
 
 
 def test_a_block_of_another_form_is_left_alone(ids):

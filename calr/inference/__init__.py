@@ -1,0 +1,59 @@
+"""Faster decoding on a CPU: a decoder's blocks, or its single modules, on the native kernel."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from calr.inference import modules, traces
+from calr.inference.decoder import DecoderForward
+from calr.inference.layers import floating_dtype
+from calr_kernels import LowRankLinear, QuantizedLinear, eligible, native
+
+logger = logging.get_logger(__name__)
+
+
+def optimize_for_inference(model: PreTrainedModel) -> PreTrainedModel:
+    """Prepare a dense or compressed model, in place, for decoding a few rows at a time on a CPU.
+
+    Where a trace confirms that a decoder's blocks are of the usual form (RMS norms, rotary
+    attention, a gated feed-forward block), one new token a sequence goes through all of them in one
+    native call, with a cache that grows in place. Otherwise, and for other inputs of a few rows,
+    layers, dense and quantised, lm_head among them, RMS norms, gated feed-forward blocks and rotary
+    attention run there one by one, again where a trace confirms their form. Parameters, names and
+    checkpoints are unchanged. Weights of 16 and 32 bits are read where they are; quantised ones are
+    packed when they are first used, which takes their bytes a second time in memory. Training,
+    moving or reloading the model stays right. Larger batches, a GPU, autograd, torch.compile and
+    layers with hooks or adapters run as before. Returns the model.
+    """
+    dtype = floating_dtype(model)
+    if native.library() is None or dtype is None:
+        return model
+    replaced = [_replace(module, dtype) for module in _replaceable(model)]
+    counts = {name: replaced.count(name) for name in sorted({name for name in replaced if name})}
+    decoders = [name for name, module in model.named_modules() if DecoderForward.take(module, dtype)]
+    logger.debug(f"native kernel: {counts}; whole decoders: {decoders}")
+    return model
+
+
+def _replaceable(model: nn.Module) -> list[nn.Module]:
+    """List the modules whose forward is their own and is called."""
+    inner = {id(module.down) for module in model.modules() if isinstance(module, LowRankLinear)}
+    return [m for m in model.modules() if "forward" not in vars(m) and id(m) not in inner]
+
+
+def _replace(module: nn.Module, dtype: torch.dtype) -> str | None:
+    """Put a faster forward before a module's own where it computes the same; name it."""
+    kind: type[eligible.Replacement] | None = None
+    if traces.is_gated(module, dtype):
+        kind = modules.GatedForward
+    elif traces.is_attention(module, dtype):
+        kind = modules.AttentionForward
+    elif type(module) in (nn.Linear, QuantizedLinear):
+        kind = modules.DenseForward
+    elif traces.is_rms_norm(module):
+        kind = modules.NormForward
+    if kind is None:
+        return None
+    vars(module)["forward"] = kind(module)
+    return kind.__name__

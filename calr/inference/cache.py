@@ -1,0 +1,188 @@
+"""A cache of keys and values that grows in place: a token is appended, nothing else is copied."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+LEAST, GROWTH = 64, 1.5  # positions of room; times what is needed
+
+
+class _Growing:
+    """Keys or values [B, heads, capacity, d], of which the first `length` positions are in use."""
+
+    def __init__(self) -> None:
+        self.held: Tensor | None = None
+        self.length = 0
+
+    def get(self, skipped: int = 0) -> Tensor | None:
+        """Return what is in use but for the first positions, a view."""
+        if self.held is None:
+            return None
+        return self.held.narrow(-2, skipped, self.length - skipped)
+
+    def set(self, tensor: Tensor | None) -> None:
+        """Take a tensor in place of what is held; room is kept where it is the beginning of that."""
+        held = self.held
+        same = (
+            held is not None
+            and tensor is not None
+            and tensor.data_ptr() == held.data_ptr()
+            and tensor.stride() == held.stride()
+            and tensor.shape[:-2] == held.shape[:-2]
+            and tensor.shape[-2] <= held.shape[-2]
+        )
+        if not same:
+            self.held = tensor
+        self.length = 0 if tensor is None else tensor.shape[-2]
+
+    def reserve(self, more: int) -> Tensor:
+        """Make room for more positions; return all that is held, contiguous."""
+        held, needed = self.held, self.length + more
+        assert held is not None
+        if needed > held.shape[-2] or not held.is_contiguous():
+            room = max(LEAST, int(GROWTH * needed))
+            grown = held.new_empty(*held.shape[:-2], room, held.shape[-1])
+            grown.narrow(-2, 0, self.length).copy_(held.narrow(-2, 0, self.length))
+            self.held = held = grown
+        return held
+
+
+class _Held:
+    """What both kinds of growing layers share: `keys` and `values` are views of what has room.
+
+    Everything that reads or replaces them (crop, beam search, batch selection) works on the views.
+    """
+
+    is_initialized: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._keys, self._values = _Growing(), _Growing()
+        super().__init__(*args, **kwargs)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """[B, heads, positions, d], or None before anything came."""
+        return self._keys.get(self._hidden(self._keys.length))
+
+    @keys.setter
+    def keys(self, tensor: Tensor | None) -> None:
+        self._keys.set(tensor)
+
+    @property
+    def values(self) -> Tensor | None:
+        """As keys."""
+        return self._values.get(self._hidden(self._values.length))
+
+    @values.setter
+    def values(self, tensor: Tensor | None) -> None:
+        self._values.set(tensor)
+
+    @property
+    def held(self) -> int:
+        """How many positions are held."""
+        return self._keys.length
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Start empty, of these shapes, dtype and device."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        self.is_initialized = True
+
+    def room(self, more: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values with room for more positions, [B, heads, capacity, d]."""
+        return self._keys.reserve(more), self._values.reserve(more)
+
+    def advance(self, new: int) -> None:
+        """Count positions that were written behind the last ones."""
+        self._keys.length += new
+        self._values.length += new
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Write keys and values [B, heads, new, d] behind the last ones."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states.shape[-2]
+        for room, states in zip(self.room(new), (key_states, value_states), strict=True):
+            room.narrow(-2, self.held, new).copy_(states)
+        self.advance(new)
+
+    def _take(self, layer: DynamicLayer) -> None:
+        """Hold what a layer of transformers does."""
+        if layer.is_initialized and layer.keys is not None and layer.keys.dim() == 4:
+            self.lazy_initialization(layer.keys, layer.values)
+            self.keys, self.values = layer.keys, layer.values
+
+    def _hidden(self, held: int) -> int:
+        """Count the positions held that nobody sees any more."""
+        return 0
+
+
+class GrowingLayer(_Held, DynamicLayer):  # type: ignore[misc]
+    """transformers' DynamicLayer, which appends instead of copying."""
+
+    window = 0
+
+    @classmethod
+    def of(cls, layer: DynamicLayer) -> "GrowingLayer":
+        """Make one that holds what a DynamicLayer does."""
+        made = cls()
+        made._take(layer)
+        return made
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, heads, new, d]; return all of them."""
+        self._append(key_states, value_states)
+        return self.keys, self.values  # type: ignore[return-value]
+
+    def get_seq_length(self) -> int:
+        """Return how many positions are held."""
+        return self.held
+
+
+class GrowingSlidingLayer(_Held, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """transformers' DynamicSlidingWindowLayer, which appends instead of copying.
+
+    It holds some positions more than its window; `keys` and `values` are the last of them.
+    """
+
+    @classmethod
+    def of(cls, layer: DynamicSlidingWindowLayer) -> "GrowingSlidingLayer":
+        """Make one that holds what a DynamicSlidingWindowLayer does."""
+        made = cls(sliding_window=layer.sliding_window)
+        made._take(layer)
+        made.cumulative_length, made.record_past = layer.cumulative_length, layer.record_past
+        return made
+
+    @property
+    def window(self) -> int:
+        """How many positions a token sees, itself included."""
+        return int(self.sliding_window)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, heads, new, d]; return those that any of the new ones sees."""
+        before = min(self.held, self.window - 1)
+        self._append(key_states, value_states)
+        seen = before + key_states.shape[-2]
+        hidden = self.held - seen
+        return self._keys.get(hidden), self._values.get(hidden)  # type: ignore[return-value]
+
+    def room(self, more: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values with room for more positions; let those go that nobody sees."""
+        held, hidden = self._keys.held, self._hidden(self.held)
+        if hidden and held is not None and self.held + more > held.shape[-2]:
+            self.keys, self.values = self.keys, self.values
+        return super().room(more)
+
+    def advance(self, new: int) -> None:
+        """Count positions that were written behind the last ones."""
+        super().advance(new)
+        self.cumulative_length += new
+
+    def _hidden(self, held: int) -> int:
+        return 0 if self.record_past else max(0, held - self.window + 1)

@@ -1,0 +1,347 @@
+"""A decoder's forward with one native call for all of its blocks, for one new token a sequence."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from calr.inference.cache import GrowingLayer, GrowingSlidingLayer
+from calr.inference.layers import ACTIVATIONS, ATTENTION, GATED, tensors_of, unfollowed
+from calr.inference.traces import TOLERANCE, is_gated, is_rms_norm
+from calr.inference.watch import Watch
+from calr_kernels import eligible, native
+
+NORMS = {  # names in a block: before and after attention, before and after the feed-forward block
+    4: ("input_layernorm", None, "post_attention_layernorm", None),
+    6: (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+HELD = 5  # positions in a traced block's past
+CLAMPS = ("attn_logit_softcapping", "clip_qkv")  # which a trace of small numbers does not show
+# arguments that change nothing for a decoder that has no such outputs
+IGNORED = {"cache_position", "return_dict"}
+GROWING: dict[type, Any] = {
+    DynamicLayer: GrowingLayer,
+    DynamicSlidingWindowLayer: GrowingSlidingLayer,
+}
+
+
+class DecoderForward(eligible.Replacement):
+    """The forward of a decoder (transformers' LlamaModel and its like).
+
+    One new token a sequence, behind a cache that holds the others, goes through all blocks at once;
+    anything else, and whatever would notice, takes the module's own forward.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._bound = _Bound()
+
+    @classmethod
+    def take(cls, module: nn.Module, dtype: torch.dtype) -> bool:
+        """Put one before a decoder's own forward if a trace confirms that it computes the same."""
+        parts = module._modules
+        blocks = parts.get("layers")
+        named = {"embed_tokens", "layers", "norm", "rotary_emb"} == set(parts)
+        if not named or not isinstance(blocks, nn.ModuleList) or "forward" in vars(module):
+            return False
+        made = cls(module)
+        try:
+            same = dtype in TOLERANCE and made._traced(dtype)
+        except Exception:  # other arguments, sizes that do not fit, no such attributes
+            same = False
+        if same:
+            vars(module)["forward"] = made
+        return same
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        """Apply the decoder: ids [B, T] -> last hidden states [B, T, hidden_size] and the cache."""
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        module: Any = self._module
+        if (
+            given is not None
+            and (input_ids is None) != (inputs_embeds is None)
+            and type(past_key_values) is DynamicCache
+            and all(value is None or name in IGNORED for name, value in others.items())
+            and self._follows(given, past_key_values)
+        ):
+            starts = _starts(attention_mask, len(given), past_key_values.get_seq_length() + 1)
+            if starts is not None:
+                x = module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+                blocks = self._bound.blocks(module, x[:, 0])
+                windows = [layer.window for layer in past_key_values.layers]
+                if blocks is not None and windows == [part.window for part in blocks.parts]:
+                    return self._decode(x, blocks, position_ids, past_key_values, *starts)
+        return type(module).forward(
+            module,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **others,
+        )
+
+    def _follows(self, given: Tensor, cache: DynamicCache) -> bool:
+        """Tell whether one token a sequence comes behind what a cache holds, and nobody looks."""
+        module: Any = self._module
+        layers = cache.layers
+        if not (
+            given.dim() >= 2
+            and given.shape[1] == 1
+            and given.is_cpu
+            and 0 < len(given) <= eligible.QUANTIZED_ROWS
+            and unfollowed()
+            and not torch.is_autocast_enabled("cpu")
+            and not (module.training and getattr(module.config, "attention_dropout", 0))
+            and not module.config.output_hidden_states
+            and not module.config.output_attentions
+            and module.config._attn_implementation in ("sdpa", "eager")
+            and len(layers) == len(module.layers)
+            and not cache.offloading
+        ):
+            return False
+        for i, layer in enumerate(layers):
+            if type(layer) in GROWING:
+                layers[i] = layer = GROWING[type(layer)].of(layer)
+            if type(layer) not in GROWING.values():
+                return False
+        lengths = {layer.get_seq_length() for layer in layers}
+        return len(lengths) == 1 and lengths != {0}
+
+    def _decode(
+        self,
+        x: Tensor,
+        blocks: native.Blocks,
+        position_ids: Tensor | None,
+        cache: Any,
+        starts: Tensor | None = None,
+    ) -> BaseModelOutputWithPast:
+        module: Any = self._module
+        count = cache.get_seq_length()
+        if position_ids is None:
+            position_ids = torch.full((1, 1), count)
+        rotations = [(c[:, 0].contiguous(), s[:, 0].contiguous()) for c, s in self._turns(x, position_ids)]
+        hidden = x[:, 0].clone(memory_format=torch.contiguous_format)
+        pasts = [(*layer.room(1), layer.held, count - layer.held) for layer in cache.layers]
+        blocks.decode(hidden, pasts, rotations, starts)
+        for layer in cache.layers:
+            layer.advance(1)
+        return BaseModelOutputWithPast(
+            last_hidden_state=module.norm(hidden[:, None]), past_key_values=cache
+        )
+
+    def _turns(self, x: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return cosines and sines, of every kind of layer that has its own."""
+        module: Any = self._module
+        return [module.rotary_emb(x, position_ids, *kind) for kind in _kinds(module)]
+
+    @torch.no_grad()
+    def _traced(self, dtype: torch.dtype) -> bool:
+        """Compare every block alone, and the whole, with the module's own forward."""
+        module: Any = self._module
+        generator = torch.Generator().manual_seed(0)
+        size = module.config.hidden_size
+        blocks = self._bound.blocks(module, torch.zeros(1, size, dtype=dtype))
+        if blocks is None:
+            return False
+        for i, block in enumerate(module.layers):
+            if not is_gated(block.mlp, dtype):
+                return False
+            for sharpness in (1.0, 30.0):
+                if not _same(block, blocks.parts[i], i, size, dtype, sharpness, generator):
+                    return False
+        ids = torch.arange(HELD + 1)[None] % module.config.vocab_size
+        caches = DynamicCache(config=module.config), DynamicCache(config=module.config)
+        for cache in caches:
+            type(module).forward(module, input_ids=ids[:, :HELD], past_key_values=cache, use_cache=True)
+        last = ids[:, HELD:]
+        expected = type(module).forward(module, input_ids=last, past_key_values=caches[0], use_cache=True)
+        if not self._follows(last, caches[1]):
+            return False
+        found = self._decode(module.embed_tokens(last), blocks, None, caches[1])
+        return _close(found.last_hidden_state, expected.last_hidden_state, 3 * TOLERANCE[dtype])
+
+
+class _Bound:
+    """The blocks bound to the kernel, and whether they may still be used. Copies start unbound."""
+
+    def __init__(self) -> None:
+        self._held: tuple[Watch, torch.dtype, native.Blocks | None] | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Copy and pickle as unbound: pointers are of this process and these tensors."""
+        return _Bound, ()
+
+    def blocks(self, module: Any, x: Tensor) -> native.Blocks | None:
+        """Return the blocks for x [B, hidden_size], or None where they must not be bypassed."""
+        held = self._held
+        if held is None or held[1] is not x.dtype or not held[0].unchanged():
+            watch = Watch([module.layers, *(m for block in module.layers for m in block.modules())])
+            held = self._held = watch, x.dtype, _bind(module, x)
+        return None if held[0].hooked() else held[2]
+
+
+def _bind(module: Any, x: Tensor) -> native.Blocks | None:
+    """Bind a decoder's blocks if the kernel may read them for x and can."""
+    types = [kind[0] for kind in _kinds(module) if kind]
+    parts = []
+    for i, block in enumerate(module.layers):
+        rotation = types.index(module.config.layer_types[i]) if types else 0
+        found = _parts(block, x, rotation)
+        if found is None:
+            return None
+        parts.append(found)
+    return native.Blocks(parts)
+
+
+def _parts(block: Any, x: Tensor, rotation: int) -> native.BlockParts | None:
+    """Return a block's tensors if it looks like one that the kernel knows."""
+    own = block._modules
+    names = NORMS.get(len(own))
+    attention, mlp = own.get("self_attn"), own.get("mlp")
+    if names is None or attention is None or mlp is None or set(GATED) != set(mlp._modules):
+        return None
+    inner = attention._modules
+    if not set(ATTENTION) <= set(inner) <= {*ATTENTION, "q_norm", "k_norm"}:
+        return None
+    if attention._parameters or not all(map(eligible.unhooked, block.modules())):
+        return None
+    config = attention.config
+    if any(getattr(holder, name, None) for holder in (attention, config) for name in CLAMPS):
+        return None
+    norms = [None if name is None else own[name] for name in names]
+    head_norms = [inner.get(name) for name in ("q_norm", "k_norm")]
+    layers = [tensors_of(inner[name], x, size) for name, size in _widths(attention, x)]
+    gated = [tensors_of(mlp.gate_proj, x), tensors_of(mlp.up_proj, x)]
+    if gated[0] is not None:
+        gated.append(tensors_of(mlp.down_proj, x, gated[0].out_features))
+    weights = [None if norm is None else norm._parameters["weight"] for norm in norms + head_norms]
+    fine = all(w is None or (eligible.readable(x, None, w) and w.is_contiguous()) for w in weights)
+    activation = ACTIVATIONS.get(type(mlp.act_fn).__name__)
+    if None in layers or len(gated) < 3 or None in gated or not fine or activation is None:
+        return None
+    d = attention.head_dim
+    return native.BlockParts(
+        norms=tuple(weights[:4]),
+        q_norm=weights[4],
+        k_norm=weights[5],
+        attention=tuple(layers),  # type: ignore[arg-type]
+        gated=tuple(gated),  # type: ignore[arg-type]
+        heads=layers[0].out_features // d,  # type: ignore[union-attr]
+        key_heads=layers[1].out_features // d,  # type: ignore[union-attr]
+        d=d,
+        window=_window(attention),
+        rotation=rotation if getattr(attention, "use_rope", True) else -1,
+        activation=activation,
+        from_one=not is_rms_norm(norms[0]),
+        epsilon=float(getattr(norms[0], "variance_epsilon", getattr(norms[0], "eps", 0.0))),
+        scale=float(attention.scaling),
+    )
+
+
+def _widths(attention: Any, x: Tensor) -> list[tuple[str, int]]:
+    """Name the linear layers of an attention, each with its number of inputs."""
+    heads = attention.q_proj.out_features
+    return [(name, heads if name == "o_proj" else x.shape[-1]) for name in ATTENTION]
+
+
+def _window(attention: Any) -> int:
+    """Return how many positions an attention sees, 0 for all."""
+    holder = attention if "sliding_window" in vars(attention) else attention.config
+    return getattr(holder, "sliding_window", None) or 0
+
+
+def _kinds(module: Any) -> list[tuple[str, ...]]:
+    """List what a decoder's rotary embedding is called with: kinds of layers, where it has some."""
+    if "layer_type" in inspect.signature(type(module.rotary_emb).forward).parameters:
+        return [(kind,) for kind in sorted(set(module.config.layer_types))]
+    return [()]
+
+
+def _starts(mask: Tensor | None, b: int, count: int) -> tuple[Tensor | None] | None:
+    """Return the first position that each sequence sees [B], (None,) where that is 0 for all.
+
+    None for a mask that is not [B, count] with all of its zeros on the left.
+    """
+    if mask is None:
+        return (None,)
+    if not isinstance(mask, Tensor) or mask.shape != (b, count) or mask.is_floating_point():
+        return None
+    if bool(mask.all()):
+        return (None,)
+    seen = mask != 0
+    starts = count - seen.sum(-1)
+    ordered = seen == (torch.arange(count) >= starts[:, None])
+    return (starts,) if bool(ordered.all()) and bool((starts < count).all()) else None
+
+
+def _same(
+    block: Any,
+    parts: native.BlockParts,
+    index: int,
+    size: int,
+    dtype: torch.dtype,
+    sharpness: float,
+    generator: torch.Generator,
+) -> bool:
+    """Compare a block's own forward with the kernel's, and what both leave in the cache.
+
+    sharpness: how large the keys of the past are, so that other ways to bound scores show.
+    """
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    turns = random(1, 1, parts.d), random(1, 1, parts.d)
+    count = min(HELD, parts.window - 1) if parts.window else HELD
+    held = sharpness * random(1, parts.key_heads, count, parts.d), random(1, parts.key_heads, count, parts.d)
+    own, growing = DynamicCache(), GrowingLayer()
+    own.update(*held, index)
+    growing.update(*held)
+    x = random(1, 1, size)
+    expected = block(
+        x,
+        attention_mask=None,
+        position_embeddings=turns,
+        position_ids=torch.full((1, 1), count),
+        past_key_values=own,
+        use_cache=True,
+    )
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    found = x[:, 0].clone()
+    rotations = [(turns[0][:, 0], turns[1][:, 0])] * (parts.rotation + 1)
+    native.Blocks([parts]).decode(found, [(*growing.room(1), count, 0)], rotations)
+    growing.advance(1)
+    tolerance = TOLERANCE[dtype]
+    noise = torch.finfo(dtype).eps * torch.linalg.vector_norm(expected.float())
+    moved = torch.linalg.vector_norm((expected - x).float())
+    error = torch.linalg.vector_norm((found - expected[:, 0]).float())
+    layer: Any = own.layers[index]
+    return bool(error <= tolerance * moved + noise) and all(
+        _close(a, b, tolerance) for a, b in ((growing.keys, layer.keys), (growing.values, layer.values))
+    )
+
+
+def _close(found: Any, expected: Any, tolerance: float) -> bool:
+    """Tell whether two tensors differ by no more than a share of the second's norm."""
+    error = torch.linalg.vector_norm((found - expected).float())
+    return bool(error <= tolerance * torch.linalg.vector_norm(expected.float()))

@@ -1,0 +1,373 @@
+// Quantised matrices in panels, and their products with inputs.
+//
+// A panel is 16 rows, so that the lanes of a vector are rows and no sum runs across lanes. For every
+// scale group it holds the 16 scales, float16, and for every 32 columns the planes of their codes, the
+// lowest bits first. A quad is 64 codes, [16 rows][4 columns]; a plane of b bits holds the quads of a
+// 32 bytes' worth of columns in blocks of 64 bytes, quad i in block i * b / 8, from bit i * b % 8 up.
+// Codes of 8 bits are levels already.
+
+constexpr int64_t kPanel = 16, kChunk = 32, kQuad = 4;  // rows; columns of all planes, and of a quad
+constexpr int kQuads = kChunk / kQuad;
+constexpr int kVectors = kPanel / CALR_LANES;  // that hold one number a row
+constexpr int kBytes = kQuad * CALR_LANES;     // of codes in a vector of bytes
+
+#if CALR_LANES == 16
+using Bytes = __m512i;
+using Counts = __m512i;
+inline Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+inline Counts no_counts() { return _mm512_setzero_si512(); }
+inline Bytes sixteen(const int8_t* p) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+template <int SHIFT, int BITS>
+inline Bytes codes_at(Bytes v) {
+  return _mm512_and_si512(_mm512_srli_epi16(v, SHIFT), _mm512_set1_epi8((1 << BITS) - 1));
+}
+template <int SHIFT>
+inline Bytes joined(Bytes low, Bytes high) {
+  return _mm512_or_si512(low, _mm512_slli_epi16(high, SHIFT));
+}
+inline Bytes shuffled(Bytes table, Bytes code) { return _mm512_shuffle_epi8(table, code); }
+template <int BIT>  // b where a bit of the code is set, else a
+inline Bytes choose(Bytes a, Bytes b, Bytes code) {
+  return _mm512_mask_blend_epi8(_mm512_test_epi8_mask(code, _mm512_set1_epi8(1 << BIT)), a, b);
+}
+inline Bytes even(Bytes v) { return _mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8); }
+inline Bytes odd(Bytes v) { return _mm512_srai_epi16(v, 8); }
+inline Counts add_pairs(Counts sum, Bytes levels, int32_t pair) {
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(levels, _mm512_set1_epi32(pair)));
+}
+inline Vector to_floats(Counts v) { return _mm512_cvtepi32_ps(v); }
+template <int COLUMN>
+inline Vector column(Bytes v) {
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * COLUMN), 24));
+}
+inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
+inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+
+#elif CALR_LANES == 8
+using Bytes = __m256i;
+using Counts = __m256i;
+inline Bytes load_bytes(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+inline Counts no_counts() { return _mm256_setzero_si256(); }
+inline Bytes sixteen(const int8_t* p) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+template <int SHIFT, int BITS>
+inline Bytes codes_at(Bytes v) {
+  return _mm256_and_si256(_mm256_srli_epi16(v, SHIFT), _mm256_set1_epi8((1 << BITS) - 1));
+}
+template <int SHIFT>
+inline Bytes joined(Bytes low, Bytes high) {
+  return _mm256_or_si256(low, _mm256_slli_epi16(high, SHIFT));
+}
+inline Bytes shuffled(Bytes table, Bytes code) { return _mm256_shuffle_epi8(table, code); }
+template <int BIT>
+inline Bytes choose(Bytes a, Bytes b, Bytes code) {
+  return _mm256_blendv_epi8(a, b, _mm256_slli_epi16(code, 7 - BIT));
+}
+inline Bytes even(Bytes v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); }
+inline Bytes odd(Bytes v) { return _mm256_srai_epi16(v, 8); }
+inline Counts add_pairs(Counts sum, Bytes levels, int32_t pair) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(levels, _mm256_set1_epi32(pair)));
+}
+inline Vector to_floats(Counts v) { return _mm256_cvtepi32_ps(v); }
+template <int COLUMN>
+inline Vector column(Bytes v) {
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * COLUMN), 24));
+}
+inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
+inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+
+#else  // scalar
+struct Bytes {
+  int8_t lane[kBytes];
+};
+struct Pairs {
+  int16_t lane[kBytes / 2];
+};
+struct Counts {
+  int32_t lane[CALR_LANES];
+};
+inline Bytes load_bytes(const void* p) {
+  Bytes v;
+  std::memcpy(v.lane, p, kBytes);
+  return v;
+}
+inline Counts no_counts() { return Counts{}; }
+inline Bytes sixteen(const int8_t* p) { return load_bytes(p); }
+template <int SHIFT, int BITS>
+inline Bytes codes_at(Bytes v) {
+  for (int8_t& lane : v.lane) {
+    lane = static_cast<int8_t>(static_cast<uint8_t>(lane) >> SHIFT & ((1 << BITS) - 1));
+  }
+  return v;
+}
+template <int SHIFT>
+inline Bytes joined(Bytes low, Bytes high) {
+  for (int i = 0; i < kBytes; ++i) low.lane[i] = static_cast<int8_t>(low.lane[i] | high.lane[i] << SHIFT);
+  return low;
+}
+inline Bytes shuffled(Bytes table, Bytes code) {
+  for (int8_t& lane : code.lane) lane = table.lane[lane & 15];
+  return code;
+}
+template <int BIT>
+inline Bytes choose(Bytes a, Bytes b, Bytes code) {
+  for (int i = 0; i < kBytes; ++i) a.lane[i] = code.lane[i] >> BIT & 1 ? b.lane[i] : a.lane[i];
+  return a;
+}
+template <int FIRST>
+inline Pairs every_second(Bytes v) {
+  Pairs pairs;
+  for (int i = 0; i < kBytes / 2; ++i) pairs.lane[i] = v.lane[2 * i + FIRST];
+  return pairs;
+}
+inline Pairs even(Bytes v) { return every_second<0>(v); }
+inline Pairs odd(Bytes v) { return every_second<1>(v); }
+inline Counts add_pairs(Counts sum, Pairs levels, int32_t pair) {
+  int16_t x[2];
+  std::memcpy(x, &pair, 4);
+  for (int i = 0; i < CALR_LANES; ++i) {
+    sum.lane[i] += levels.lane[2 * i] * x[0] + levels.lane[2 * i + 1] * x[1];
+  }
+  return sum;
+}
+inline Vector to_floats(Counts v) {
+  Vector found;
+  for (int i = 0; i < CALR_LANES; ++i) found.lane[i] = static_cast<float>(v.lane[i]);
+  return found;
+}
+template <int COLUMN>
+inline Vector column(Bytes v) {
+  Vector found;
+  for (int i = 0; i < CALR_LANES; ++i) found.lane[i] = v.lane[kQuad * i + COLUMN];
+  return found;
+}
+inline Vector multiply(Vector a, const Vector& b) {
+  for (int i = 0; i < CALR_LANES; ++i) a.lane[i] *= b.lane[i];
+  return a;
+}
+inline Vector add(Vector a, const Vector& b) {
+  for (int i = 0; i < CALR_LANES; ++i) a.lane[i] += b.lane[i];
+  return a;
+}
+#endif
+
+// The levels of one vector of a quad, from the planes of its chunk.
+template <int BITS, int QUAD>
+inline Bytes quad_levels(const uint8_t* chunk, const Bytes* tables) {
+  if constexpr (BITS == 8) {
+    return load_bytes(chunk + QUAD * 64);
+  } else {
+    constexpr int kLow = Planes<BITS>::kLow, kHigh = Planes<BITS>::kHigh;
+    Bytes code = codes_at<QUAD * kLow % 8, kLow>(load_bytes(chunk + QUAD * kLow / 8 * 64));
+    if constexpr (kHigh > 0) {
+      const uint8_t* plane = chunk + kLow * 64 + QUAD * kHigh / 8 * 64;
+      code = joined<kLow>(code, codes_at<QUAD * kHigh % 8, kHigh>(load_bytes(plane)));
+    }
+    Bytes level = shuffled(tables[0], code);
+    if constexpr (BITS > 4) {
+      // a shuffle looks at four bits of a code; with the seventh set it would give 0
+      level = choose<4>(level, shuffled(tables[1], code), code);
+      if constexpr (BITS == 6) {
+        const Bytes upper = choose<4>(shuffled(tables[2], code), shuffled(tables[3], code), code);
+        level = choose<5>(level, upper, code);
+      }
+    }
+    return level;
+  }
+}
+
+// Add a quad's levels times inputs: in integers, of inputs in the order 0, 2, 1, 3, or in float32.
+inline void accumulate(Bytes levels, const int16_t* x, Counts& sum) {
+  int32_t first, second;
+  std::memcpy(&first, x, 4);
+  std::memcpy(&second, x + 2, 4);
+  sum = add_pairs(add_pairs(sum, even(levels), first), odd(levels), second);
+}
+inline void accumulate(Bytes levels, const float* x, Vector& sum) {
+  sum = multiply_add(column<0>(levels), spread(x[0]), sum);
+  sum = multiply_add(column<1>(levels), spread(x[1]), sum);
+  sum = multiply_add(column<2>(levels), spread(x[2]), sum);
+  sum = multiply_add(column<3>(levels), spread(x[3]), sum);
+}
+inline Counts empty(const int16_t*) { return no_counts(); }
+inline Vector empty(const float*) { return zero(); }
+inline Vector to_floats(const Vector& v) { return v; }
+
+template <int BITS, int COLUMNS, int QUAD, typename X, typename Sum>
+inline void quad_products(const uint8_t* chunk, const Bytes* tables, const X* x, int64_t padded,
+                          Sum (&sum)[COLUMNS][kVectors]) {
+  for (int part = 0; part < kVectors; ++part) {
+    const Bytes levels = quad_levels<BITS, QUAD>(chunk + part * kBytes, tables);
+    for (int j = 0; j < COLUMNS; ++j) accumulate(levels, x + j * padded + QUAD * kQuad, sum[j][part]);
+  }
+  if constexpr (QUAD + 1 < kQuads) {
+    quad_products<BITS, COLUMNS, QUAD + 1>(chunk, tables, x, padded, sum);
+  }
+}
+
+// out[j * out_stride + row] = a panel's rows times inputs x[j] [groups * group] of scales x_scales[j]
+// [groups], j below COLUMNS.
+template <int BITS, int COLUMNS, typename X>
+void panel_products(const uint8_t* panel, const int8_t* table, const X* x, const float* x_scales,
+                    float* out, int64_t groups, int64_t group, int64_t out_stride) {
+  constexpr int kTables = BITS == 8 ? 1 : BITS > 4 ? 1 << (BITS - 4) : 1;
+  constexpr int64_t kAhead = 1024;  // bytes: the hardware's own prefetching stops at pages
+  Bytes tables[kTables];
+  for (int i = 0; i < kTables; ++i) tables[i] = sixteen(table + 16 * i);
+  Vector total[COLUMNS][kVectors];
+  for (int j = 0; j < COLUMNS; ++j) {
+    for (int part = 0; part < kVectors; ++part) total[j][part] = zero();
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    const uint8_t* scales = panel;
+    panel += kScaleBytes * kPanel;
+    decltype(empty(x)) sum[COLUMNS][kVectors];
+    for (int j = 0; j < COLUMNS; ++j) {
+      for (int part = 0; part < kVectors; ++part) sum[j][part] = empty(x);
+    }
+    for (int64_t at = 0; at < group; at += kChunk, panel += 64 * BITS) {
+      for (int line = 0; line < BITS; ++line) prefetch(panel + kAhead + 64 * line);
+      quad_products<BITS, COLUMNS, 0>(panel, tables, x + g * group + at, groups * group, sum);
+    }
+    for (int part = 0; part < kVectors; ++part) {
+      const Vector scale = load(reinterpret_cast<const float16*>(scales) + part * CALR_LANES);
+      for (int j = 0; j < COLUMNS; ++j) {
+        const Vector both = multiply(scale, spread(x_scales[j * groups + g]));
+        total[j][part] = multiply_add(to_floats(sum[j][part]), both, total[j][part]);
+      }
+    }
+  }
+  for (int j = 0; j < COLUMNS; ++j) {
+    for (int part = 0; part < kVectors; ++part) {
+      store(total[j][part], out + j * out_stride + part * CALR_LANES);
+    }
+  }
+}
+
+// out [m, out_stride]: panels [begin, end) times x [m, groups * group]; out's rows have room for whole
+// panels.
+template <int BITS, typename X>
+void panels_products(const uint8_t* panels, const int8_t* table, const X* x, const float* x_scales,
+                     float* out, int64_t m, int64_t groups, int64_t group, int64_t out_stride,
+                     int64_t begin, int64_t end) {
+  const int64_t bytes = groups * (kScaleBytes * kPanel + kPanel * group * BITS / 8);
+  const int64_t padded = groups * group;
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const uint8_t* at = panels + panel * bytes;
+    float* to = out + panel * kPanel;
+    int64_t j = 0;
+    for (; j + 4 <= m; j += 4) {
+      panel_products<BITS, 4>(at, table, x + j * padded, x_scales + j * groups, to + j * out_stride, groups,
+                              group, out_stride);
+    }
+    for (; j < m; ++j) {
+      panel_products<BITS, 1>(at, table, x + j * padded, x_scales + j * groups, to + j * out_stride, groups,
+                              group, out_stride);
+    }
+  }
+}
+
+// An input of a scale group as integers of 16 bits times a scale, in the order in which `accumulate`
+// takes them: to within 2^-16 of the largest, which 16-bit numbers do not notice. What is not finite
+// makes the scale NaN. Numbers below 1e-30 count as 0.
+inline float fixed_point(const float* x, int16_t* out, int64_t group) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < group; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    bits &= 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  float most, inverse = 0.0f;
+  std::memcpy(&most, &largest, 4);
+  if (largest < 0x7f800000 && most > 1e-30f) inverse = 32767.0f / most;
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  for (int64_t i = 0; i < group; i += kQuad) {
+    int16_t found[kQuad];
+    for (int j = 0; j < kQuad; ++j) {
+      const float shifted = x[i + j] * inverse + shift;
+      int32_t bits;
+      std::memcpy(&bits, &shifted, 4);
+      found[j] = static_cast<int16_t>(bits - 0x4b400000);
+    }
+    out[i] = found[0];
+    out[i + 1] = found[2];
+    out[i + 2] = found[1];
+    out[i + 3] = found[3];
+  }
+  if (largest >= 0x7f800000) return most - most;  // NaN
+  return inverse ? most / 32767.0f : 0.0f;
+}
+
+// Add to out [count], the outputs from `first` on, a multiple of 16: the terms' weights t [c] times the
+// rows of records [c, groups] of 8 bits in groups of 32.
+inline void add_terms(const uint8_t* records, const float* t, float* out, int64_t c, int64_t groups,
+                      int64_t first, int64_t count) {
+  constexpr int64_t kRecord = kScaleBytes + kChunk;
+  for (int64_t at = 0; at < count; at += kPanel) {
+    float sum[kPanel] = {};
+    for (int64_t term = 0; term < c; ++term) {
+      const uint8_t* record = records + (term * groups + (first + at) / kChunk) * kRecord;
+      const uint8_t* codes = record + kScaleBytes + (first + at) % kChunk;
+      const float weight = t[term] * scale_of(record);
+      for (int64_t i = 0; i < kPanel; ++i) sum[i] += weight * static_cast<int8_t>(codes[i] ^ 0x80);
+    }
+    const int64_t size = count - at < kPanel ? count - at : kPanel;
+    for (int64_t i = 0; i < size; ++i) out[at + i] += sum[i];
+  }
+}
+
+// The codes of one record.
+template <int BITS>
+inline void record_codes(const uint8_t* record, uint8_t* codes, int64_t group) {
+  constexpr int kLow = Planes<BITS>::kLow, kHigh = Planes<BITS>::kHigh;
+  const uint8_t* low = record + kScaleBytes;
+  std::memset(codes, 0, group);
+  add_plane<kLow>(low, codes, group, 0);
+  if (kHigh > 0) add_plane<kHigh ? kHigh : 1>(low + group * kLow / 8, codes, group, kLow);
+}
+
+// Add a plane of B bits, those of the codes [16, group] from a shift up, to a chunk's place.
+template <int B>
+inline void pack_plane(const uint8_t* codes, uint8_t* plane, int64_t group, int shift) {
+  for (int64_t row = 0; row < kPanel; ++row) {
+    for (int64_t i = 0; i < kChunk; ++i) {
+      const int64_t quad = i / kQuad, byte = quad * B / 8 * 64 + row * kQuad + i % kQuad;
+      const int code = codes[row * group + i] >> shift & ((1 << B) - 1);
+      plane[byte] = static_cast<uint8_t>(plane[byte] | code << quad * B % 8);
+    }
+  }
+}
+
+// Panels [begin, end) of records [n, groups]; rows beyond the last have scale 0. codes: [16 * group].
+template <int BITS>
+void pack_panels(const uint8_t* records, uint8_t* panels, int64_t n, int64_t groups, int64_t group,
+                 int64_t begin, int64_t end, uint8_t* codes) {
+  constexpr int kLow = Planes<BITS>::kLow, kHigh = Planes<BITS>::kHigh;
+  const int64_t record = kScaleBytes + group * BITS / 8;
+  uint8_t* out = panels + begin * groups * kPanel * record;
+  for (int64_t panel = begin; panel < end; ++panel) {
+    for (int64_t g = 0; g < groups; ++g, out += kPanel * record) {
+      std::memset(out, 0, kPanel * record);
+      std::memset(codes, 0, kPanel * group);
+      for (int64_t row = 0; row < kPanel && panel * kPanel + row < n; ++row) {
+        const uint8_t* from = records + ((panel * kPanel + row) * groups + g) * record;
+        std::memcpy(out + row * kScaleBytes, from, kScaleBytes);
+        record_codes<BITS>(from, codes + row * group, group);
+      }
+      if (BITS == 8) {
+        for (int64_t i = 0; i < kPanel * group; ++i) codes[i] ^= 0x80;
+      }
+      uint8_t* chunk = out + kScaleBytes * kPanel;
+      for (int64_t at = 0; at < group; at += kChunk, chunk += 64 * BITS) {
+        pack_plane<kLow>(codes + at, chunk, group, 0);
+        if (kHigh > 0) pack_plane<kHigh ? kHigh : 1>(codes + at, chunk + 64 * kLow, group, kLow);
+      }
+    }
+  }
+}

@@ -1,0 +1,187 @@
+"""Quantised layers in panels: products against float64, on every instruction set."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calr_kernels import Form, QuantizedLinear, eligible, native, records
+from calr_kernels.forms import BITS, CORRECTIVE, TABLES
+from calr_kernels.layout import Factors, Records
+from calr_kernels.native import Bound
+
+pytestmark = pytest.mark.usefixtures("isa")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}  # of the outputs' scale
+
+
+def filled(rows, columns, form, generator):
+    """Records of random codes and scales of both signs, some of them 0."""
+    codes = torch.randint(1 << form.bits, (rows, columns), generator=generator).to(torch.uint8)
+    scales = torch.randn(rows, form.groups(columns), generator=generator) / 50
+    scales[::7, 0] = 0
+    return records.pack(codes, scales, form)
+
+
+def layer(n, k, form, rank=0, bias=True, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    paths = [filled(rank, side, CORRECTIVE, generator) for side in (k, n)] if rank else []
+    added = torch.randn(n, generator=generator).to(dtype) if bias else None
+    return Records(filled(n, k, form, generator), form, k, added, *paths)
+
+
+def exact(x, made):
+    """The layer in float64."""
+    x, form = x.double(), made.form
+    y = x @ records.dequantize(made.weight, form, made.in_features, torch.float32).double().mT
+    if made.corrective_down is not None:
+        down = records.dequantize(made.corrective_down, CORRECTIVE, x.shape[-1], torch.float64)
+        up = records.dequantize(made.corrective_up, CORRECTIVE, y.shape[-1], torch.float64)
+        y = y + x @ down.mT @ up
+    return y if made.bias is None else y + made.bias.double()
+
+
+def check(found, x, made):
+    expected = exact(x, made)
+    scale = float(expected.abs().max()) + 1e-30
+    tolerance = TOLERANCE[x.dtype] * (2 if made.corrective_down is not None else 1)
+    assert float((found.double() - expected).abs().max()) <= tolerance * scale
+
+
+FORMS = [
+    Form(bits, levels, group)
+    for bits in BITS
+    for levels in ("uniform", "formula", "table")
+    for group in (32, 96)
+    if not (levels == "table" and bits not in TABLES) and not (levels == "formula" and bits == 8)
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_products_are_those_of_the_numbers(form, dtype):
+    for rows, n, k in [(1, 16, 96), (1, 37, 100), (3, 15, 200), (6, 48, 32)]:
+        made = layer(n, k, form, dtype=dtype)
+        x = torch.randn(rows, k, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        check(Bound().linears(x, (made,))[0], x, made)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [1, 8, 16, 40])
+def test_the_corrective_path_is_added(rank, dtype):
+    for n, k in [(16, 64), (75, 100)]:
+        made = layer(n, k, Form(4, "table", 64), rank, bias=False, dtype=dtype)
+        x = torch.randn(5, k, generator=torch.Generator().manual_seed(rank)).to(dtype)
+        check(Bound().linears(x, (made,))[0], x, made)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    bits=st.sampled_from(BITS),
+    group=st.sampled_from([32, 64, 160, 512]),
+    n=st.integers(1, 40),
+    k=st.integers(1, 600),
+    rows=st.integers(1, 9),
+    scale=st.sampled_from([1e-6, 1.0, 1e4]),
+)
+@torch.no_grad()
+def test_any_shape(bits, group, n, k, rows, scale):
+    made = layer(n, k, Form(bits, "uniform", group), seed=n * k)
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(k)) * scale
+    for dtype in (torch.float32, torch.bfloat16):
+        own = made._replace(bias=made.bias.to(dtype))
+        check(Bound().linears(x.to(dtype), (own,))[0], x.to(dtype), own)
+
+
+@torch.no_grad()
+def test_an_outlier_costs_its_group_no_more_than_16_bits_do():
+    """One input of a thousand times the others, as models have them."""
+    made = layer(64, 256, Form(8, "uniform", 64), bias=False)
+    x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
+    x[:, 70] = 1000
+    check(Bound().linears(x.bfloat16(), (made,))[0], x.bfloat16(), made)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_stays_so(value, dtype):
+    made = layer(20, 128, Form(5, "formula", 64), dtype=dtype)
+    x = torch.ones(2, 128, dtype=dtype)
+    x[1, 100] = value
+    found = Bound().linears(x, (made,))[0]
+    assert found[0].isfinite().all()
+    assert not found[1].isfinite().any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_for_any_number_of_threads_and_rows(dtype, monkeypatch):
+    made = [layer(n, 512, Form(4, "table", 64), 8, dtype=dtype) for n in (300, 80)]
+    dense = Factors(torch.randn(90, 512, generator=torch.Generator().manual_seed(1)).to(dtype))
+    x = torch.randn(5, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(Bound().linears(x, [*made, dense]))
+        for again, first in zip(found[-1], found[0], strict=True):
+            assert torch.equal(again, first)
+    for row in range(5):
+        alone = Bound().linears(x[row : row + 1], [*made, dense])
+        assert all(torch.equal(y[0], whole[row]) for y, whole in zip(alone, found[0], strict=True))
+
+
+@torch.no_grad()
+def test_panels_are_shared_and_follow_what_is_written():
+    made, x = layer(33, 64, Form(4, "table", 64)), torch.randn(1, 64)
+    bound = Bound()
+    check(bound.linears(x, (made,))[0], x, made)
+    first = native.quantized.packed(made.weight, made.form, 64)
+    assert native.quantized.packed(made.weight, made.form, 64) is first
+    other = layer(33, 64, made.form, seed=5)
+    made.weight.copy_(other.weight)
+    check(bound.linears(x, (made,))[0], x, made)
+    assert native.quantized.packed(made.weight, made.form, 64) is not first
+    assert pickle.loads(pickle.dumps(bound))._binding is None
+    assert copy.deepcopy(bound)._binding is None
+
+
+@torch.no_grad()
+def test_records_of_inference_mode_are_read_as_they_are():
+    with torch.inference_mode():
+        made, x = layer(33, 64, Form(4, "table", 64)), torch.randn(1, 64)
+        bound = Bound()
+        check(bound.linears(x, (made,))[0], x, made)
+        made.weight.copy_(layer(33, 64, made.form, seed=5).weight)
+        check(bound.linears(x, (made,))[0], x, made)
+
+
+def test_what_panels_do_not_hold_is_not_eligible():
+    x = torch.randn(1, 64)
+    fine = layer(33, 64, Form(4, "table", 64), 8)
+    assert eligible.native_packed(x, fine)
+    assert not eligible.native_packed(torch.randn(17, 64), fine)
+    assert not eligible.native_packed(torch.randn(1, 60), fine)
+    assert not eligible.native_packed(x.double(), fine)
+    assert not eligible.native_packed(x, layer(33, 64, Form(8, "uniform", 1024)))
+    wide = fine._replace(corrective_down=torch.randn(8, 64), corrective_up=torch.randn(8, 33))
+    assert not eligible.native_packed(x, wide)
+
+
+def test_a_layer_gives_its_tensors_only_where_nothing_is_bypassed():
+    x = torch.randn(1, 64)
+    quantised = QuantizedLinear(64, 32, Form(4, "table", 64, corrective_rank=8))
+    assert quantised.fusible(x)
+    assert quantised.records().corrective_down is quantised.corrective.down
+    assert not quantised.fusible(x.bfloat16())  # its bias is float32
+    handle = quantised.corrective.register_forward_hook(lambda *given: None)
+    assert not quantised.fusible(x)
+    handle.remove()
+    quantised.append(torch.randn(2, 64), torch.randn(32, 2))  # of 16 bits now
+    assert not quantised.fusible(x)
