@@ -51,7 +51,7 @@ def _replace(module: nn.Module, dtype: torch.dtype) -> str | None:
         kind = modules.AttentionForward
     elif type(module) in (nn.Linear, QuantizedLinear):
         kind = modules.DenseForward
-    elif traces.is_rms_norm(module):
+    elif (form := traces.norm_form(module)) and not form.from_one:
         kind = modules.NormForward
     if kind is None:
         return None

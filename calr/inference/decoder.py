@@ -1,6 +1,7 @@
 """A decoder's forward with one native call for all of its blocks, for one new token a sequence."""
 
 import inspect
+import weakref
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from calr.inference.cache import GrowingLayer, GrowingSlidingLayer
 from calr.inference.layers import ACTIVATIONS, ATTENTION, GATED, tensors_of, unfollowed
-from calr.inference.traces import TOLERANCE, is_gated, is_rms_norm
+from calr.inference.traces import TOLERANCE, is_gated, norm_form
 from calr.inference.watch import Watch
 from calr_kernels import eligible, native
 
@@ -85,7 +86,7 @@ class DecoderForward(eligible.Replacement):
             starts = _starts(attention_mask, len(given), past_key_values.get_seq_length() + 1)
             if starts is not None:
                 x = module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-                blocks = self._bound.blocks(module, x[:, 0])
+                blocks = self._bound.blocks(module, x[:, 0], past_key_values)
                 windows = [layer.window for layer in past_key_values.layers]
                 if blocks is not None and windows == [part.window for part in blocks.parts]:
                     return self._decode(x, blocks, position_ids, past_key_values, *starts)
@@ -186,15 +187,22 @@ class _Bound:
 
     def __init__(self) -> None:
         self._held: tuple[Watch, torch.dtype, native.Blocks | None] | None = None
+        self._last: tuple[weakref.ref[Any], int] | None = None  # a cache, and what it then held
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Copy and pickle as unbound: pointers are of this process and these tensors."""
         return _Bound, ()
 
-    def blocks(self, module: Any, x: Tensor) -> native.Blocks | None:
-        """Return the blocks for x [B, hidden_size], or None where they must not be bypassed."""
-        held = self._held
-        if held is None or held[1] is not x.dtype or not held[0].unchanged():
+    def blocks(self, module: Any, x: Tensor, cache: Any = None) -> native.Blocks | None:
+        """Return the blocks for x [B, hidden_size], or None where they must not be bypassed.
+
+        A generation that goes on with a cache is not looked at as thoroughly as its first token.
+        """
+        held, last = self._held, self._last
+        count = 0 if cache is None else cache.get_seq_length()
+        on = last is not None and last[0]() is cache is not None and last[1] + 1 == count
+        self._last = None if cache is None else (weakref.ref(cache), count)
+        if held is None or held[1] is not x.dtype or not held[0].unchanged(whole=not on):
             watch = Watch([module.layers, *(m for block in module.layers for m in block.modules())])
             held = self._held = watch, x.dtype, _bind(module, x)
         return None if held[0].hooked() else held[2]
@@ -229,12 +237,15 @@ def _parts(block: Any, x: Tensor, rotation: int) -> native.BlockParts | None:
     if any(getattr(holder, name, None) for holder in (attention, config) for name in CLAMPS):
         return None
     norms = [None if name is None else own[name] for name in names]
-    head_norms = [inner.get(name) for name in ("q_norm", "k_norm")]
+    norms += [inner.get(name) for name in ("q_norm", "k_norm")]
+    forms = [norm_form(norm) for norm in norms if norm is not None]
+    if forms[0] is None or forms != forms[:1] * len(forms):
+        return None
     layers = [tensors_of(inner[name], x, size) for name, size in _widths(attention, x)]
     gated = [tensors_of(mlp.gate_proj, x), tensors_of(mlp.up_proj, x)]
     if gated[0] is not None:
         gated.append(tensors_of(mlp.down_proj, x, gated[0].out_features))
-    weights = [None if norm is None else norm._parameters["weight"] for norm in norms + head_norms]
+    weights = [None if norm is None else norm._parameters["weight"] for norm in norms]
     fine = all(w is None or (eligible.readable(x, None, w) and w.is_contiguous()) for w in weights)
     activation = ACTIVATIONS.get(type(mlp.act_fn).__name__)
     if None in layers or len(gated) < 3 or None in gated or not fine or activation is None:
@@ -252,8 +263,8 @@ def _parts(block: Any, x: Tensor, rotation: int) -> native.BlockParts | None:
         window=_window(attention),
         rotation=rotation if getattr(attention, "use_rope", True) else -1,
         activation=activation,
-        from_one=not is_rms_norm(norms[0]),
-        epsilon=float(getattr(norms[0], "variance_epsilon", getattr(norms[0], "eps", 0.0))),
+        from_one=forms[0].from_one,
+        epsilon=forms[0].epsilon,
         scale=float(attention.scaling),
     )
 

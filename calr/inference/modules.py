@@ -139,7 +139,8 @@ class NormForward(eligible.Replacement):
         weight: Any = self._module._parameters.get("weight")
         alone = not more and not others and unfollowed()
         if alone and eligible.readable(x, None, weight) and eligible.native_norm(x, weight):
-            return native.rms_norm(x, weight, vars(self._module)["variance_epsilon"])
+            own = vars(self._module)
+            return native.rms_norm(x, weight, own.get("variance_epsilon", own.get("eps")))
         result: Tensor = type(self._module).forward(self._module, x, *more, **others)
         return result
 

@@ -1,6 +1,6 @@
 """Whether a module computes what the native kernel does: found by tracing it, never by its name."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,20 +77,37 @@ def is_attention(module: nn.Module, dtype: torch.dtype) -> bool:
         return False
 
 
+class NormForm(NamedTuple):
+    """An RMS norm: its epsilon, and whether its weight counts from 1, as Gemma's does."""
+
+    epsilon: float
+    from_one: bool
+
+
 @torch.no_grad()
-def is_rms_norm(module: nn.Module) -> bool:
-    """Tell whether a module computes weight * round(x / sqrt(mean(x²) + epsilon)), by a trace."""
-    epsilon, weight = vars(module).get("variance_epsilon"), module._parameters.get("weight")
+def norm_form(module: nn.Module) -> NormForm | None:
+    """Tell by a trace of which form an RMS norm is, None for another module.
+
+    weight * round(x / sqrt(mean(x²) + epsilon)), or round((1 + weight) * x / sqrt(…)).
+    """
+    own, weight = vars(module), module._parameters.get("weight")
+    epsilon = own.get("variance_epsilon", own.get("eps"))
     if not isinstance(epsilon, float) or weight is None or weight.device.type != "cpu":
-        return False
+        return None
+    if weight.dim() != 1:
+        return None
     x = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(0))
+    possible = {False, True}
     try:
         for scale in (1e-4, *SCALES):  # epsilon counts where x is small
             seen = (x * scale).to(weight.dtype)
             wide = seen.float()
-            inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-            if not torch.equal(module(seen), weight * (wide * inverse).to(weight.dtype)):
-                return False
+            normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+            found = type(module).forward(module, seen)
+            if not torch.equal(found, weight * normed.to(weight.dtype)):
+                possible.discard(False)
+            if not torch.equal(found, (normed * (1.0 + weight.float())).to(weight.dtype)):
+                possible.discard(True)
     except Exception:
-        return False
-    return weight.dim() == 1
+        return None
+    return NormForm(epsilon, min(possible)) if possible else None

@@ -1,47 +1,66 @@
 """Whether modules are still what they were when their tensors were looked up."""
 
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+SHARES = 8  # of the places that hold modules and tensors: one is looked at with every token
+VERSION = operator.attrgetter("_version")
 
 
 class Watch:
     """Modules as they are: classes, forwards, parts, hooks, and where their tensors lie.
 
-    Asked at every token of a model with hundreds of them, so that all is flat lists.
+    Asked at every token of a model with hundreds of them, whose objects the weights have driven out
+    of the cache: a tenth of a token's time. So all is flat lists; hooks are looked for when one was
+    registered anywhere; and while one generation goes on, a module or tensor that was replaced
+    is noticed within SHARES tokens. What is written to a tensor, or put into it, is noticed at once.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = list(modules)
         self._types = list(map(type, self._modules))
         self._hooks = [vars(module)[name] for module in modules for name in HOOKS]
-        self._slots: list[tuple[dict[str, Any], str, Any]] = []
-        self._tensors: list[Tensor] = []
+        places: list[tuple[dict[str, Any], str]] = []
         for module in modules:
-            own = vars(module)
-            self._slots.append((own, "forward", own.get("forward")))
+            places.append((vars(module), "forward"))
             for parts in (module._modules, module._parameters, module._buffers):
-                self._slots += [(parts, name, part) for name, part in parts.items()]
-                self._tensors += [part for part in parts.values() if isinstance(part, Tensor)]
-        self._state = list(map(_state, self._tensors))
+                places += [(parts, name) for name in parts]
+        self._dicts, self._names = ([place[i] for place in places] for i in (0, 1))
+        self._parts = [parts.get(name) for parts, name in places]
+        self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
+        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._storages = [tensor.detach() for tensor in self._tensors]  # kept while they are read
+        self._state = self._current()
+        self._shares = itertools.cycle(range(SHARES))
+        self._registered = -1  # hooks, anywhere, when these were looked at last
 
     def hooked(self) -> bool:
         """Tell whether any of the modules has a hook."""
-        return any(map(len, self._hooks))
+        registered = RemovableHandle.next_id
+        if registered == self._registered:
+            return False
+        found = any(map(len, self._hooks))
+        if not found:
+            self._registered = registered
+        return found
 
-    def unchanged(self) -> bool:
-        """Tell whether all is as it was, hooks apart."""
+    def unchanged(self, whole: bool = True) -> bool:
+        """Tell whether all is as it was, hooks apart; or the tensors and a share of the rest."""
+        share, step = (0, 1) if whole else (next(self._shares), SHARES)
+        own = slice(share, None, step)
+        found = map(dict.get, self._dicts[own], self._names[own])
         return (
-            all(map(operator.is_, map(type, self._modules), self._types))
-            and all(parts.get(name) is part for parts, name, part in self._slots)
-            and list(map(_state, self._tensors)) == self._state
+            self._current() == self._state
+            and all(map(operator.is_, found, self._parts[own]))
+            and all(map(operator.is_, map(type, self._modules[own]), self._types[own]))
         )
 
-
-def _state(tensor: Tensor) -> tuple[int, int]:
-    """Return where a tensor lies, and how often it was written to, where torch counts that."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    def _current(self) -> tuple[list[int], list[int]]:
+        """Return where the tensors lie, and how often they were written to, where torch counts."""
+        return list(map(Tensor.data_ptr, self._tensors)), list(map(VERSION, self._counted))

@@ -28,14 +28,14 @@ class Prepared {
     x_ = x, m_ = m, k_ = k, exact_ = x_type == kFloat32, used_ = 0;
   }
 
-  // Call run(values, scales) with x in scale groups.
+  // Call run(values, scales, offsets) with x in scale groups.
   template <typename Run>
   void in_groups(int64_t group, const Run& run) {
     const Entry& entry = find(group);
     if (exact_) {
-      run(entry.floats.data(), entry.scales.data());
+      run(entry.floats.data(), entry.scales.data(), entry.offsets.data());
     } else {
-      run(entry.integers.data(), entry.scales.data());
+      run(entry.integers.data(), entry.scales.data(), entry.offsets.data());
     }
   }
 
@@ -44,6 +44,7 @@ class Prepared {
     int64_t group = 0;
     std::vector<float> floats, scales;
     std::vector<int16_t> integers;
+    std::vector<int32_t> offsets;
   };
 
   const Entry& find(int64_t group) {
@@ -56,6 +57,7 @@ class Prepared {
     entry.group = group;
     entry.floats.assign(m_ * padded, 0.0f);
     entry.scales.assign(m_ * groups, 1.0f);
+    entry.offsets.assign(m_ * groups, 0);
     for (int64_t row = 0; row < m_; ++row) {
       std::copy(x_ + row * k_, x_ + (row + 1) * k_, entry.floats.data() + row * padded);
     }
@@ -63,7 +65,7 @@ class Prepared {
     entry.integers.resize(m_ * padded);
     for (int64_t i = 0; i < m_ * groups; ++i) {
       entry.scales[i] = CALR_BY_ISA(fixed_point, entry.floats.data() + i * group,
-                                    entry.integers.data() + i * group, group);
+                                    entry.integers.data() + i * group, group, &entry.offsets[i]);
     }
     return entry;
   }
@@ -93,10 +95,10 @@ void panel_products(Prepared& prepared, const void* panels, const int8_t* table,
                     int64_t group, int64_t k, float* out, int64_t m, int64_t stride, int64_t begin,
                     int64_t end) {
   if (begin >= end) return;
-  prepared.in_groups(group, [&](const auto* values, const float* scales) {
+  prepared.in_groups(group, [&](const auto* values, const float* scales, const int32_t* offsets) {
     of_bits(bits, [&](auto constant) {
       CALR_BY_ISA(panels_products<decltype(constant)::value>, static_cast<const uint8_t*>(panels), table,
-                  values, scales, out, m, (k + group - 1) / group, group, stride, begin / kUnit,
+                  values, scales, offsets, out, m, (k + group - 1) / group, group, stride, begin / kUnit,
                   (end + kUnit - 1) / kUnit);
     });
   });

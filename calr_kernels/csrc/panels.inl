@@ -4,7 +4,8 @@
 // scale group it holds the 16 scales, float16, and for every 32 columns the planes of their codes, the
 // lowest bits first. A quad is 64 codes, [16 rows][4 columns]; a plane of b bits holds the quads of a
 // 32 bytes' worth of columns in blocks of 64 bytes, quad i in block i * b / 8, from bit i * b % 8 up.
-// Codes of 8 bits are levels already.
+//
+// Levels are counted from -128, as bytes without a sign: an input's sums are corrected once a group.
 
 constexpr int64_t kPanel = 16, kChunk = 32, kQuad = 4;  // rows; columns of all planes, and of a quad
 constexpr int kQuads = kChunk / kQuad;
@@ -15,27 +16,28 @@ constexpr int kBytes = kQuad * CALR_LANES;     // of codes in a vector of bytes
 using Bytes = __m512i;
 using Counts = __m512i;
 inline Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
-inline Counts no_counts() { return _mm512_setzero_si512(); }
+inline Counts counts(int32_t value) { return _mm512_set1_epi32(value); }
 inline Bytes sixteen(const int8_t* p) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-template <int SHIFT, int BITS>
-inline Bytes codes_at(Bytes v) {
-  return _mm512_and_si512(_mm512_srli_epi16(v, SHIFT), _mm512_set1_epi8((1 << BITS) - 1));
+template <int FROM, int TO, int BITS>  // the bits from FROM up, at TO
+inline Bytes bits_at(Bytes v) {
+  v = FROM > TO ? _mm512_srli_epi16(v, FROM - TO) : _mm512_slli_epi16(v, TO - FROM);
+  return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(((1 << BITS) - 1) << TO)));
 }
-template <int SHIFT>
-inline Bytes joined(Bytes low, Bytes high) {
-  return _mm512_or_si512(low, _mm512_slli_epi16(high, SHIFT));
-}
+inline Bytes joined(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 inline Bytes shuffled(Bytes table, Bytes code) { return _mm512_shuffle_epi8(table, code); }
-template <int BIT>  // b where a bit of the code is set, else a
-inline Bytes choose(Bytes a, Bytes b, Bytes code) {
-  return _mm512_mask_blend_epi8(_mm512_test_epi8_mask(code, _mm512_set1_epi8(1 << BIT)), a, b);
+template <int BIT>  // b where a bit of v is set, else a
+inline Bytes choose(Bytes a, Bytes b, Bytes v) {
+  return _mm512_mask_blend_epi8(_mm512_movepi8_mask(_mm512_slli_epi16(v, 7 - BIT)), a, b);
 }
-inline Bytes even(Bytes v) { return _mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8); }
-inline Bytes odd(Bytes v) { return _mm512_srai_epi16(v, 8); }
+inline Bytes flipped(Bytes v) { return _mm512_xor_si512(v, _mm512_set1_epi8(-128)); }
+inline Bytes even(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi16(255)); }
+inline Bytes odd(Bytes v) { return _mm512_srli_epi16(v, 8); }
 inline Counts add_pairs(Counts sum, Bytes levels, int32_t pair) {
-  return _mm512_add_epi32(sum, _mm512_madd_epi16(levels, _mm512_set1_epi32(pair)));
+  sum = _mm512_add_epi32(sum, _mm512_madd_epi16(levels, _mm512_set1_epi32(pair)));
+  asm("" : "+v"(sum));  // or the compiler adds all products at the end, and keeps them in memory
+  return sum;
 }
 inline Vector to_floats(Counts v) { return _mm512_cvtepi32_ps(v); }
 template <int COLUMN>
@@ -51,27 +53,28 @@ using Counts = __m256i;
 inline Bytes load_bytes(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
-inline Counts no_counts() { return _mm256_setzero_si256(); }
+inline Counts counts(int32_t value) { return _mm256_set1_epi32(value); }
 inline Bytes sixteen(const int8_t* p) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-template <int SHIFT, int BITS>
-inline Bytes codes_at(Bytes v) {
-  return _mm256_and_si256(_mm256_srli_epi16(v, SHIFT), _mm256_set1_epi8((1 << BITS) - 1));
+template <int FROM, int TO, int BITS>  // the bits from FROM up, at TO
+inline Bytes bits_at(Bytes v) {
+  v = FROM > TO ? _mm256_srli_epi16(v, FROM - TO) : _mm256_slli_epi16(v, TO - FROM);
+  return _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(((1 << BITS) - 1) << TO)));
 }
-template <int SHIFT>
-inline Bytes joined(Bytes low, Bytes high) {
-  return _mm256_or_si256(low, _mm256_slli_epi16(high, SHIFT));
-}
+inline Bytes joined(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
 inline Bytes shuffled(Bytes table, Bytes code) { return _mm256_shuffle_epi8(table, code); }
 template <int BIT>
-inline Bytes choose(Bytes a, Bytes b, Bytes code) {
-  return _mm256_blendv_epi8(a, b, _mm256_slli_epi16(code, 7 - BIT));
+inline Bytes choose(Bytes a, Bytes b, Bytes v) {
+  return _mm256_blendv_epi8(a, b, _mm256_slli_epi16(v, 7 - BIT));
 }
-inline Bytes even(Bytes v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); }
-inline Bytes odd(Bytes v) { return _mm256_srai_epi16(v, 8); }
+inline Bytes flipped(Bytes v) { return _mm256_xor_si256(v, _mm256_set1_epi8(-128)); }
+inline Bytes even(Bytes v) { return _mm256_and_si256(v, _mm256_set1_epi16(255)); }
+inline Bytes odd(Bytes v) { return _mm256_srli_epi16(v, 8); }
 inline Counts add_pairs(Counts sum, Bytes levels, int32_t pair) {
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(levels, _mm256_set1_epi32(pair)));
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(levels, _mm256_set1_epi32(pair)));
+  asm("" : "+v"(sum));  // or the compiler adds all products at the end, and keeps them in memory
+  return sum;
 }
 inline Vector to_floats(Counts v) { return _mm256_cvtepi32_ps(v); }
 template <int COLUMN>
@@ -83,41 +86,46 @@ inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 
 #else  // scalar
 struct Bytes {
-  int8_t lane[kBytes];
+  uint8_t lane[kBytes];
 };
 struct Pairs {
   int16_t lane[kBytes / 2];
 };
 struct Counts {
-  int32_t lane[CALR_LANES];
+  uint32_t lane[CALR_LANES];  // of int32: sums wrap
 };
 inline Bytes load_bytes(const void* p) {
   Bytes v;
   std::memcpy(v.lane, p, kBytes);
   return v;
 }
-inline Counts no_counts() { return Counts{}; }
-inline Bytes sixteen(const int8_t* p) { return load_bytes(p); }
-template <int SHIFT, int BITS>
-inline Bytes codes_at(Bytes v) {
-  for (int8_t& lane : v.lane) {
-    lane = static_cast<int8_t>(static_cast<uint8_t>(lane) >> SHIFT & ((1 << BITS) - 1));
-  }
+inline Counts counts(int32_t value) {
+  Counts v;
+  for (uint32_t& lane : v.lane) lane = static_cast<uint32_t>(value);
   return v;
 }
-template <int SHIFT>
-inline Bytes joined(Bytes low, Bytes high) {
-  for (int i = 0; i < kBytes; ++i) low.lane[i] = static_cast<int8_t>(low.lane[i] | high.lane[i] << SHIFT);
-  return low;
+inline Bytes sixteen(const int8_t* p) { return load_bytes(p); }
+template <int FROM, int TO, int BITS>
+inline Bytes bits_at(Bytes v) {
+  for (uint8_t& lane : v.lane) lane = static_cast<uint8_t>((lane >> FROM & ((1 << BITS) - 1)) << TO);
+  return v;
+}
+inline Bytes joined(Bytes a, Bytes b) {
+  for (int i = 0; i < kBytes; ++i) a.lane[i] |= b.lane[i];
+  return a;
 }
 inline Bytes shuffled(Bytes table, Bytes code) {
-  for (int8_t& lane : code.lane) lane = table.lane[lane & 15];
+  for (uint8_t& lane : code.lane) lane = table.lane[lane & 15];
   return code;
 }
 template <int BIT>
-inline Bytes choose(Bytes a, Bytes b, Bytes code) {
-  for (int i = 0; i < kBytes; ++i) a.lane[i] = code.lane[i] >> BIT & 1 ? b.lane[i] : a.lane[i];
+inline Bytes choose(Bytes a, Bytes b, Bytes v) {
+  for (int i = 0; i < kBytes; ++i) a.lane[i] = v.lane[i] >> BIT & 1 ? b.lane[i] : a.lane[i];
   return a;
+}
+inline Bytes flipped(Bytes v) {
+  for (uint8_t& lane : v.lane) lane ^= 128;
+  return v;
 }
 template <int FIRST>
 inline Pairs every_second(Bytes v) {
@@ -131,19 +139,20 @@ inline Counts add_pairs(Counts sum, Pairs levels, int32_t pair) {
   int16_t x[2];
   std::memcpy(x, &pair, 4);
   for (int i = 0; i < CALR_LANES; ++i) {
-    sum.lane[i] += levels.lane[2 * i] * x[0] + levels.lane[2 * i + 1] * x[1];
+    sum.lane[i] += static_cast<uint32_t>(levels.lane[2 * i] * x[0]);
+    sum.lane[i] += static_cast<uint32_t>(levels.lane[2 * i + 1] * x[1]);
   }
   return sum;
 }
 inline Vector to_floats(Counts v) {
   Vector found;
-  for (int i = 0; i < CALR_LANES; ++i) found.lane[i] = static_cast<float>(v.lane[i]);
+  for (int i = 0; i < CALR_LANES; ++i) found.lane[i] = static_cast<float>(static_cast<int32_t>(v.lane[i]));
   return found;
 }
 template <int COLUMN>
 inline Vector column(Bytes v) {
   Vector found;
-  for (int i = 0; i < CALR_LANES; ++i) found.lane[i] = v.lane[kQuad * i + COLUMN];
+  for (int i = 0; i < CALR_LANES; ++i) found.lane[i] = static_cast<int8_t>(v.lane[kQuad * i + COLUMN]);
   return found;
 }
 inline Vector multiply(Vector a, const Vector& b) {
@@ -159,25 +168,20 @@ inline Vector add(Vector a, const Vector& b) {
 // The levels of one vector of a quad, from the planes of its chunk.
 template <int BITS, int QUAD>
 inline Bytes quad_levels(const uint8_t* chunk, const Bytes* tables) {
-  if constexpr (BITS == 8) {
-    return load_bytes(chunk + QUAD * 64);
-  } else {
-    constexpr int kLow = Planes<BITS>::kLow, kHigh = Planes<BITS>::kHigh;
-    Bytes code = codes_at<QUAD * kLow % 8, kLow>(load_bytes(chunk + QUAD * kLow / 8 * 64));
-    if constexpr (kHigh > 0) {
-      const uint8_t* plane = chunk + kLow * 64 + QUAD * kHigh / 8 * 64;
-      code = joined<kLow>(code, codes_at<QUAD * kHigh % 8, kHigh>(load_bytes(plane)));
+  constexpr int kLow = Planes<BITS>::kLow, kHigh = Planes<BITS>::kHigh, kFrom = QUAD * kHigh % 8;
+  const Bytes low = load_bytes(chunk + QUAD * kLow / 8 * 64);
+  if constexpr (BITS == 8) return low;
+  Bytes code = bits_at<QUAD * kLow % 8, 0, kLow>(low);
+  if constexpr (BITS == 4) return shuffled(tables[0], code);
+  const Bytes high = load_bytes(chunk + kLow * 64 + QUAD * kHigh / 8 * 64);
+  if constexpr (BITS == 3) return shuffled(tables[0], joined(code, bits_at<kFrom, 2, 1>(high)));
+  if constexpr (BITS > 4) {
+    const Bytes lower = choose<kFrom>(shuffled(tables[0], code), shuffled(tables[1], code), high);
+    if constexpr (BITS == 5) return lower;
+    if constexpr (BITS == 6) {
+      const Bytes upper = choose<kFrom>(shuffled(tables[2], code), shuffled(tables[3], code), high);
+      return choose<kFrom + 1>(lower, upper, high);
     }
-    Bytes level = shuffled(tables[0], code);
-    if constexpr (BITS > 4) {
-      // a shuffle looks at four bits of a code; with the seventh set it would give 0
-      level = choose<4>(level, shuffled(tables[1], code), code);
-      if constexpr (BITS == 6) {
-        const Bytes upper = choose<4>(shuffled(tables[2], code), shuffled(tables[3], code), code);
-        level = choose<5>(level, upper, code);
-      }
-    }
-    return level;
   }
 }
 
@@ -189,13 +193,14 @@ inline void accumulate(Bytes levels, const int16_t* x, Counts& sum) {
   sum = add_pairs(add_pairs(sum, even(levels), first), odd(levels), second);
 }
 inline void accumulate(Bytes levels, const float* x, Vector& sum) {
+  levels = flipped(levels);
   sum = multiply_add(column<0>(levels), spread(x[0]), sum);
   sum = multiply_add(column<1>(levels), spread(x[1]), sum);
   sum = multiply_add(column<2>(levels), spread(x[2]), sum);
   sum = multiply_add(column<3>(levels), spread(x[3]), sum);
 }
-inline Counts empty(const int16_t*) { return no_counts(); }
-inline Vector empty(const float*) { return zero(); }
+inline Counts start(const int16_t*, int32_t offset) { return counts(offset); }
+inline Vector start(const float*, int32_t) { return zero(); }
 inline Vector to_floats(const Vector& v) { return v; }
 
 template <int BITS, int COLUMNS, int QUAD, typename X, typename Sum>
@@ -210,15 +215,20 @@ inline void quad_products(const uint8_t* chunk, const Bytes* tables, const X* x,
   }
 }
 
-// out[j * out_stride + row] = a panel's rows times inputs x[j] [groups * group] of scales x_scales[j]
-// [groups], j below COLUMNS.
+// What goes with an input in scale groups [groups]: scales, and -128 times the sum of its integers.
+struct Groups {
+  const float* scales;
+  const int32_t* offsets;
+};
+
+// out[j * out_stride + row] = a panel's rows times inputs x[j] [groups * group], j below COLUMNS.
 template <int BITS, int COLUMNS, typename X>
-void panel_products(const uint8_t* panel, const int8_t* table, const X* x, const float* x_scales,
-                    float* out, int64_t groups, int64_t group, int64_t out_stride) {
+void panel_products(const uint8_t* panel, const int8_t* table, const X* x, Groups of_x, float* out,
+                    int64_t groups, int64_t group, int64_t out_stride) {
   constexpr int kTables = BITS == 8 ? 1 : BITS > 4 ? 1 << (BITS - 4) : 1;
   constexpr int64_t kAhead = 1024;  // bytes: the hardware's own prefetching stops at pages
   Bytes tables[kTables];
-  for (int i = 0; i < kTables; ++i) tables[i] = sixteen(table + 16 * i);
+  for (int i = 0; i < kTables; ++i) tables[i] = flipped(sixteen(table + 16 * i));
   Vector total[COLUMNS][kVectors];
   for (int j = 0; j < COLUMNS; ++j) {
     for (int part = 0; part < kVectors; ++part) total[j][part] = zero();
@@ -226,9 +236,9 @@ void panel_products(const uint8_t* panel, const int8_t* table, const X* x, const
   for (int64_t g = 0; g < groups; ++g) {
     const uint8_t* scales = panel;
     panel += kScaleBytes * kPanel;
-    decltype(empty(x)) sum[COLUMNS][kVectors];
+    decltype(start(x, 0)) sum[COLUMNS][kVectors];
     for (int j = 0; j < COLUMNS; ++j) {
-      for (int part = 0; part < kVectors; ++part) sum[j][part] = empty(x);
+      for (int part = 0; part < kVectors; ++part) sum[j][part] = start(x, of_x.offsets[j * groups + g]);
     }
     for (int64_t at = 0; at < group; at += kChunk, panel += 64 * BITS) {
       for (int line = 0; line < BITS; ++line) prefetch(panel + kAhead + 64 * line);
@@ -237,7 +247,7 @@ void panel_products(const uint8_t* panel, const int8_t* table, const X* x, const
     for (int part = 0; part < kVectors; ++part) {
       const Vector scale = load(reinterpret_cast<const float16*>(scales) + part * CALR_LANES);
       for (int j = 0; j < COLUMNS; ++j) {
-        const Vector both = multiply(scale, spread(x_scales[j * groups + g]));
+        const Vector both = multiply(scale, spread(of_x.scales[j * groups + g]));
         total[j][part] = multiply_add(to_floats(sum[j][part]), both, total[j][part]);
       }
     }
@@ -253,8 +263,8 @@ void panel_products(const uint8_t* panel, const int8_t* table, const X* x, const
 // panels.
 template <int BITS, typename X>
 void panels_products(const uint8_t* panels, const int8_t* table, const X* x, const float* x_scales,
-                     float* out, int64_t m, int64_t groups, int64_t group, int64_t out_stride,
-                     int64_t begin, int64_t end) {
+                     const int32_t* x_offsets, float* out, int64_t m, int64_t groups, int64_t group,
+                     int64_t out_stride, int64_t begin, int64_t end) {
   const int64_t bytes = groups * (kScaleBytes * kPanel + kPanel * group * BITS / 8);
   const int64_t padded = groups * group;
   for (int64_t panel = begin; panel < end; ++panel) {
@@ -262,20 +272,22 @@ void panels_products(const uint8_t* panels, const int8_t* table, const X* x, con
     float* to = out + panel * kPanel;
     int64_t j = 0;
     for (; j + 4 <= m; j += 4) {
-      panel_products<BITS, 4>(at, table, x + j * padded, x_scales + j * groups, to + j * out_stride, groups,
-                              group, out_stride);
+      const Groups of_x{x_scales + j * groups, x_offsets + j * groups};
+      panel_products<BITS, 4>(at, table, x + j * padded, of_x, to + j * out_stride, groups, group,
+                              out_stride);
     }
     for (; j < m; ++j) {
-      panel_products<BITS, 1>(at, table, x + j * padded, x_scales + j * groups, to + j * out_stride, groups,
-                              group, out_stride);
+      const Groups of_x{x_scales + j * groups, x_offsets + j * groups};
+      panel_products<BITS, 1>(at, table, x + j * padded, of_x, to + j * out_stride, groups, group,
+                              out_stride);
     }
   }
 }
 
 // An input of a scale group as integers of 16 bits times a scale, in the order in which `accumulate`
 // takes them: to within 2^-16 of the largest, which 16-bit numbers do not notice. What is not finite
-// makes the scale NaN. Numbers below 1e-30 count as 0.
-inline float fixed_point(const float* x, int16_t* out, int64_t group) {
+// makes the scale NaN. Numbers below 1e-30 count as 0. Returns the scale; offset: -128 times their sum.
+inline float fixed_point(const float* x, int16_t* out, int64_t group, int32_t* offset) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < group; ++i) {
     uint32_t bits;
@@ -287,6 +299,7 @@ inline float fixed_point(const float* x, int16_t* out, int64_t group) {
   std::memcpy(&most, &largest, 4);
   if (largest < 0x7f800000 && most > 1e-30f) inverse = 32767.0f / most;
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  int32_t sum = 0;
   for (int64_t i = 0; i < group; i += kQuad) {
     int16_t found[kQuad];
     for (int j = 0; j < kQuad; ++j) {
@@ -294,12 +307,14 @@ inline float fixed_point(const float* x, int16_t* out, int64_t group) {
       int32_t bits;
       std::memcpy(&bits, &shifted, 4);
       found[j] = static_cast<int16_t>(bits - 0x4b400000);
+      sum += found[j];
     }
     out[i] = found[0];
     out[i + 1] = found[2];
     out[i + 2] = found[1];
     out[i + 3] = found[3];
   }
+  *offset = static_cast<int32_t>(-128 * static_cast<int64_t>(sum));
   if (largest >= 0x7f800000) return most - most;  // NaN
   return inverse ? most / 32767.0f : 0.0f;
 }
@@ -359,9 +374,6 @@ void pack_panels(const uint8_t* records, uint8_t* panels, int64_t n, int64_t gro
         const uint8_t* from = records + ((panel * kPanel + row) * groups + g) * record;
         std::memcpy(out + row * kScaleBytes, from, kScaleBytes);
         record_codes<BITS>(from, codes + row * group, group);
-      }
-      if (BITS == 8) {
-        for (int64_t i = 0; i < kPanel * group; ++i) codes[i] ^= 0x80;
       }
       uint8_t* chunk = out + kScaleBytes * kPanel;
       for (int64_t at = 0; at < group; at += kChunk, chunk += 64 * BITS) {
