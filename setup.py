@@ -5,6 +5,7 @@ from glob import glob
 from setuptools import Extension, setup
 
 SOURCES = "calr_kernels/csrc"
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 
 setup(
     ext_modules=[
@@ -13,7 +14,13 @@ setup(
             sources=sorted(glob(f"{SOURCES}/*.cpp")),
             depends=sorted(glob(f"{SOURCES}/*.h") + glob(f"{SOURCES}/*.inl")),
             language="c++",
-            extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"],
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-ffp-contract=off",
+            ],
             optional=True,
         )
     ]

@@ -1,124 +1,228 @@
-"""Greedy decoding: the compressed model, the dense one in transformers, and llama.cpp, by turns.
+"""Greedy decoding on a CPU: compressed models, the dense one, and llama.cpp, by turns.
 
-    python bench/decode.py DIR --model MODEL [--threads 1]
+    python bench/decode.py --model MODEL [DIR ...] [--threads 1] [--context 8] [--batch 1]
 
-DIR is a compressed checkpoint of MODEL, which is a directory with a GGUF file; llama.cpp gets that
-file as F16 and as Q8_0, through llama-cpp-python if it is installed (`pip install
-llama-cpp-python`, built for this machine). The compressed model runs after
-`calr.optimize_for_inference`, the dense one with and without. All continue a prompt of 8 tokens by
-32 within one process. Writes bench/results/decode.json, rows per size and number of threads, and
-prints a table.
+MODEL is a directory with a GGUF file, DIR what `calr compress` wrote. From MODEL come, beside the
+dense model itself, models of the same shapes and other values, since only their speed counts: every
+decoder layer at keep 0.5, pivoted; and all matrices, embeddings included, in one form: 8 bits, 4
+bits, and 4 bits with a corrective path of rank 16 in 8 bits. They run in bfloat16, after
+`calr.optimize_for_inference`: through transformers' `generate`, and chained, the model alone and an
+argmax. llama.cpp gets the file as F16, Q8_0 and Q4_0, every matrix, through llama-cpp-python if it
+is installed (`pip install llama-cpp-python`, built for this machine), and is chained, too. All
+continue a prompt of --context tokens by 128 within one process. Writes bench/results/decode.json, a
+row a model, way, context, batch and number of threads, and prints a table.
 """
 
 import argparse
 import ctypes
 import importlib.util
-import itertools
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from texts import write_json
+from torch import Tensor, nn
+from transformers import DynamicCache
 
 import calr
-from calr.inference import optimize_for_inference
+from calr.model.quantized import quantize, weight_of
+from calr_kernels import Form, LowRankLinear, records
+from calr_kernels.forms import CORRECTIVE
+from calr_kernels.layout import rank_at
 
-PROMPT, NEW, ROUNDS = list(range(1, 9)), 32, 9
+NEW, ROUNDS = 128, 5
+FORMS = {
+    "8 bits": Form(8, "uniform", 32),
+    "4 bits": Form(4, "table", 32),
+    "4 bits, rank 16": Form(4, "table", 32, corrective_rank=16),
+}
+RUNGS = {"F16": 1, "Q8_0": 7, "Q4_0": 2}  # llama_ftype
+Side = Callable[[], None]
 
 
-def torch_side(source: Path, dtype: str, optimized: bool) -> Callable[[], None]:
-    """Return a function that decodes once with a model of transformers."""
-    model, _ = calr.load(str(source), dtype=dtype)
-    if optimized:
-        optimize_for_inference(model)
-    prompt = torch.tensor([PROMPT])
-    lengths = {"min_new_tokens": NEW, "max_new_tokens": NEW}
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def SILENCE(level: int, text: bytes, data: object) -> None:
+    """Take what llama.cpp says, a line a tensor."""
+
+
+def in_form(model: nn.Module, form: Form) -> None:
+    """Put every matrix in a form, of other values; embeddings and lm_head have no path beside."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            names.setdefault(id(module.weight), []).append(name)
+    for shared in names.values():
+        n, k = weight_of(model, shared[0]).shape
+        own = (
+            form if n < model.config.vocab_size else Form(form.bits, form.levels, form.scale_group)
+        )
+        stored = {"weight": random_records(n, k, own)}
+        if own.corrective_rank:
+            stored["corrective.down"] = random_records(own.corrective_rank, k, CORRECTIVE)
+            stored["corrective.up"] = random_records(own.corrective_rank, n, CORRECTIVE)
+        quantize(model, tuple(shared), own, stored)
+
+
+def random_records(rows: int, columns: int, form: Form) -> Tensor:
+    """Make records whose numbers are about as large as a model's."""
+    codes = torch.randint(1 << form.bits, (rows, columns)).to(torch.uint8)
+    return records.pack(codes, torch.full((rows, form.groups(columns)), 5e-4), form)
+
+
+def at_keep(model: nn.Module, keep: float) -> None:
+    """Make every linear layer of the decoder a pivoted one of some rank: of other values."""
+    for block in model.model.layers:
+        for name, layer in list(block.named_modules()):
+            if type(layer) is nn.Linear:
+                n, k = layer.weight.shape
+                rank = int(rank_at("pivoted", n, k, keep)) // 8 * 8
+                made = LowRankLinear(k, n, rank, "pivoted", bias=False, dtype=layer.weight.dtype)
+                made.pivots.copy_(torch.randperm(n)[:rank].sort()[0])
+                block.set_submodule(name, made)
+
+
+def models(arguments: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
+    """Make what is timed: names and models."""
+    for directory in arguments.directories:
+        yield directory.name, calr.load(str(directory), dtype="bfloat16")[0]
+    for name in ("dense in transformers", "dense", "keep 0.5", *FORMS):
+        model, _ = calr.load(str(arguments.model), dtype="bfloat16")
+        if name in FORMS:
+            in_form(model, FORMS[name])
+        elif name == "keep 0.5":
+            at_keep(model, 0.5)
+        yield name, model
+
+
+def generated(model: nn.Module, ids: Tensor) -> Side:
+    """Return a function that decodes once with transformers' generate."""
+    lengths = {"min_new_tokens": NEW, "max_new_tokens": NEW, "do_sample": False}
 
     @torch.no_grad()
     def run() -> None:
-        model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **lengths)
+        model.generate(ids, attention_mask=torch.ones_like(ids), **lengths)
 
     return run
 
 
-def llama_side(source: Path, kind: int, threads: int, directory: str) -> Callable[[], None]:
-    """Return a function that decodes once with llama.cpp, the file's weights stored as kind."""
+def chained(model: nn.Module, ids: Tensor) -> Side:
+    """Return a function that decodes once, the most probable token each time."""
+
+    @torch.no_grad()
+    def run() -> None:
+        cache, tokens = DynamicCache(config=model.config), ids
+        for _ in range(NEW):
+            logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits
+            tokens = logits[:, -1].argmax(-1, keepdim=True)
+
+    return run
+
+
+def llama_side(file: Path, ids: Tensor, threads: int) -> Side:
+    """Return a function that decodes one sequence once with llama.cpp."""
     import llama_cpp
 
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.allow_requantize, params.pure = kind, True, True
-    path = Path(directory) / f"{kind}.gguf"
-    names = str(source).encode(), str(path).encode()
-    if llama_cpp.llama_model_quantize(*names, ctypes.byref(params)):
-        raise SystemExit(f"{source}: llama.cpp could not convert it")
+    prompt = ids[0].tolist()
+    context = len(prompt) + NEW + 8
     model = llama_cpp.Llama(
-        str(path), n_ctx=128, n_threads=threads, n_threads_batch=threads, verbose=False
+        str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
     )
+    vocabulary = model.n_vocab()
+
+    def feed(tokens: list[int]) -> int:
+        raw = model._ctx.ctx  # of a model that must outlive it
+        array = (llama_cpp.llama_token * len(tokens))(*tokens)
+        if llama_cpp.llama_decode(raw, llama_cpp.llama_batch_get_one(array, len(tokens))):
+            raise SystemExit(f"{file}: llama.cpp could not decode")
+        logits = llama_cpp.llama_get_logits_ith(raw, -1)
+        return int(np.ctypeslib.as_array(logits, (vocabulary,)).argmax())
 
     def run() -> None:
-        model.reset()  # else it keeps the prompt
-        made = sum(1 for _ in itertools.islice(model.generate(PROMPT, temp=0.0), NEW))
-        assert made == NEW
+        model._ctx.kv_cache_clear()
+        token = feed(prompt)
+        for _ in range(NEW - 1):
+            token = feed([token])
 
     return run
+
+
+def llama_file(source: Path, rung: str, directory: Path) -> Path:
+    """Write a GGUF file again with all of its matrices in one type."""
+    import llama_cpp
+
+    llama_cpp.llama_log_set(SILENCE, ctypes.c_void_p(0))
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize, params.pure = RUNGS[rung], True, True
+    path = directory / f"{rung}.gguf"
+    if llama_cpp.llama_model_quantize(
+        str(source).encode(), str(path).encode(), ctypes.byref(params)
+    ):
+        raise SystemExit(f"{source}: llama.cpp could not convert it")
+    return path
 
 
 def main() -> None:
     """Time all sides by turns, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("directories", type=Path, nargs="*")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--context", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("bench/results/decode.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    sides = {
-        f"{name} {dtype}": torch_side(source, dtype, optimized)
-        for dtype in ("float32", "bfloat16")
-        for name, source, optimized in (
-            ("calr", arguments.directory, True),
-            ("dense", arguments.model, False),
-            ("dense, optimized", arguments.model, True),
-        )
-    }
+    torch.manual_seed(0)
+    sides: dict[tuple[str, str], Side] = {}
+    for name, model in models(arguments):
+        if name != "dense in transformers":
+            calr.optimize_for_inference(model)
+        ids = torch.randint(3, model.config.vocab_size, (arguments.batch, arguments.context))
+        sides[name, "generate"] = generated(model, ids)
+        sides[name, "chained"] = chained(model, ids)
     with tempfile.TemporaryDirectory() as directory:
-        if importlib.util.find_spec("llama_cpp"):
-            file = next(arguments.model.glob("*.gguf"))
-            for name, kind in (("F16", 1), ("Q8_0", 7)):  # llama_ftype
-                sides[f"llama.cpp {name}"] = llama_side(file, kind, arguments.threads, directory)
+        if importlib.util.find_spec("llama_cpp") and arguments.batch == 1:
+            source = next(arguments.model.glob("*.gguf"))
+            for rung in RUNGS:
+                file = llama_file(source, rung, Path(directory))
+                sides[f"llama.cpp {rung}", "chained"] = llama_side(file, ids, arguments.threads)
         times = rounds(sides)
-    config = json.loads((arguments.directory / "config.json").read_text())
-    cell = {
-        "keep": config["quantization_config"]["recipe"]["keep"],
-        "threads": arguments.threads,
-    }
+    cell = {key: vars(arguments)[key] for key in ("threads", "context", "batch")}
     rows = [
         cell
+        | {"model": name, "way": way}
         | {
-            "model": name,
-            "tokens_per_second": NEW / statistics.median(found),
-            "slowest": NEW / max(found),
-            "fastest": NEW / min(found),
+            key: NEW * arguments.batch / seconds
+            for key, seconds in (
+                ("tokens_per_second", statistics.median(found)),
+                ("slowest", max(found)),
+                ("fastest", min(found)),
+            )
         }
-        for name, found in times.items()
+        for (name, way), found in times.items()
     ]
-    for row in rows:
-        print(
-            f"{row['model']:25} {row['tokens_per_second']:7.1f} tokens/s "
-            f"({row['slowest']:.1f}-{row['fastest']:.1f}), {row['threads']} threads"
-        )
+    print(
+        f"{arguments.threads} threads, {arguments.context} tokens before, batch {arguments.batch}"
+    )
+    print("| | generate, tokens/s | chained |\n|---|---|---|")
+    for name in dict.fromkeys(name for name, _ in times):
+        own = {
+            row["way"]: f"{row['tokens_per_second']:.1f}" for row in rows if row["model"] == name
+        }
+        print(f"| {name} | {own.get('generate', '')} | {own['chained']} |")
     kept = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     others = [row for row in kept if not cell.items() <= row.items()]
     write_json(arguments.output, others + rows)
 
 
-def rounds(sides: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+def rounds(sides: dict[tuple[str, str], Side]) -> dict[tuple[str, str], list[float]]:
     """Run all sides in turn, ROUNDS times after one of warm-up; return seconds."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[tuple[str, str], list[float]] = {name: [] for name in sides}
     for turn in range(ROUNDS + 1):
         for name, run in sides.items():
             start = time.perf_counter()

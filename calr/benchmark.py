@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from calr.model import parameter_count
 from calr.progress import progress
+from calr_kernels.native import packed_bytes
 
 START = 8  # tokens before those that decode is timed on
 
@@ -22,7 +23,8 @@ def bench(
     """Measure tokens per second of each model: prefill of `prompt` tokens, greedy decode after 8.
 
     The models take turns within every round, after one round of warm-up; figures are medians with
-    the fastest and slowest round. weight_bytes counts parameters and buffers once.
+    the fastest and slowest round. weight_bytes counts parameters and buffers once; packed_bytes
+    what quantised layers hold beside them, in the order in which a CPU reads them.
     """
     vocabulary = min(m.config.get_text_config().vocab_size for m in models.values())
     long = torch.arange(1, prompt + 1)[None] % vocabulary
@@ -53,6 +55,7 @@ def bench(
             "weight_bytes": sum(
                 t.numel() * t.itemsize for t in [*model.parameters(), *model.buffers()]
             ),
+            "packed_bytes": packed_bytes(model.parameters()),
             "dtype": str(model.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             **{

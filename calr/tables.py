@@ -121,10 +121,11 @@ def print_speeds(rows: list[dict[str, Any]], rounds: int) -> None:
     kinds = [f"{kind}_tokens_per_second" for kind in ("prefill", "decode")]
     for row in rows:
         speeds = [row[kind] for kind in kinds]
+        packed = f" + {gigabytes(row['packed_bytes'])} packed" if row["packed_bytes"] else ""
         table.add_row(
             Text(plain(Path(row["model"]).name)),
             f"{row['parameters']:,}",
-            gigabytes(row["weight_bytes"]),
+            gigabytes(row["weight_bytes"]) + packed,
             row["dtype"],
             *(f"{s['median']:.1f} ({s['slowest']:.1f}-{s['fastest']:.1f})" for s in speeds),
         )

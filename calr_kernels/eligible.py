@@ -52,9 +52,7 @@ def readable_records(x: Tensor, layer: Records) -> bool:
     parts = (layer.weight, layer.corrective_down, layer.corrective_up)
     return readable(x, layer.bias) and all(
         part is None
-        or (
-            type(part) is nn.Parameter and part.dtype is torch.uint8 and part.device == x.device
-        )
+        or (type(part) is nn.Parameter and part.dtype is torch.uint8 and part.device == x.device)
         for part in parts
     )
 

@@ -1,5 +1,7 @@
 """Faster decoding on a CPU: a decoder's blocks, or its single modules, on the native kernel."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -8,7 +10,7 @@ from transformers.utils import logging
 from calr.inference import modules, traces
 from calr.inference.decoder import DecoderForward
 from calr.inference.layers import floating_dtype
-from calr_kernels import LowRankLinear, QuantizedLinear, eligible, native
+from calr_kernels import LowRankLinear, native
 
 logger = logging.get_logger(__name__)
 
@@ -19,10 +21,10 @@ def optimize_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     Where a trace confirms that a decoder's blocks are of the usual form (RMS norms, rotary
     attention, a gated feed-forward block), one new token a sequence goes through all of them in one
     native call, with a cache that grows in place. Otherwise, and for other inputs of a few rows,
-    layers, dense and quantised, lm_head among them, RMS norms, gated feed-forward blocks and rotary
+    dense linear layers, lm_head among them, RMS norms, gated feed-forward blocks and rotary
     attention run there one by one, again where a trace confirms their form. Parameters, names and
-    checkpoints are unchanged. Weights of 16 and 32 bits are read where they are; quantised ones are
-    packed when they are first used, which takes their bytes a second time in memory. Training,
+    checkpoints are unchanged. Weights of 16 and 32 bits are read where they are; quantised layers
+    pack theirs when they are first used, which takes their bytes a second time in memory. Training,
     moving or reloading the model stays right. Larger batches, a GPU, autograd, torch.compile and
     layers with hooks or adapters run as before. Returns the model.
     """
@@ -31,7 +33,9 @@ def optimize_for_inference(model: PreTrainedModel) -> PreTrainedModel:
         return model
     replaced = [_replace(module, dtype) for module in _replaceable(model)]
     counts = {name: replaced.count(name) for name in sorted({name for name in replaced if name})}
-    decoders = [name for name, module in model.named_modules() if DecoderForward.take(module, dtype)]
+    decoders = [
+        name for name, module in model.named_modules() if DecoderForward.take(module, dtype)
+    ]
     logger.debug(f"native kernel: {counts}; whole decoders: {decoders}")
     return model
 
@@ -44,16 +48,17 @@ def _replaceable(model: nn.Module) -> list[nn.Module]:
 
 def _replace(module: nn.Module, dtype: torch.dtype) -> str | None:
     """Put a faster forward before a module's own where it computes the same; name it."""
-    kind: type[eligible.Replacement] | None = None
+    kind: Any = None
     if traces.is_gated(module, dtype):
         kind = modules.GatedForward
     elif traces.is_attention(module, dtype):
         kind = modules.AttentionForward
-    elif type(module) in (nn.Linear, QuantizedLinear):
+    elif type(module) is nn.Linear:
         kind = modules.DenseForward
     elif (form := traces.norm_form(module)) and not form.from_one:
         kind = modules.NormForward
     if kind is None:
         return None
     vars(module)["forward"] = kind(module)
-    return kind.__name__
+    name: str = kind.__name__
+    return name

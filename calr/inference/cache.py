@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -23,7 +22,7 @@ class _Growing:
         return self.held.narrow(-2, skipped, self.length - skipped)
 
     def set(self, tensor: Tensor | None) -> None:
-        """Take a tensor in place of what is held; room is kept where it is the beginning of that."""
+        """Take a tensor in place of what is held; its room stays if it is the beginning of that."""
         held = self.held
         same = (
             held is not None
@@ -110,16 +109,17 @@ class _Held:
 
     def _take(self, layer: DynamicLayer) -> None:
         """Hold what a layer of transformers does."""
-        if layer.is_initialized and layer.keys is not None and layer.keys.dim() == 4:
-            self.lazy_initialization(layer.keys, layer.values)
-            self.keys, self.values = layer.keys, layer.values
+        keys, values = layer.keys, layer.values
+        if layer.is_initialized and keys is not None and values is not None and keys.dim() == 4:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys, values
 
     def _hidden(self, held: int) -> int:
         """Count the positions held that nobody sees any more."""
         return 0
 
 
-class GrowingLayer(_Held, DynamicLayer):  # type: ignore[misc]
+class GrowingLayer(_Held, DynamicLayer):
     """transformers' DynamicLayer, which appends instead of copying."""
 
     window = 0
@@ -143,7 +143,7 @@ class GrowingLayer(_Held, DynamicLayer):  # type: ignore[misc]
         return self.held
 
 
-class GrowingSlidingLayer(_Held, DynamicSlidingWindowLayer):  # type: ignore[misc]
+class GrowingSlidingLayer(_Held, DynamicSlidingWindowLayer):
     """transformers' DynamicSlidingWindowLayer, which appends instead of copying.
 
     It holds some positions more than its window; `keys` and `values` are the last of them.

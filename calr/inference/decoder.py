@@ -1,6 +1,5 @@
 """A decoder's forward with one native call for all of its blocks, for one new token a sequence."""
 
-import inspect
 import weakref
 from typing import Any
 
@@ -10,23 +9,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from calr.inference.blocks import HELD, bind, close, kinds, same
 from calr.inference.cache import GrowingLayer, GrowingSlidingLayer
-from calr.inference.layers import ACTIVATIONS, ATTENTION, GATED, tensors_of, unfollowed
-from calr.inference.traces import TOLERANCE, is_gated, norm_form
+from calr.inference.layers import unfollowed
+from calr.inference.traces import TOLERANCE, is_gated
 from calr.inference.watch import Watch
 from calr_kernels import eligible, native
+from calr_kernels.layout import Factors
 
-NORMS = {  # names in a block: before and after attention, before and after the feed-forward block
-    4: ("input_layernorm", None, "post_attention_layernorm", None),
-    6: (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    ),
-}
-HELD = 5  # positions in a traced block's past
-CLAMPS = ("attn_logit_softcapping", "clip_qkv")  # which a trace of small numbers does not show
 # arguments that change nothing for a decoder that has no such outputs
 IGNORED = {"cache_position", "return_dict"}
 GROWING: dict[type, Any] = {
@@ -56,12 +46,12 @@ class DecoderForward(eligible.Replacement):
             return False
         made = cls(module)
         try:
-            same = dtype in TOLERANCE and made._traced(dtype)
+            confirmed = dtype in TOLERANCE and made._traced(dtype)
         except Exception:  # other arguments, sizes that do not fit, no such attributes
-            same = False
-        if same:
+            confirmed = False
+        if confirmed:
             vars(module)["forward"] = made
-        return same
+        return confirmed
 
     def __call__(
         self,
@@ -87,8 +77,7 @@ class DecoderForward(eligible.Replacement):
             if starts is not None:
                 x = module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
                 blocks = self._bound.blocks(module, x[:, 0], past_key_values)
-                windows = [layer.window for layer in past_key_values.layers]
-                if blocks is not None and windows == [part.window for part in blocks.parts]:
+                if blocks is not None and _takes(blocks, x, past_key_values.layers):
                     return self._decode(x, blocks, position_ids, past_key_values, *starts)
         return type(module).forward(
             module,
@@ -104,7 +93,7 @@ class DecoderForward(eligible.Replacement):
     def _follows(self, given: Tensor, cache: DynamicCache) -> bool:
         """Tell whether one token a sequence comes behind what a cache holds, and nobody looks."""
         module: Any = self._module
-        layers = cache.layers
+        layers: list[Any] = cache.layers
         if not (
             given.dim() >= 2
             and given.shape[1] == 1
@@ -140,7 +129,9 @@ class DecoderForward(eligible.Replacement):
         count = cache.get_seq_length()
         if position_ids is None:
             position_ids = torch.full((1, 1), count)
-        rotations = [(c[:, 0].contiguous(), s[:, 0].contiguous()) for c, s in self._turns(x, position_ids)]
+        rotations = [
+            (c[:, 0].contiguous(), s[:, 0].contiguous()) for c, s in self._turns(x, position_ids)
+        ]
         hidden = x[:, 0].clone(memory_format=torch.contiguous_format)
         pasts = [(*layer.room(1), layer.held, count - layer.held) for layer in cache.layers]
         blocks.decode(hidden, pasts, rotations, starts)
@@ -153,7 +144,7 @@ class DecoderForward(eligible.Replacement):
     def _turns(self, x: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return cosines and sines, of every kind of layer that has its own."""
         module: Any = self._module
-        return [module.rotary_emb(x, position_ids, *kind) for kind in _kinds(module)]
+        return [module.rotary_emb(x, position_ids, *kind) for kind in kinds(module)]
 
     @torch.no_grad()
     def _traced(self, dtype: torch.dtype) -> bool:
@@ -168,18 +159,22 @@ class DecoderForward(eligible.Replacement):
             if not is_gated(block.mlp, dtype):
                 return False
             for sharpness in (1.0, 30.0):
-                if not _same(block, blocks.parts[i], i, size, dtype, sharpness, generator):
+                if not same(block, blocks.parts[i], i, size, dtype, sharpness, generator):
                     return False
         ids = torch.arange(HELD + 1)[None] % module.config.vocab_size
         caches = DynamicCache(config=module.config), DynamicCache(config=module.config)
         for cache in caches:
-            type(module).forward(module, input_ids=ids[:, :HELD], past_key_values=cache, use_cache=True)
+            type(module).forward(
+                module, input_ids=ids[:, :HELD], past_key_values=cache, use_cache=True
+            )
         last = ids[:, HELD:]
-        expected = type(module).forward(module, input_ids=last, past_key_values=caches[0], use_cache=True)
+        expected = type(module).forward(
+            module, input_ids=last, past_key_values=caches[0], use_cache=True
+        )
         if not self._follows(last, caches[1]):
             return False
         found = self._decode(module.embed_tokens(last), blocks, None, caches[1])
-        return _close(found.last_hidden_state, expected.last_hidden_state, 3 * TOLERANCE[dtype])
+        return close(found.last_hidden_state, expected.last_hidden_state, 3 * TOLERANCE[dtype])
 
 
 class _Bound:
@@ -204,88 +199,16 @@ class _Bound:
         self._last = None if cache is None else (weakref.ref(cache), count)
         if held is None or held[1] is not x.dtype or not held[0].unchanged(whole=not on):
             watch = Watch([module.layers, *(m for block in module.layers for m in block.modules())])
-            held = self._held = watch, x.dtype, _bind(module, x)
+            held = self._held = watch, x.dtype, bind(module, x)
         return None if held[0].hooked() else held[2]
 
 
-def _bind(module: Any, x: Tensor) -> native.Blocks | None:
-    """Bind a decoder's blocks if the kernel may read them for x and can."""
-    types = [kind[0] for kind in _kinds(module) if kind]
-    parts = []
-    for i, block in enumerate(module.layers):
-        rotation = types.index(module.config.layer_types[i]) if types else 0
-        found = _parts(block, x, rotation)
-        if found is None:
-            return None
-        parts.append(found)
-    return native.Blocks(parts)
-
-
-def _parts(block: Any, x: Tensor, rotation: int) -> native.BlockParts | None:
-    """Return a block's tensors if it looks like one that the kernel knows."""
-    own = block._modules
-    names = NORMS.get(len(own))
-    attention, mlp = own.get("self_attn"), own.get("mlp")
-    if names is None or attention is None or mlp is None or set(GATED) != set(mlp._modules):
-        return None
-    inner = attention._modules
-    if not set(ATTENTION) <= set(inner) <= {*ATTENTION, "q_norm", "k_norm"}:
-        return None
-    if attention._parameters or not all(map(eligible.unhooked, block.modules())):
-        return None
-    config = attention.config
-    if any(getattr(holder, name, None) for holder in (attention, config) for name in CLAMPS):
-        return None
-    norms = [None if name is None else own[name] for name in names]
-    norms += [inner.get(name) for name in ("q_norm", "k_norm")]
-    forms = [norm_form(norm) for norm in norms if norm is not None]
-    if forms[0] is None or forms != forms[:1] * len(forms):
-        return None
-    layers = [tensors_of(inner[name], x, size) for name, size in _widths(attention, x)]
-    gated = [tensors_of(mlp.gate_proj, x), tensors_of(mlp.up_proj, x)]
-    if gated[0] is not None:
-        gated.append(tensors_of(mlp.down_proj, x, gated[0].out_features))
-    weights = [None if norm is None else norm._parameters["weight"] for norm in norms]
-    fine = all(w is None or (eligible.readable(x, None, w) and w.is_contiguous()) for w in weights)
-    activation = ACTIVATIONS.get(type(mlp.act_fn).__name__)
-    if None in layers or len(gated) < 3 or None in gated or not fine or activation is None:
-        return None
-    d = attention.head_dim
-    return native.BlockParts(
-        norms=tuple(weights[:4]),
-        q_norm=weights[4],
-        k_norm=weights[5],
-        attention=tuple(layers),  # type: ignore[arg-type]
-        gated=tuple(gated),  # type: ignore[arg-type]
-        heads=layers[0].out_features // d,  # type: ignore[union-attr]
-        key_heads=layers[1].out_features // d,  # type: ignore[union-attr]
-        d=d,
-        window=_window(attention),
-        rotation=rotation if getattr(attention, "use_rope", True) else -1,
-        activation=activation,
-        from_one=forms[0].from_one,
-        epsilon=forms[0].epsilon,
-        scale=float(attention.scaling),
-    )
-
-
-def _widths(attention: Any, x: Tensor) -> list[tuple[str, int]]:
-    """Name the linear layers of an attention, each with its number of inputs."""
-    heads = attention.q_proj.out_features
-    return [(name, heads if name == "o_proj" else x.shape[-1]) for name in ATTENTION]
-
-
-def _window(attention: Any) -> int:
-    """Return how many positions an attention sees, 0 for all."""
-    holder = attention if "sliding_window" in vars(attention) else attention.config
-    return getattr(holder, "sliding_window", None) or 0
-
-
-def _kinds(module: Any) -> list[tuple[str, ...]]:
-    """List what a decoder's rotary embedding is called with: kinds of layers, where it has some."""
-    if "layer_type" in inspect.signature(type(module.rotary_emb).forward).parameters:
-        return [(kind,) for kind in sorted(set(module.config.layer_types))]
-    return [()]
+def _takes(blocks: native.Blocks, x: Tensor, layers: list[Any]) -> bool:
+    """Tell whether blocks are for a cache of such layers, and faster than torch for x's rows."""
+    plain = any(isinstance(layer, Factors) for part in blocks.parts for layer in part.gated)
+    most = eligible.MAX_ROWS[x.dtype] if plain else eligible.QUANTIZED_ROWS
+    windows = [layer.window for layer in layers]
+    return len(x) <= most and windows == [part.window for part in blocks.parts]
 
 
 def _starts(mask: Tensor | None, b: int, count: int) -> tuple[Tensor | None] | None:
@@ -303,56 +226,3 @@ def _starts(mask: Tensor | None, b: int, count: int) -> tuple[Tensor | None] | N
     starts = count - seen.sum(-1)
     ordered = seen == (torch.arange(count) >= starts[:, None])
     return (starts,) if bool(ordered.all()) and bool((starts < count).all()) else None
-
-
-def _same(
-    block: Any,
-    parts: native.BlockParts,
-    index: int,
-    size: int,
-    dtype: torch.dtype,
-    sharpness: float,
-    generator: torch.Generator,
-) -> bool:
-    """Compare a block's own forward with the kernel's, and what both leave in the cache.
-
-    sharpness: how large the keys of the past are, so that other ways to bound scores show.
-    """
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    turns = random(1, 1, parts.d), random(1, 1, parts.d)
-    count = min(HELD, parts.window - 1) if parts.window else HELD
-    held = sharpness * random(1, parts.key_heads, count, parts.d), random(1, parts.key_heads, count, parts.d)
-    own, growing = DynamicCache(), GrowingLayer()
-    own.update(*held, index)
-    growing.update(*held)
-    x = random(1, 1, size)
-    expected = block(
-        x,
-        attention_mask=None,
-        position_embeddings=turns,
-        position_ids=torch.full((1, 1), count),
-        past_key_values=own,
-        use_cache=True,
-    )
-    expected = expected[0] if isinstance(expected, tuple) else expected
-    found = x[:, 0].clone()
-    rotations = [(turns[0][:, 0], turns[1][:, 0])] * (parts.rotation + 1)
-    native.Blocks([parts]).decode(found, [(*growing.room(1), count, 0)], rotations)
-    growing.advance(1)
-    tolerance = TOLERANCE[dtype]
-    noise = torch.finfo(dtype).eps * torch.linalg.vector_norm(expected.float())
-    moved = torch.linalg.vector_norm((expected - x).float())
-    error = torch.linalg.vector_norm((found - expected[:, 0]).float())
-    layer: Any = own.layers[index]
-    return bool(error <= tolerance * moved + noise) and all(
-        _close(a, b, tolerance) for a, b in ((growing.keys, layer.keys), (growing.values, layer.values))
-    )
-
-
-def _close(found: Any, expected: Any, tolerance: float) -> bool:
-    """Tell whether two tensors differ by no more than a share of the second's norm."""
-    error = torch.linalg.vector_norm((found - expected).float())
-    return bool(error <= tolerance * torch.linalg.vector_norm(expected.float()))

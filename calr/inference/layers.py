@@ -1,5 +1,7 @@
 """What a module's layers are to the native kernel, and when it may read them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -41,3 +43,9 @@ def tensors_of(
 def floating_dtype(model: nn.Module) -> torch.dtype | None:
     """Return the dtype of a model's activations: that of its first floating parameter."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+def epsilon_of(norm: nn.Module) -> Any:
+    """Return what an RMS norm adds to the mean square, None where it is not named as usual."""
+    own = vars(norm)
+    return own.get("variance_epsilon", own.get("eps"))

@@ -1,11 +1,10 @@
-"""Forwards of single modules that stand before their own: layers, feed-forward blocks, attention."""
+"""Forwards that stand before modules' own: linear layers, feed-forward blocks, attention, norms."""
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from calr.inference.layers import ACTIVATIONS, ATTENTION, tensors_of, unfollowed
+from calr.inference.layers import ACTIVATIONS, ATTENTION, epsilon_of, tensors_of, unfollowed
 from calr_kernels import eligible, native
 from calr_kernels.layout import Factors, Records
 
@@ -13,7 +12,7 @@ IGNORED = {"position_ids", "use_cache", "cache_position"}  # arguments that atte
 
 
 class DenseForward(eligible.Replacement):
-    """A linear layer, dense or quantised, on the native kernel where only the speed changes."""
+    """`nn.Linear.forward` on the native kernel where that changes nothing but the speed."""
 
     def __init__(self, module: nn.Linear) -> None:
         self._module, self._bound = module, native.Bound()
@@ -22,8 +21,7 @@ class DenseForward(eligible.Replacement):
         """Apply the layer."""
         factors = tensors_of(self._module, input) if unfollowed() else None
         if factors is None:
-            result: Tensor = type(self._module).forward(self._module, input)
-            return result
+            return nn.Linear.forward(self._module, input)
         return self._bound.linears(input, (factors,))[0]
 
 
@@ -116,7 +114,11 @@ class AttentionForward(eligible.Replacement):
         return factors if len(factors) == 3 else None
 
     def _attend(
-        self, x: Tensor, factors: list[Factors | Records], positions: tuple[Tensor, Tensor], cache: Any
+        self,
+        x: Tensor,
+        factors: list[Factors | Records],
+        positions: tuple[Tensor, Tensor],
+        cache: Any,
     ) -> Tensor:
         """Attend from x [B, 1, hidden_size] to the cache and to x: [B, 1, heads * head_dim]."""
         module: Any = self._module
@@ -139,9 +141,6 @@ class NormForward(eligible.Replacement):
         weight: Any = self._module._parameters.get("weight")
         alone = not more and not others and unfollowed()
         if alone and eligible.readable(x, None, weight) and eligible.native_norm(x, weight):
-            own = vars(self._module)
-            return native.rms_norm(x, weight, own.get("variance_epsilon", own.get("eps")))
+            return native.rms_norm(x, weight, epsilon_of(self._module))
         result: Tensor = type(self._module).forward(self._module, x, *more, **others)
         return result
-
-

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from calr.inference.layers import ACTIVATIONS, ATTENTION, GATED
+from calr.inference.layers import ACTIVATIONS, ATTENTION, GATED, epsilon_of
 from calr.inference.modules import AttentionForward
 from calr_kernels import eligible
 
@@ -90,8 +90,7 @@ def norm_form(module: nn.Module) -> NormForm | None:
 
     weight * round(x / sqrt(mean(x²) + epsilon)), or round((1 + weight) * x / sqrt(…)).
     """
-    own, weight = vars(module), module._parameters.get("weight")
-    epsilon = own.get("variance_epsilon", own.get("eps"))
+    epsilon, weight = epsilon_of(module), module._parameters.get("weight")
     if not isinstance(epsilon, float) or weight is None or weight.device.type != "cpu":
         return None
     if weight.dim() != 1:

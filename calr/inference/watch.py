@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-SHARES = 8  # of the places that hold modules and tensors: one is looked at with every token
+SHARES = 8  # of all that there is to look at: one is looked at with every token
+GET: Any = dict.get
 VERSION = operator.attrgetter("_version")
 
 
@@ -17,9 +18,9 @@ class Watch:
     """Modules as they are: classes, forwards, parts, hooks, and where their tensors lie.
 
     Asked at every token of a model with hundreds of them, whose objects the weights have driven out
-    of the cache: a tenth of a token's time. So all is flat lists; hooks are looked for when one was
-    registered anywhere; and while one generation goes on, a module or tensor that was replaced
-    is noticed within SHARES tokens. What is written to a tensor, or put into it, is noticed at once.
+    of the cache: it took a tenth of a token's time. So all is flat lists; hooks are looked for when
+    one was registered anywhere; and while one generation goes on, what was replaced or written to
+    is noticed within SHARES tokens.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -36,7 +37,8 @@ class Watch:
         self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
         self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._storages = [tensor.detach() for tensor in self._tensors]  # kept while they are read
-        self._state = self._current()
+        self._places = list(map(Tensor.data_ptr, self._tensors))
+        self._versions = list(map(VERSION, self._counted))
         self._shares = itertools.cycle(range(SHARES))
         self._registered = -1  # hooks, anywhere, when these were looked at last
 
@@ -51,16 +53,12 @@ class Watch:
         return found
 
     def unchanged(self, whole: bool = True) -> bool:
-        """Tell whether all is as it was, hooks apart; or the tensors and a share of the rest."""
-        share, step = (0, 1) if whole else (next(self._shares), SHARES)
-        own = slice(share, None, step)
-        found = map(dict.get, self._dicts[own], self._names[own])
+        """Tell whether all is as it was, hooks apart, or a share of it."""
+        own = slice(None) if whole else slice(next(self._shares), None, SHARES)
+        found = map(GET, self._dicts[own], self._names[own])
         return (
-            self._current() == self._state
+            list(map(Tensor.data_ptr, self._tensors[own])) == self._places[own]
+            and list(map(VERSION, self._counted[own])) == self._versions[own]
             and all(map(operator.is_, found, self._parts[own]))
             and all(map(operator.is_, map(type, self._modules[own]), self._types[own]))
         )
-
-    def _current(self) -> tuple[list[int], list[int]]:
-        """Return where the tensors lie, and how often they were written to, where torch counts."""
-        return list(map(Tensor.data_ptr, self._tensors)), list(map(VERSION, self._counted))

@@ -15,8 +15,8 @@ extern "C" {
 // outputs `pivots` are down x itself, up gives the others, and there is no corrective. r == 0: dense.
 //
 // With panels (calr_pack) it is a quantised matrix in place of down and up, and so is corrective_down,
-// of 8 bits in groups of 32; corrective_up are records [c, groups along n] of 8 bits in groups of 32. Of
-// x in float32 the products are in float32; of x in 16 bits they are sums of integers, x rounded to 16
+// of 8 bits in groups of 32; corrective_up are records [groups along n, c] of 8 bits in groups of 32, with
+// levels in place of codes. Of x in float32 the products are in float32; of x in 16 bits they are sums of integers, x rounded to 16
 // bits below the largest of a scale group.
 typedef struct calr_layer {
   const void* down;             // [r, K]

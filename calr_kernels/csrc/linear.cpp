@@ -112,15 +112,14 @@ void quantized(const calr_layer& layer, Prepared& prepared, int64_t m, int64_t k
   panel_products(prepared, layer.panels, layer.table, layer.bits, layer.group, k, out, m, stride, begin,
                  end);
   if (!c) return;
-  thread_local std::vector<float> terms;
-  terms.resize(m * room(c));
-  panel_products(prepared, layer.corrective_down, layer.table, 8, kCorrectiveGroup, k, terms.data(), m,
-                 room(c), 0, c);
-  calr::round_to(x_type, terms.data(), m * room(c));
+  thread_local std::vector<float> buffer;
+  buffer.resize(m * room(c) + c);
+  float *t = buffer.data(), *weights = t + m * room(c);
+  panel_products(prepared, layer.corrective_down, layer.table, 8, kCorrectiveGroup, k, t, m, room(c), 0, c);
+  calr::round_to(x_type, t, m * room(c));
   for (int64_t row = 0; row < m; ++row) {
-    CALR_BY_ISA(add_terms, static_cast<const uint8_t*>(layer.corrective_up), terms.data() + row * room(c),
-                out + row * stride + begin, c, (layer.n + kCorrectiveGroup - 1) / kCorrectiveGroup, begin,
-                end - begin);
+    CALR_BY_ISA(add_terms, static_cast<const uint8_t*>(layer.corrective_up), t + row * room(c),
+                out + row * stride + begin, c, begin, end - begin, weights);
   }
 }
 

@@ -319,21 +319,30 @@ inline float fixed_point(const float* x, int16_t* out, int64_t group, int32_t* o
   return inverse ? most / 32767.0f : 0.0f;
 }
 
-// Add to out [count], the outputs from `first` on, a multiple of 16: the terms' weights t [c] times the
-// rows of records [c, groups] of 8 bits in groups of 32.
-inline void add_terms(const uint8_t* records, const float* t, float* out, int64_t c, int64_t groups,
-                      int64_t first, int64_t count) {
+// Add to out [count], the outputs from `first` on, a multiple of 16: weights t [c] times terms
+// [groups, c], records of 8 bits in groups of 32 whose codes are levels. weights: [c].
+inline void add_terms(const uint8_t* terms, const float* t, float* out, int64_t c, int64_t first,
+                      int64_t count, float* weights) {
   constexpr int64_t kRecord = kScaleBytes + kChunk;
   for (int64_t at = 0; at < count; at += kPanel) {
-    float sum[kPanel] = {};
-    for (int64_t term = 0; term < c; ++term) {
-      const uint8_t* record = records + (term * groups + (first + at) / kChunk) * kRecord;
-      const uint8_t* codes = record + kScaleBytes + (first + at) % kChunk;
-      const float weight = t[term] * scale_of(record);
-      for (int64_t i = 0; i < kPanel; ++i) sum[i] += weight * static_cast<int8_t>(codes[i] ^ 0x80);
+    const uint8_t* records = terms + (first + at) / kChunk * c * kRecord;
+    if (at == 0 || (first + at) % kChunk == 0) {
+      for (int64_t i = 0; i < c; ++i) weights[i] = t[i] * scale_of(records + i * kRecord);
     }
+    const uint8_t* levels = records + kScaleBytes + (first + at) % kChunk;
+    Vector sum[kVectors];
+    for (int part = 0; part < kVectors; ++part) sum[part] = zero();
+    for (int64_t i = 0; i < c; ++i, levels += kRecord) {
+      const Vector weight = spread(weights[i]);
+      for (int part = 0; part < kVectors; ++part) {
+        const auto* from = reinterpret_cast<const int8_t*>(levels) + part * CALR_LANES;
+        sum[part] = multiply_add(weight, load(from), sum[part]);
+      }
+    }
+    float added[kPanel];
+    for (int part = 0; part < kVectors; ++part) store(sum[part], added + part * CALR_LANES);
     const int64_t size = count - at < kPanel ? count - at : kPanel;
-    for (int64_t i = 0; i < size; ++i) out[at + i] += sum[i];
+    for (int64_t i = 0; i < size; ++i) out[at + i] += added[i];
   }
 }
 

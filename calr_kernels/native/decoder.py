@@ -161,7 +161,7 @@ class Blocks:
             x.data_ptr(),
             self._array,
             (Past * len(pasts))(
-                *[(k.data_ptr(), v.data_ptr(), k.shape[2], n, gone) for k, v, n, gone in pasts]
+                *[Past(k.data_ptr(), v.data_ptr(), k.shape[2], n, gone) for k, v, n, gone in pasts]
             ),
             len(pasts),
             _addresses([cosines for cosines, _ in rotations]),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calr_kernels.forms import CORRECTIVE
+from calr_kernels.forms import CORRECTIVE, SCALE_BYTES
 from calr_kernels.layout import Factors, Records
 from calr_kernels.native.loader import TYPES, Layer, pointer, required
 from calr_kernels.native.quantized import packed, table
@@ -148,22 +148,27 @@ class Binding:
         described = self._quantized(layer) if isinstance(layer, Records) else self._plain(layer)
         bias, n = layer.bias, layer.out_features
         if bias is not None and (list(bias.shape) != [n] or not bias.is_cpu):
-            raise ValueError(f"bias: is {list(bias.shape)} on {bias.device}, must be [{n}] on the CPU")
+            raise ValueError(
+                f"bias: is {list(bias.shape)} on {bias.device}, must be [{n}] on the CPU"
+            )
         described.bias, described.n = pointer(bias), n
         return described
 
     def _quantized(self, layer: Records) -> Layer:
         down, up = layer.corrective_down, layer.corrective_up
         panels = self._keep(packed(layer.weight, layer.form, layer.in_features))
-        path = None if down is None else self._keep(packed(down, CORRECTIVE, layer.in_features))
+        paths: dict[str, Any] = {}
+        if down is not None and up is not None:
+            terms = up.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+            terms[..., SCALE_BYTES:] ^= 0x80  # levels in place of codes
+            paths["corrective_down"] = self._keep(packed(down, CORRECTIVE, layer.in_features))
+            paths |= {"corrective_up": self._keep(terms), "c": down.shape[0]}
         return Layer(
             panels=panels,
             table=table(layer.form).data_ptr(),
             group=layer.form.scale_group,
             bits=layer.form.bits,
-            corrective_down=path,
-            corrective_up=pointer(up),
-            c=0 if down is None else down.shape[0],
+            **paths,
         )
 
     def _plain(self, layer: Factors) -> Layer:

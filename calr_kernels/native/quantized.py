@@ -3,7 +3,7 @@
 Callers ask `calr_kernels.eligible` first: shapes, types and places are trusted here.
 """
 
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from functools import cache
 
 import torch
@@ -69,6 +69,12 @@ def packed(records: Tensor, form: Form, columns: int) -> Tensor:
     if held is None or held[0] != state:
         held = _PANELS[records] = (state, _pack(records, form, columns))
     return held[1]
+
+
+def packed_bytes(tensors: Iterable[Tensor]) -> int:
+    """Count the memory that the panels of some records take, beside the records."""
+    held = (_PANELS.get(tensor) for tensor in tensors)
+    return sum(found[1].nbytes for found in held if found is not None)
 
 
 def _pack(records: Tensor, form: Form, columns: int) -> Tensor:

@@ -135,7 +135,8 @@ void gated(int32_t type, int64_t m, int64_t k, int64_t hidden, int32_t activatio
   layers[2].up = down.data();
   layers[0].n = layers[1].n = hidden;
   layers[2].n = k;
-  calr_gated(x.data(), layers, y.data(), m, k, activation, type, type, 2);
+  for (auto& layer : layers) layer.type = type;
+  calr_gated(x.data(), layers, y.data(), m, k, activation, type, 2);
   for (int64_t row = 0; row < m; ++row) {
     std::vector<double> in(k), h(hidden);
     for (int64_t i = 0; i < k; ++i) in[i] = x[row * k + i];
@@ -165,20 +166,103 @@ int code_of(const uint8_t* planes, int64_t i, int64_t group, int bits) {
   return code;
 }
 
-void quantized(int32_t type, int64_t m, int64_t k, int64_t n, int64_t group, int32_t bits) {
-  const int64_t groups = (k + group - 1) / group, record = 2 + group * bits / 8;
-  std::vector<uint8_t> records(n * groups * record);
+// Records [rows, groups] of any codes, with scales of 2^-9 or -2^-9.
+std::vector<uint8_t> random_records(int64_t rows, int64_t k, int64_t group, int32_t bits) {
+  const int64_t count = rows * ((k + group - 1) / group), record = 2 + group * bits / 8;
+  std::vector<uint8_t> records(count * record);
   for (auto& byte : records) byte = static_cast<uint8_t>(generator());
-  for (int64_t i = 0; i < n * groups; ++i) {  // a scale of 2^-9 or -2^-9
+  for (int64_t i = 0; i < count; ++i) {
     records[i * record] = 0;
     records[i * record + 1] = generator() % 2 ? 0x18 : 0x98;
   }
+  return records;
+}
+
+std::vector<int8_t> random_table() {
   std::vector<int8_t> table(64);
   for (auto& level : table) level = static_cast<int8_t>(generator());
+  return table;
+}
+
+// A quantised layer and all that it points to.
+struct Panels {
+  std::vector<int8_t> table = random_table();
+  std::vector<uint8_t> panels, down, terms;
+  calr_layer layer{};
+
+  Panels(int64_t n, int64_t k, int64_t group, int32_t bits, int64_t c) {
+    panels = packed(random_records(n, k, group, bits), n, k, group, bits);
+    down = packed(random_records(c, k, 32, 8), c, k, 32, 8);
+    terms = random_records((n + 31) / 32, c * 32, 32, 8);
+    layer.panels = panels.data(), layer.table = table.data();
+    layer.corrective_down = down.data(), layer.corrective_up = terms.data();
+    layer.n = n, layer.c = c, layer.group = group, layer.bits = bits;
+  }
+
+  static std::vector<uint8_t> packed(const std::vector<uint8_t>& records, int64_t n, int64_t k,
+                                     int64_t group, int32_t bits) {
+    const int64_t record = 16 * (2 + group * bits / 8);
+    std::vector<uint8_t> found((n + 15) / 16 * ((k + group - 1) / group) * record);
+    calr_pack(records.data(), found.data(), n, k, group, bits, 2);
+    return found;
+  }
+};
+
+// One block of all kinds of layers, for two sequences: the first token of one, a later one of another.
+void block(int32_t type, int64_t hidden, int64_t count, int64_t d, bool low_rank) {
+  const int64_t heads = 4, key_heads = 2, b = 2, inner = 37, capacity = count + 1, rank = 5;
+  const int64_t width[7][2] = {{heads * d, hidden}, {key_heads * d, hidden}, {key_heads * d, hidden},
+                               {hidden, heads * d}, {inner, hidden},         {inner, hidden},
+                               {hidden, inner}};
+  std::vector<Panels> quantised;
+  std::vector<Array> numbers;
+  std::vector<std::vector<int32_t>> places;
+  quantised.reserve(7), numbers.reserve(16), places.reserve(16);
+  calr_layer layers[7] = {};
+  for (int i = 0; i < 7; ++i) {
+    const int64_t n = width[i][0], k = width[i][1];
+    if (low_rank) {
+      layers[i].n = n, layers[i].r = rank, layers[i].type = type;
+      layers[i].down = (numbers.emplace_back(type, rank * k)).data();
+      layers[i].up = (numbers.emplace_back(type, (n - rank) * rank)).data();
+      places.emplace_back(), places.emplace_back();
+      for (int32_t j = 0; j < n; ++j) places[2 * i + (j >= rank)].push_back(j);
+      layers[i].pivots = places[2 * i].data(), layers[i].others = places[2 * i + 1].data();
+    } else {
+      layers[i] = quantised.emplace_back(n, k, 32, 3 + i % 4, i % 3 * 9).layer;
+    }
+  }
+  Array norms(type, 4 * hidden), head_norms(type, 2 * d), turns(type, 2 * b * d), x(type, b * hidden);
+  Array keys(type, b * key_heads * capacity * d), values(keys);
+  const int64_t size = type == kFloat32 ? 4 : 2;
+  auto at = [&](Array& array, int64_t i) { return array.bytes.data() + i * size; };
+  calr_block made{};
+  for (int i = 0; i < 4; ++i) made.norms[i] = at(norms, i * hidden);
+  made.q_norm = at(head_norms, 0), made.k_norm = at(head_norms, d);
+  std::copy(layers, layers + 4, made.attention), std::copy(layers + 4, layers + 7, made.gated);
+  made.heads = heads, made.key_heads = key_heads, made.d = d, made.epsilon = 1e-5f, made.scale = 0.3f;
+  const calr_past past{keys.data(), values.data(), capacity, count, 0};
+  const void *cosines[] = {at(turns, 0)}, *sines[] = {at(turns, b * d)};
+  const int64_t starts[] = {0, count};
+  calr_decode(x.data(), &made, &past, 1, cosines, sines, 0, starts, b, hidden, type, 3);
+  for (int64_t i = 0; i < b * hidden; ++i) expect(x[i] - x[i], 0, 0, "block");
+}
+
+void quantized(int32_t type, int64_t m, int64_t k, int64_t n, int64_t group, int32_t bits) {
+  const int64_t groups = (k + group - 1) / group, record = 2 + group * bits / 8;
+  const std::vector<uint8_t> records = random_records(n, k, group, bits);
+  const std::vector<int8_t> table = random_table();
   Array x(type, m * k), bias(type, n), y(type, m * n), numbers(type, n * k);
   calr_quantized_linear(x.data(), records.data(), table.data(), bias.data(), y.data(), m, k, n, group,
                         bits, type, 3);
   calr_dequantize(records.data(), table.data(), numbers.data(), n, k, group, bits, type, 3);
+  const std::vector<uint8_t> panels = Panels::packed(records, n, k, group, bits);
+  Array other(type, m * n);
+  calr_layer layer{};
+  layer.panels = panels.data(), layer.table = table.data(), layer.bias = bias.data();
+  layer.n = n, layer.group = group, layer.bits = bits;
+  void* ys[] = {other.data()};
+  calr_linears(x.data(), &layer, 1, ys, m, k, type, 3);
   const double tolerance = type == kFloat32 ? 1e-5 : 4e-2;
   for (int64_t row = 0; row < n; ++row) {
     std::vector<double> wanted(m, bias[row]);
@@ -191,6 +275,7 @@ void quantized(int32_t type, int64_t m, int64_t k, int64_t n, int64_t group, int
       for (int64_t j = 0; j < m; ++j) wanted[j] += weight * x[j * k + i];
     }
     for (int64_t j = 0; j < m; ++j) expect(y[j * n + row], wanted[j], tolerance, "quantized");
+    for (int64_t j = 0; j < m; ++j) expect(other[j * n + row], wanted[j], tolerance, "panels");
   }
 }
 
@@ -213,6 +298,7 @@ int main() {
           for (int64_t group : {32, 64, 96, 128}) quantized(type, s[0], s[1], s[2], group, bits);
         }
         attention(type, s[0], 2, 3, s[3], 2 * s[2]);
+        for (int low_rank = 0; low_rank < 2; ++low_rank) block(type, s[1] + 8, 70 * s[3], 8, low_rank);
       }
     }
   }

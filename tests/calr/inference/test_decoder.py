@@ -12,7 +12,6 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import calr
 from calr.inference import optimize_for_inference
-from calr.inference.cache import GrowingLayer, GrowingSlidingLayer
 from calr.testing import tiny_llama
 from calr_kernels import Form, QuantizedLinear, native, records
 
@@ -275,6 +274,39 @@ def test_weights_that_changed_are_used(how, calls):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("what", ["hook", "weight", "records", "module", "data"])
+def test_what_changes_during_a_generation_is_noticed(what, calls):
+    """A hook at once, the rest within a few tokens."""
+    plain = family("llama", form=Form(4, "table", 32))
+    fast = prepared(plain)
+    logits, given = [], torch.tensor([[5], [7]])
+    for model in (plain, fast):
+        cache, made = DynamicCache(config=model.config), []
+        model(given, past_key_values=cache)
+        for step in range(16):
+            mlp = model.model.layers[1].mlp
+            if step == 3 and what == "hook":
+                handle = mlp.up_proj.register_forward_hook(lambda module, given, output: 3 * output)
+            elif step == 5 and what == "hook":
+                handle.remove()
+            elif step == 3 and what == "weight":
+                model.model.layers[1].input_layernorm.weight.mul_(3)
+            elif step == 3 and what == "data":
+                norm = model.model.layers[1].input_layernorm.weight
+                norm.data = 3 * norm.data
+            elif step == 3 and what == "records":
+                mlp.up_proj.weight.copy_(mlp.gate_proj.weight)
+            elif step == 3 and what == "module":
+                mlp.up_proj = copy.deepcopy(mlp.gate_proj)
+            made.append(model(given, past_key_values=cache).logits)
+        cache.crop(-13)  # all since the change: what was computed before it was noticed
+        made += [model(given, past_key_values=cache).logits for _ in range(3)]
+        logits.append(torch.stack(made))
+    exact = slice(None) if what in ("hook", "weight") else slice(-3, None)
+    torch.testing.assert_close(logits[1][exact], logits[0][exact], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_a_compressed_model_keeps_its_answers(ids, calls):
     recipe = calr.Recipe(keep=0.6, rank_step=2, correction_tokens=0)
     plain = calr.compress(tiny_llama(), recipe, calibration=ids)
@@ -313,39 +345,3 @@ def test_a_past_without_room_is_refused():
     turn = torch.zeros(1, 8)
     with pytest.raises(ValueError, match="no room"):
         bound.decode(torch.zeros(1, 32), [(full, full, 4, 0)] * 2, [(turn, turn)])
-
-
-@pytest.mark.parametrize("kind", ["full", "sliding"])
-@torch.no_grad()
-def test_a_growing_layer_is_the_layer_it_stands_for(kind):
-    """Whatever is done to both, they hold and return the same."""
-    torch.manual_seed(0)
-    own = transformers.cache_utils.DynamicLayer()
-    grown = GrowingLayer()
-    if kind == "sliding":
-        own, grown = DynamicSlidingWindowLayer(sliding_window=7), GrowingSlidingLayer(7)
-    steps = [5, 1, 1, 9, 1, "select", 1, 80, 1, "repeat", 3, "reorder", 1, "reset", 4, "crop", 2]
-    for step in steps:
-        if isinstance(step, int):
-            rows = 2 if own.keys is None else own.keys.shape[0]
-            states = torch.randn(2, rows, 3, step, 4)
-            expected, found = own.update(*states), grown.update(*states)
-            assert all(map(torch.equal, found, expected))
-        for layer in (own, grown):
-            if step == "select":
-                layer.batch_select_indices(torch.tensor([1]))
-            elif step == "repeat":
-                layer.batch_repeat_interleave(2)
-            elif step == "reorder":
-                layer.reorder_cache(torch.tensor([1, 1]))
-            elif step == "reset":
-                layer.reset()
-            elif step == "crop":
-                layer.crop(-2)
-        assert own.get_seq_length() == grown.get_seq_length()
-        assert own.get_mask_sizes(1) == grown.get_mask_sizes(1)
-        if own.keys is not None:
-            assert torch.equal(own.keys, grown.keys)
-            assert torch.equal(own.values, grown.values)
-        grown = copy.deepcopy(grown)
-    assert type(grown).of(own).get_seq_length() == own.get_seq_length()

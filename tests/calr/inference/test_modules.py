@@ -1,4 +1,4 @@
-"""Prepared for inference, a model's modules give the same outputs, and stay modules like any other."""
+"""Prepared for inference, modules give the same outputs, and stay modules like any other."""
 
 import copy
 

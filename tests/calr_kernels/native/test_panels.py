@@ -16,7 +16,11 @@ from calr_kernels.native import Bound
 pytestmark = pytest.mark.usefixtures("isa")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}  # of the outputs' scale
+TOLERANCE = {
+    torch.float32: 1e-6,
+    torch.bfloat16: 4e-3,
+    torch.float16: 6e-4,
+}  # of the outputs' scale
 
 
 def filled(rows, columns, form, generator):

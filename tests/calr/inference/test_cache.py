@@ -1,0 +1,45 @@
+"""Caches that grow in place hold what transformers' own do."""
+
+import copy
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from calr.inference.cache import GrowingLayer, GrowingSlidingLayer
+
+
+@pytest.mark.parametrize("kind", ["full", "sliding"])
+@torch.no_grad()
+def test_a_growing_layer_is_the_layer_it_stands_for(kind):
+    """Whatever is done to both, they hold and return the same."""
+    torch.manual_seed(0)
+    own = DynamicLayer()
+    grown = GrowingLayer()
+    if kind == "sliding":
+        own, grown = DynamicSlidingWindowLayer(sliding_window=7), GrowingSlidingLayer(7)
+    steps = [5, 1, 1, 9, 1, "select", 1, 80, 1, "repeat", 3, "reorder", 1, "reset", 4, "crop", 2]
+    for step in steps:
+        if isinstance(step, int):
+            rows = 2 if own.keys is None else own.keys.shape[0]
+            states = torch.randn(2, rows, 3, step, 4)
+            expected, found = own.update(*states), grown.update(*states)
+            assert all(map(torch.equal, found, expected))
+        for layer in (own, grown):
+            if step == "select":
+                layer.batch_select_indices(torch.tensor([1]))
+            elif step == "repeat":
+                layer.batch_repeat_interleave(2)
+            elif step == "reorder":
+                layer.reorder_cache(torch.tensor([1, 1]))
+            elif step == "reset":
+                layer.reset()
+            elif step == "crop":
+                layer.crop(-2)
+        assert own.get_seq_length() == grown.get_seq_length()
+        assert own.get_mask_sizes(1) == grown.get_mask_sizes(1)
+        if own.keys is not None:
+            assert torch.equal(own.keys, grown.keys)
+            assert torch.equal(own.values, grown.values)
+        grown = copy.deepcopy(grown)
+    assert type(grown).of(own).get_seq_length() == own.get_seq_length()
