@@ -80,7 +80,7 @@ def at_keep(model: nn.Module, keep: float) -> None:
         for name, layer in list(block.named_modules()):
             if type(layer) is nn.Linear:
                 n, k = layer.weight.shape
-                rank = int(rank_at("pivoted", n, k, keep)) // 8 * 8
+                rank = max(1, int(rank_at("pivoted", n, k, keep)) // 8 * 8)
                 made = LowRankLinear(k, n, rank, "pivoted", bias=False, dtype=layer.weight.dtype)
                 made.pivots.copy_(torch.randperm(n)[:rank].sort()[0])
                 block.set_submodule(name, made)

@@ -9,5 +9,6 @@ namespace CALR_NAMESPACE {
 #include "activation.inl"
 #include "attention.inl"
 #include "quantized.inl"
+#include "bytes.inl"
 #include "panels.inl"
 }  // namespace CALR_NAMESPACE
