@@ -69,6 +69,7 @@ class DecoderForward(eligible.Replacement):
         if (
             given is not None
             and (input_ids is None) != (inputs_embeds is None)
+            and use_cache is not False
             and type(past_key_values) is DynamicCache
             and all(value is None or name in IGNORED for name, value in others.items())
             and self._follows(given, past_key_values)

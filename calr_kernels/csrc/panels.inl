@@ -2,8 +2,8 @@
 //
 // A panel is 16 rows, so that the lanes of a vector are rows and no sum runs across lanes. For every
 // scale group it holds the 16 scales, float16, and for every 32 columns the planes of their codes, the
-// lowest bits first. A quad is 64 codes, [16 rows][4 columns]; a plane of b bits holds the quads of a
-// 32 bytes' worth of columns in blocks of 64 bytes, quad i in block i * b / 8, from bit i * b % 8 up.
+// lowest bits first. A quad is 64 codes, [16 rows][4 columns]; a plane of b bits holds the eight quads of
+// 32 columns in b blocks of 64 bytes, quad i in block i * b / 8, from bit i * b % 8 up.
 //
 // Levels are counted from -128, as bytes without a sign: an input's sums are corrected once a group.
 
