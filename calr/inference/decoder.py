@@ -208,8 +208,10 @@ def _takes(blocks: native.Blocks, x: Tensor, layers: list[Any]) -> bool:
     """Tell whether blocks are for a cache of such layers, and faster than torch for x's rows."""
     plain = any(isinstance(layer, Factors) for part in blocks.parts for layer in part.gated)
     most = eligible.MAX_ROWS[x.dtype] if plain else eligible.QUANTIZED_ROWS
-    windows = [layer.window for layer in layers]
-    return len(x) <= most and windows == [part.window for part in blocks.parts]
+    return len(x) <= most and all(
+        layer.window == part.window and layer.dtype is x.dtype
+        for layer, part in zip(layers, blocks.parts, strict=True)
+    )
 
 
 def _starts(mask: Tensor | None, b: int, count: int) -> tuple[Tensor | None] | None:

@@ -148,14 +148,17 @@ class Blocks:
         hold, fewer than they have room for, and how many earlier ones they hold no longer; the new
         token's are written behind. rotations: cosines and sines, [B, d] or [1, d] each. starts [B]
         int64: the first position that a sequence sees. Everything is contiguous, on the CPU, of x's
-        dtype; trusted but for what is written to. Raises ValueError for a past without room.
+        dtype. Raises ValueError for what does not fit, a past without room among it.
         """
         b, hidden_size = x.shape
+        self._check(x, rotations)
         for (keys, values, count, _), parts in zip(pasts, self.parts, strict=True):
             wanted = (b, parts.key_heads, parts.d)
             for held in (keys, values):
-                if (*held.shape[:2], held.shape[3]) != wanted or count >= held.shape[2]:
-                    raise ValueError(f"a past of {list(held.shape)} has no room for {wanted}")
+                fits = (*held.shape[:2], held.shape[3]) == wanted and held.dtype is x.dtype
+                if not fits or count >= held.shape[2]:
+                    described = f"{list(held.shape)} {held.dtype}"
+                    raise ValueError(f"a past of {described} has no room for {wanted} {x.dtype}")
         shared = all(len(cosines) == 1 for cosines, _ in rotations)
         required().calr_decode(
             x.data_ptr(),
@@ -173,6 +176,25 @@ class Blocks:
             TYPES[x.dtype],
             torch.get_num_threads(),
         )
+
+    def _check(self, x: Tensor, rotations: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Raise ValueError for x or rotations that are not of the blocks' sizes."""
+        if not self.parts:
+            return
+        first = self.parts[0]
+        rows = {len(turn) for both in rotations for turn in both}
+        if (
+            x.shape[1] != first.norms[0].shape[0]  # type: ignore[union-attr]
+            or len(rotations) <= max(part.rotation for part in self.parts)
+            or rows not in ({1}, {len(x)}, set())
+            or any(
+                turn.shape[1:] != (first.d,) or turn.dtype is not x.dtype
+                for both in rotations
+                for turn in both
+            )
+        ):
+            turns = [list(turn.shape) for both in rotations for turn in both]
+            raise ValueError(f"x {list(x.shape)}, rotations {turns}: do not fit the blocks")
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Any:

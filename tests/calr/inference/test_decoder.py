@@ -332,16 +332,3 @@ def test_two_threads_may_decode_with_one_model():
     with ThreadPoolExecutor(2) as pool:
         for found in pool.map(run, range(8)):
             torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
-
-
-def test_a_past_without_room_is_refused():
-    blocks = native.Blocks([])
-    assert blocks.decode(torch.zeros(1, 32), [], []) is None
-    model = tiny_llama()
-    fast = prepared(model)
-    with torch.no_grad():
-        bound = vars(fast.model)["forward"]._bound.blocks(fast.model, torch.zeros(1, 32))
-    full = torch.zeros(1, 2, 4, 8)
-    turn = torch.zeros(1, 8)
-    with pytest.raises(ValueError, match="no room"):
-        bound.decode(torch.zeros(1, 32), [(full, full, 4, 0)] * 2, [(turn, turn)])
