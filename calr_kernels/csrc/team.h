@@ -11,7 +11,9 @@
 #include <utility>
 
 #if defined(__linux__)
-#include <sched.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 extern "C" {
 __attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
 __attribute__((weak)) int omp_get_thread_num();
@@ -28,22 +30,21 @@ inline int64_t useful(int32_t threads, int64_t operations) {
   return std::max<int64_t>(1, std::min<int64_t>(threads, operations / kWorthwhile));
 }
 
-// Where all threads of a team wait for one another. Who waits long gives its core away: the one that is
-// waited for may need it.
+// Where all threads of a team wait for one another. Who waits long sleeps, so that the one that is waited
+// for gets the core where others keep its own busy.
 class Barrier {
  public:
   void wait(int32_t size) {
     if (size == 1) return;
-    const int32_t phase = phase_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
-      arrived_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
+    const int32_t phase = phase_.load();
+    if (arrived_.fetch_add(1) == size - 1) {
+      arrived_.store(0);
+      phase_.store(phase + 1);
+      if (sleepers_.load()) wake();
       return;
     }
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-#if defined(__linux__)
-      if (spins >= kSpins) sched_yield();
-#endif
+      if (spins >= kSpins) sleep(phase);
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif
@@ -51,9 +52,23 @@ class Barrier {
   }
 
  private:
-  static constexpr int kSpins = 4096;
+  static constexpr int kSpins = 2048;
+
+#if defined(__linux__)
+  void sleep(int32_t phase) {
+    ++sleepers_;  // whoever ends the phase afterwards sees it; before, the call returns at once
+    syscall(SYS_futex, &phase_, FUTEX_WAIT_PRIVATE, phase, nullptr, nullptr, 0);
+    --sleepers_;
+  }
+  void wake() { syscall(SYS_futex, &phase_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0); }
+#else
+  void sleep(int32_t) {}
+  void wake() {}
+#endif
+
   alignas(64) std::atomic<int32_t> arrived_{0};
   alignas(64) std::atomic<int32_t> phase_{0};
+  std::atomic<int32_t> sleepers_{0};
 };
 
 // One of the threads that run the same function side by side.
