@@ -8,47 +8,47 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 LEAST, GROWTH = 64, 1.5  # positions of room; times what is needed
 
 
-class _Growing:
+class _Buffer:
     """Keys or values [B, heads, capacity, d], of which the first `length` positions are in use."""
 
     def __init__(self) -> None:
-        self.held: Tensor | None = None
+        self.tensor: Tensor | None = None
         self.length = 0
 
     def get(self, skipped: int = 0) -> Tensor | None:
         """Return what is in use but for the first positions, a view."""
-        if self.held is None:
+        if self.tensor is None:
             return None
-        return self.held.narrow(-2, skipped, self.length - skipped)
+        return self.tensor.narrow(-2, skipped, self.length - skipped)
 
     def set(self, tensor: Tensor | None) -> None:
         """Take a tensor in place of what is held; its room stays if it is the beginning of that."""
-        held = self.held
+        own = self.tensor
         same = (
-            held is not None
+            own is not None
             and tensor is not None
-            and tensor.data_ptr() == held.data_ptr()
-            and tensor.stride() == held.stride()
-            and tensor.shape[:-2] == held.shape[:-2]
-            and tensor.shape[-2] <= held.shape[-2]
+            and tensor.data_ptr() == own.data_ptr()
+            and tensor.stride() == own.stride()
+            and tensor.shape[:-2] == own.shape[:-2]
+            and tensor.shape[-2] <= own.shape[-2]
         )
         if not same:
-            self.held = tensor
+            self.tensor = tensor
         self.length = 0 if tensor is None else tensor.shape[-2]
 
     def reserve(self, more: int) -> Tensor:
         """Make room for more positions; return all that is held, contiguous."""
-        held, needed = self.held, self.length + more
-        assert held is not None
-        if needed > held.shape[-2] or not held.is_contiguous():
+        own, needed = self.tensor, self.length + more
+        assert own is not None
+        if needed > own.shape[-2] or not own.is_contiguous():
             room = max(LEAST, int(GROWTH * needed))
-            grown = held.new_empty(*held.shape[:-2], room, held.shape[-1])
-            grown.narrow(-2, 0, self.length).copy_(held.narrow(-2, 0, self.length))
-            self.held = held = grown
-        return held
+            grown = own.new_empty(*own.shape[:-2], room, own.shape[-1])
+            grown.narrow(-2, 0, self.length).copy_(own.narrow(-2, 0, self.length))
+            self.tensor = own = grown
+        return own
 
 
-class _Held:
+class _Growing:
     """What both kinds of growing layers share: `keys` and `values` are views of what has room.
 
     Everything that reads or replaces them (crop, beam search, batch selection) works on the views.
@@ -57,7 +57,7 @@ class _Held:
     is_initialized: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._keys, self._values = _Growing(), _Growing()
+        self._keys, self._values = _Buffer(), _Buffer()
         super().__init__(*args, **kwargs)
 
     @property
@@ -119,7 +119,7 @@ class _Held:
         return 0
 
 
-class GrowingLayer(_Held, DynamicLayer):
+class GrowingLayer(_Growing, DynamicLayer):
     """transformers' DynamicLayer, which appends instead of copying."""
 
     window = 0
@@ -143,7 +143,7 @@ class GrowingLayer(_Held, DynamicLayer):
         return self.held
 
 
-class GrowingSlidingLayer(_Held, DynamicSlidingWindowLayer):
+class GrowingSlidingLayer(_Growing, DynamicSlidingWindowLayer):
     """transformers' DynamicSlidingWindowLayer, which appends instead of copying.
 
     It holds some positions more than its window; `keys` and `values` are the last of them.
@@ -174,8 +174,8 @@ class GrowingSlidingLayer(_Held, DynamicSlidingWindowLayer):
 
     def room(self, more: int) -> tuple[Tensor, Tensor]:
         """Return keys and values with room for more positions; let those go that nobody sees."""
-        held, hidden = self._keys.held, self._hidden(self.held)
-        if hidden and held is not None and self.held + more > held.shape[-2]:
+        buffer, hidden = self._keys.tensor, self._hidden(self.held)
+        if hidden and buffer is not None and self.held + more > buffer.shape[-2]:
             self.keys, self.values = self.keys, self.values
         return super().room(more)
 

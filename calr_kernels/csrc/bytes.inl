@@ -39,7 +39,6 @@ inline Vector column(Bytes v) {
   return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * COLUMN), 24));
 }
 inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
-inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 
 #elif CALR_LANES == 8
 using Bytes = __m256i;
@@ -76,7 +75,6 @@ inline Vector column(Bytes v) {
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * COLUMN), 24));
 }
 inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
-inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 
 #else  // scalar
 struct Bytes {
@@ -151,10 +149,6 @@ inline Vector column(Bytes v) {
 }
 inline Vector multiply(Vector a, const Vector& b) {
   for (int i = 0; i < CALR_LANES; ++i) a.lane[i] *= b.lane[i];
-  return a;
-}
-inline Vector add(Vector a, const Vector& b) {
-  for (int i = 0; i < CALR_LANES; ++i) a.lane[i] += b.lane[i];
   return a;
 }
 #endif

@@ -18,7 +18,7 @@ namespace {
 using calr::room;
 using calr::Team;
 
-constexpr int64_t kUnit = 16;          // outputs: whole panels
+constexpr int64_t kUnit = 16;  // outputs: whole panels
 constexpr int64_t kCorrectiveGroup = 32;
 
 // An input as panels take it, made once by each thread for every size of scale group.
@@ -123,28 +123,18 @@ void quantized(const calr_layer& layer, Prepared& prepared, int64_t m, int64_t k
   }
 }
 
-float bias_at(const calr_layer& layer, int32_t x_type, int64_t column) {
-  float found = 0.0f;
-  if (layer.bias) {
-    typed(x_type, [&](auto x) { found = widen(static_cast<const decltype(x)*>(layer.bias)[column]); });
-  }
-  return found;
-}
-
 // Put values [m, stride], of outputs [begin, end) of `places`, where they belong.
 void place(const calr_layer& layer, const int32_t* places, const float* values, int64_t stride,
-           int64_t m, int32_t x_type, float* out, int64_t begin, int64_t end) {
+           int64_t m, float* out, int64_t begin, int64_t end) {
   for (int64_t row = 0; row < m; ++row) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t column = places[i];
-      out[row * room(layer.n) + column] = values[row * stride + i] + bias_at(layer, x_type, column);
-    }
+    float* own = out + row * room(layer.n);
+    for (int64_t i = begin; i < end; ++i) own[places[i]] = values[row * stride + i];
   }
 }
 
 // The second factor of a low-rank layer, or all of a dense one, for this thread's part of the rows.
 void second(const calr_layer& layer, const Team& team, const float* x, int64_t m, int64_t k,
-            int32_t x_type, float* out, float* scratch) {
+            float* out, float* scratch) {
   const int64_t rows = rows_of(layer), r = layer.r, c = layer.c;
   const auto [begin, end] = team.part(rows, kUnit);
   const float *t = scratch, *corrective_t = scratch + m * r;
@@ -159,9 +149,9 @@ void second(const calr_layer& layer, const Team& team, const float* x, int64_t m
     }
   }
   if (pivoted(layer)) {
-    place(layer, layer.others, rest, stride, m, x_type, out, begin, end);
+    place(layer, layer.others, rest, stride, m, out, begin, end);
     const auto [first, last] = team.part(r, kUnit);
-    place(layer, layer.pivots, t, r, m, x_type, out, first, last);
+    place(layer, layer.pivots, t, r, m, out, first, last);
   }
 }
 
@@ -170,7 +160,7 @@ void finish(const calr_layer& layer, const Team& team, int64_t m, int32_t x_type
   const auto [begin, end] = team.part(layer.n, kUnit);
   for (int64_t row = 0; row < m; ++row) {
     float* own = out + row * room(layer.n);
-    if (layer.bias && !pivoted(layer)) {
+    if (layer.bias) {
       typed(x_type, [&](auto x) {
         const auto* bias = static_cast<const decltype(x)*>(layer.bias);
         for (int64_t i = begin; i < end; ++i) own[i] += widen(bias[i]);
@@ -227,7 +217,7 @@ void calr::multiply(const Team& team, const calr_layer* layers, int64_t count, c
       const auto [begin, end] = team.part(layer.n, kUnit);
       quantized(layer, prepared, m, k, x_type, outs[i], begin, end);
     } else {
-      second(layer, team, x, m, k, x_type, outs[i], at);
+      second(layer, team, x, m, k, outs[i], at);
     }
     at += m * scratch_of(layer);
   }

@@ -67,7 +67,7 @@ struct Groups {
 template <int BITS, int COLUMNS, typename X>
 void panel_products(const uint8_t* panel, const int8_t* table, const X* x, Groups of_x, float* out,
                     int64_t groups, int64_t group, int64_t out_stride) {
-  constexpr int kTables = BITS == 8 ? 1 : BITS > 4 ? 1 << (BITS - 4) : 1;
+  constexpr int kTables = BITS == 6 ? 4 : BITS == 5 ? 2 : 1;
   constexpr int64_t kAhead = 1024;  // bytes: the hardware's own prefetching stops at pages
   Bytes tables[kTables];
   for (int i = 0; i < kTables; ++i) tables[i] = flipped(sixteen(table + 16 * i));
@@ -186,16 +186,6 @@ inline void add_terms(const uint8_t* terms, const float* t, float* out, int64_t 
     const int64_t size = count - at < kPanel ? count - at : kPanel;
     for (int64_t i = 0; i < size; ++i) out[at + i] += added[i];
   }
-}
-
-// The codes of one record.
-template <int BITS>
-inline void record_codes(const uint8_t* record, uint8_t* codes, int64_t group) {
-  constexpr int kLow = Planes<BITS>::kLow, kHigh = Planes<BITS>::kHigh;
-  const uint8_t* low = record + kScaleBytes;
-  std::memset(codes, 0, group);
-  add_plane<kLow>(low, codes, group, 0);
-  if (kHigh > 0) add_plane<kHigh ? kHigh : 1>(low + group * kLow / 8, codes, group, kLow);
 }
 
 // Add a plane of B bits, those of the codes [16, group] from a shift up, to a chunk's place.

@@ -82,14 +82,24 @@ inline __m256i look_up(const int8_t* table, __m256i code) {
 }
 #endif
 
+// The codes of one record.
+template <int BITS>
+inline void record_codes(const uint8_t* record, uint8_t* codes, int64_t group) {
+  constexpr int kLow = Planes<BITS>::kLow, kHigh = Planes<BITS>::kHigh;
+  const uint8_t* low = record + kScaleBytes;
+  std::memset(codes, 0, group);
+  add_plane<kLow>(low, codes, group, 0);
+  if (kHigh > 0) add_plane<kHigh ? kHigh : 1>(low + group * kLow / 8, codes, group, kLow);
+}
+
 // The levels of one record, in a buffer for a group.
 template <int BITS>
 inline const int8_t* unpack(const uint8_t* record, const int8_t* table, uint8_t* codes,
                             int64_t group) {
+#if CALR_LANES > 4
   constexpr int kLow = Planes<BITS>::kLow, kHigh = Planes<BITS>::kHigh;
   const uint8_t* low = record + kScaleBytes;
   const uint8_t* high = low + group * kLow / 8;
-#if CALR_LANES > 4
   if ((group & (group - 1)) == 0) {
     for (int64_t at = 0; at < group; at += 32) {
       __m256i code = plane_codes<kLow>(low, group, at);
@@ -102,9 +112,7 @@ inline const int8_t* unpack(const uint8_t* record, const int8_t* table, uint8_t*
     return reinterpret_cast<const int8_t*>(codes);
   }
 #endif
-  std::memset(codes, 0, group);
-  add_plane<kLow>(low, codes, group, 0);
-  if (kHigh > 0) add_plane<kHigh ? kHigh : 1>(high, codes, group, kLow);
+  record_codes<BITS>(record, codes, group);
   int8_t* levels = reinterpret_cast<int8_t*>(codes);
   for (int64_t i = 0; i < group; ++i) {
     levels[i] = BITS == 8 ? static_cast<int8_t>(codes[i] ^ 0x80) : table[codes[i]];
