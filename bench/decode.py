@@ -1,16 +1,17 @@
-"""Greedy decoding on a CPU: compressed models, the dense one, and llama.cpp, by turns.
+"""Greedy decoding and prefill on a CPU: compressed models, the dense one, and llama.cpp, by turns.
 
     python bench/decode.py --model MODEL [DIR ...] [--threads 1] [--context 8] [--batch 1]
 
 MODEL is a directory with a GGUF file, DIR what `calr compress` wrote. From MODEL come, beside the
 dense model itself, models of the same shapes and other values, since only their speed counts: every
 decoder layer at keep 0.5, pivoted; and all matrices, embeddings included, in one form: 8 bits, 4
-bits, and 4 bits with a corrective path of rank 16 in 8 bits. They run in bfloat16, after
+bits, and 4 bits with a corrective path of rank 16, in 8 bits and in 16. They run in bfloat16, after
 `calr.optimize_for_inference`: through transformers' `generate`, and chained, the model alone and an
 argmax. llama.cpp gets the file as F16, Q8_0 and Q4_0, every matrix, through llama-cpp-python if it
 is installed (`pip install llama-cpp-python`, built for this machine), and is chained, too. All
-continue a prompt of --context tokens by 128 within one process. Writes bench/results/decode.json, a
-row a model, way, context, batch and number of threads, and prints a table.
+continue a prompt of --context tokens by 128 within one process, and read one of 512 tokens (of the
+dense model in float32, too). Writes bench/results/decode.json, a row a model, way, context, batch
+and number of threads, and prints a table.
 """
 
 import argparse
@@ -35,13 +36,16 @@ from calr_kernels import Form, LowRankLinear, records
 from calr_kernels.forms import CORRECTIVE
 from calr_kernels.layout import rank_at
 
-NEW, ROUNDS = 128, 5
+NEW, PREFILL, ROUNDS = 128, 512, 5
 FORMS = {
     "8 bits": Form(8, "uniform", 32),
     "4 bits": Form(4, "table", 32),
     "4 bits, rank 16": Form(4, "table", 32, corrective_rank=16),
+    "4 bits, rank 16 in 16 bits": Form(4, "table", 32, corrective_rank=16, corrective_bits=16),
 }
+PLAIN = ("dense in transformers", "dense in transformers, float32")
 RUNGS = {"F16": 1, "Q8_0": 7, "Q4_0": 2}  # llama_ftype
+WAYS = ("generate", "chained", "prefill")
 Side = Callable[[], None]
 
 
@@ -62,7 +66,11 @@ def in_form(model: nn.Module, form: Form) -> None:
             form if n < model.config.vocab_size else Form(form.bits, form.levels, form.scale_group)
         )
         stored = {"weight": random_records(n, k, own)}
-        if own.corrective_rank:
+        if own.corrective_rank and own.corrective_bits == 16:
+            rank, dtype = own.corrective_rank, model.dtype
+            stored["corrective.down"] = torch.randn(rank, k, dtype=dtype) / 100
+            stored["corrective.up"] = torch.randn(rank, n, dtype=dtype) / 100
+        elif own.corrective_rank:
             stored["corrective.down"] = random_records(own.corrective_rank, k, CORRECTIVE)
             stored["corrective.up"] = random_records(own.corrective_rank, n, CORRECTIVE)
         quantize(model, tuple(shared), own, stored)
@@ -90,8 +98,9 @@ def models(arguments: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
     """Make what is timed: names and models."""
     for directory in arguments.directories:
         yield directory.name, calr.load(str(directory), dtype="bfloat16")[0]
-    for name in ("dense in transformers", "dense", "keep 0.5", *FORMS):
-        model, _ = calr.load(str(arguments.model), dtype="bfloat16")
+    for name in (*PLAIN, "dense", "keep 0.5", *FORMS):
+        dtype = "float32" if name == PLAIN[1] else "bfloat16"
+        model, _ = calr.load(str(arguments.model), dtype=dtype)
         if name in FORMS:
             in_form(model, FORMS[name])
         elif name == "keep 0.5":
@@ -123,14 +132,30 @@ def chained(model: nn.Module, ids: Tensor) -> Side:
     return run
 
 
-def llama_side(file: Path, ids: Tensor, threads: int) -> Side:
-    """Return a function that decodes one sequence once with llama.cpp."""
+def prefilled(model: nn.Module) -> Side:
+    """Return a function that reads PREFILL tokens once."""
+    ids = torch.randint(3, model.config.vocab_size, (1, PREFILL))
+
+    @torch.no_grad()
+    def run() -> None:
+        model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+
+    return run
+
+
+def llama_sides(file: Path, ids: Tensor, threads: int) -> dict[str, Side]:
+    """Return functions that decode one sequence, and read one, once with llama.cpp."""
     import llama_cpp
 
     prompt = ids[0].tolist()
-    context = len(prompt) + NEW + 8
+    context = max(len(prompt) + NEW, PREFILL) + 8
     model = llama_cpp.Llama(
-        str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
+        str(file),
+        n_ctx=context,
+        n_batch=context,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
     )
     vocabulary = model.n_vocab()
 
@@ -142,13 +167,17 @@ def llama_side(file: Path, ids: Tensor, threads: int) -> Side:
         logits = llama_cpp.llama_get_logits_ith(raw, -1)
         return int(np.ctypeslib.as_array(logits, (vocabulary,)).argmax())
 
-    def run() -> None:
+    def decode() -> None:
         model._ctx.kv_cache_clear()
         token = feed(prompt)
         for _ in range(NEW - 1):
             token = feed([token])
 
-    return run
+    def read() -> None:
+        model._ctx.kv_cache_clear()
+        feed(torch.randint(3, vocabulary, (PREFILL,)).tolist())
+
+    return {"chained": decode, "prefill": read}
 
 
 def llama_file(source: Path, rung: str, directory: Path) -> Path:
@@ -180,24 +209,27 @@ def main() -> None:
     torch.manual_seed(0)
     sides: dict[tuple[str, str], Side] = {}
     for name, model in models(arguments):
-        if name != "dense in transformers":
+        if name not in PLAIN:
             calr.optimize_for_inference(model)
         ids = torch.randint(3, model.config.vocab_size, (arguments.batch, arguments.context))
-        sides[name, "generate"] = generated(model, ids)
-        sides[name, "chained"] = chained(model, ids)
+        sides[name, "prefill"] = prefilled(model)
+        if name != PLAIN[1]:
+            sides[name, "generate"] = generated(model, ids)
+            sides[name, "chained"] = chained(model, ids)
     with tempfile.TemporaryDirectory() as directory:
         if importlib.util.find_spec("llama_cpp") and arguments.batch == 1:
             source = next(arguments.model.glob("*.gguf"))
             for rung in RUNGS:
                 file = llama_file(source, rung, Path(directory))
-                sides[f"llama.cpp {rung}", "chained"] = llama_side(file, ids, arguments.threads)
+                for way, side in llama_sides(file, ids, arguments.threads).items():
+                    sides[f"llama.cpp {rung}", way] = side
         times = rounds(sides)
     cell = {key: vars(arguments)[key] for key in ("threads", "context", "batch")}
     rows = [
         cell
         | {"model": name, "way": way}
         | {
-            key: NEW * arguments.batch / seconds
+            key: (PREFILL if way == "prefill" else NEW * arguments.batch) / seconds
             for key, seconds in (
                 ("tokens_per_second", statistics.median(found)),
                 ("slowest", max(found)),
@@ -209,12 +241,12 @@ def main() -> None:
     print(
         f"{arguments.threads} threads, {arguments.context} tokens before, batch {arguments.batch}"
     )
-    print("| | generate, tokens/s | chained |\n|---|---|---|")
+    print(f"| | generate, tokens/s | chained | prefill of {PREFILL} |\n|---|---|---|---|")
     for name in dict.fromkeys(name for name, _ in times):
         own = {
             row["way"]: f"{row['tokens_per_second']:.1f}" for row in rows if row["model"] == name
         }
-        print(f"| {name} | {own.get('generate', '')} | {own['chained']} |")
+        print(f"| {name} | {' | '.join(own.get(way, '') for way in WAYS)} |")
     kept = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     others = [row for row in kept if not cell.items() <= row.items()]
     write_json(arguments.output, others + rows)

@@ -1,6 +1,7 @@
 """The command line: arguments only, so that --help answers without loading torch."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -8,7 +9,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
@@ -36,12 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     parsed = parser.parse_args(_lists(_config_first(arguments)))
     _set_up_logging()
-    before = _terminate_as_interrupt()
     try:
-        from calr import commands
+        with _interruptible():
+            from calr import commands
 
-        run: Callable[[Namespace], None] = getattr(commands, parsed.subcommand.replace("-", "_"))
-        run(parsed[parsed.subcommand])
+            name = parsed.subcommand.replace("-", "_")
+            run: Callable[[Namespace], None] = getattr(commands, name)
+            run(parsed[parsed.subcommand])
     except CalrError as error:
         print(f"calr: {error}", file=sys.stderr)
         return 1
@@ -60,18 +62,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"calr: there is not enough memory: {error}", file=sys.stderr)
         return 1
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
     return 0
 
 
-def _terminate_as_interrupt() -> Any:
-    """Have SIGTERM interrupt like Ctrl-C; return what it did before (None outside the main thread:
-    nothing was changed)."""
-    if threading.current_thread() is not threading.main_thread():
-        return None
-    return signal.signal(signal.SIGTERM, signal.default_int_handler)
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Leave by KeyboardInterrupt after Ctrl-C or SIGTERM, whatever error came of it on its way.
+
+    Code in C that was asking Python for a length or a shape reports that it got none.
+    """
+    interrupted = False
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, interrupt)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if interrupted:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _lists(arguments: list[str]) -> list[str]:

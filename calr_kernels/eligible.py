@@ -48,12 +48,17 @@ def readable(x: Tensor, bias: Tensor | None, *weights: Tensor | None) -> bool:
 
 
 def readable_records(x: Tensor, layer: Records) -> bool:
-    """Tell the same of a quantised layer's tensors: plain parameters of bytes, where x is."""
-    parts = (layer.weight, layer.corrective_down, layer.corrective_up)
+    """Tell the same of a quantised layer's tensors: plain parameters of bytes, where x is, and a
+    corrective path of bytes or of x's type."""
+    paths = (layer.corrective_down, layer.corrective_up)
     return readable(x, layer.bias) and all(
         part is None
-        or (type(part) is nn.Parameter and part.dtype is torch.uint8 and part.device == x.device)
-        for part in parts
+        or (
+            type(part) is nn.Parameter
+            and (part.dtype is torch.uint8 or (part.dtype is x.dtype and part is not layer.weight))
+            and part.device == x.device
+        )
+        for part in (layer.weight, *paths)
     )
 
 
@@ -147,7 +152,7 @@ def _at_hand(tensor: Tensor) -> bool:
 
 
 def native_records(records: Tensor, dtype: torch.dtype) -> bool:
-    """Tell whether the native kernel reads records as numbers of a dtype."""
+    """Tell whether the native kernel reads records, or factors, as numbers of a dtype."""
     return (
         dtype in TYPES
         and records.is_cpu
@@ -176,14 +181,13 @@ def native_packed(x: Tensor, layer: Records, in_features: int | None = None) -> 
     """Tell whether the native kernel computes a quantised layer of x from panels: few rows, plain
     tensors, no more columns than fit. in_features: as in `native`."""
     correctives = (layer.corrective_down, layer.corrective_up)
+    kinds = {part.dtype for part in correctives if part is not None}
     return (
         (in_features or x.shape[-1]) == layer.in_features
         and layer.form.scale_group <= MOST_PACKED_GROUP
         and native_quantized(x, layer.weight, layer.bias)
-        and all(
-            part is None or (part.dtype is torch.uint8 and native_records(part, x.dtype))
-            for part in correctives
-        )
+        and len(kinds) < 2
+        and all(part is None or native_records(part, x.dtype) for part in correctives)
     )
 
 

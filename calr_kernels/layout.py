@@ -43,8 +43,8 @@ class Factors(NamedTuple):
 class Records(NamedTuple):
     """The tensors of one quantised layer: weight, records [N, groups, record] of a form; bias [N].
 
-    corrective_down [c, groups, record] and corrective_up, its transposed second factor, are records
-    of `forms.CORRECTIVE`, or None.
+    corrective_down and corrective_up are numbers [c, K] and [c, N] or records of
+    `forms.CORRECTIVE`, [c, groups, record]: the second factor is transposed. None: no such path.
     """
 
     weight: Tensor

@@ -1,12 +1,13 @@
-// out [d] = the sum of weights[i] * values[i], values [count, d].
+// out [d] = the sum of weights[i] * values[i], i below count, values `stride` elements apart.
 template <typename X>
-inline void combine(const float* weights, const X* values, float* out, int64_t count, int64_t d) {
+inline void combine(const float* weights, const X* values, float* out, int64_t count, int64_t d,
+                    int64_t stride) {
   constexpr int kAtOnce = 4;
   int64_t column = 0;
   for (; column + kAtOnce * CALR_LANES <= d; column += kAtOnce * CALR_LANES) {
     Vector total[kAtOnce] = {zero(), zero(), zero(), zero()};
     for (int64_t i = 0; i < count; ++i) {
-      const X* from = values + i * d + column;
+      const X* from = values + i * stride + column;
       const Vector weight = spread(weights[i]);
       for (int j = 0; j < kAtOnce; ++j) {
         total[j] = multiply_add(weight, load(from + j * CALR_LANES), total[j]);
@@ -14,10 +15,22 @@ inline void combine(const float* weights, const X* values, float* out, int64_t c
     }
     for (int j = 0; j < kAtOnce; ++j) store(total[j], out + column + j * CALR_LANES);
   }
-  for (; column < d; ++column) {
-    out[column] = 0;
-    for (int64_t i = 0; i < count; ++i) out[column] += weights[i] * widen(values[i * d + column]);
+  for (; column + CALR_LANES <= d; column += CALR_LANES) {
+    Vector total = zero();
+    for (int64_t i = 0; i < count; ++i) {
+      total = multiply_add(spread(weights[i]), load(values + i * stride + column), total);
+    }
+    store(total, out + column);
   }
+  if (column == d) return;
+  Vector total = zero();
+  for (int64_t i = 0; i < count; ++i) {
+    const Vector value = load_part(values + i * stride + column, d - column);
+    total = multiply_add(spread(weights[i]), value, total);
+  }
+  float rest[CALR_LANES];
+  store(total, rest);
+  std::memcpy(out + column, rest, (d - column) * sizeof(float));
 }
 
 // What queries [group, d], scaled, gather from keys and values [count, d]: most [group], the largest
@@ -37,7 +50,7 @@ void gather(const float* q, const X* keys, const X* values, float* most, float* 
     most[i] = largest;
     total[i] = 0;
     for (float sum : sums) total[i] += sum;
-    combine(own, values, out + i * d, count, d);
+    combine(own, values, out + i * d, count, d, d);
   }
 }
 

@@ -14,15 +14,16 @@ extern "C" {
 // One linear layer [n, K]: y = up (down x) + corrective_up (corrective_down x) + bias. With pivots, the
 // outputs `pivots` are down x itself, up gives the others, and there is no corrective. r == 0: dense.
 //
-// With panels (calr_pack) it is a quantised matrix in place of down and up, and so is corrective_down,
-// of 8 bits in groups of 32; corrective_up are records [groups along n, c] of 8 bits in groups of 32, with
-// levels in place of codes. Of x in float32 the products are in float32; of x in 16 bits they are sums of integers, x rounded to 16
-// bits below the largest of a scale group.
+// With panels (calr_pack) it is a quantised matrix in place of down and up, and corrective_up is transposed.
+// Of x in float32 the products are in float32; of x in 16 bits they are sums of integers, x rounded to 16
+// bits below the largest of a scale group. Where the corrective is packed, its factors are quantised, too,
+// to 8 bits in groups of 32: corrective_down in panels, corrective_up records [groups along n, c] with
+// levels in place of codes.
 typedef struct calr_layer {
   const void* down;             // [r, K]
   const void* up;               // [n, r]; with pivots [n - r, r]; dense [n, K]
   const void* corrective_down;  // [c, K]
-  const void* corrective_up;    // [n, c]
+  const void* corrective_up;    // [n, c]; with panels [c, n]
   const void* bias;             // [n] or null
   const int32_t* pivots;        // [r] or null
   const int32_t* others;        // [n - r], ascending: the outputs that are not pivots
@@ -33,7 +34,8 @@ typedef struct calr_layer {
   int64_t c;      // 0: no corrective
   int64_t group;  // of panels, at most 512, a multiple of 32
   int32_t bits;   // of panels: 3, 4, 5, 6 or 8
-  int32_t type;   // of down, up and, without panels, of the corrective
+  int32_t type;   // of down, up and the corrective
+  int32_t packed_corrective;
 } calr_layer;
 
 // One block of a decoder: x += norm_1(attention(norm_0(x))), x += norm_3(gated(norm_2(x))).

@@ -79,6 +79,9 @@ class Prepared {
 
 bool pivoted(const calr_layer& layer) { return layer.r && layer.pivots; }
 
+// How many terms of the corrective path are products with rows of numbers.
+int64_t plain_terms(const calr_layer& layer) { return layer.packed_corrective ? 0 : layer.c; }
+
 int64_t rows_of(const calr_layer& layer) { return pivoted(layer) ? layer.n - layer.r : layer.n; }
 
 // out [m, stride]: rows [begin, end) of weight [rows, k] times x [m, k].
@@ -104,15 +107,28 @@ void panel_products(Prepared& prepared, const void* panels, const int8_t* table,
   });
 }
 
-// Rows [begin, end) of a quantised layer with its corrective path.
+// Rows [begin, end) of a quantised layer with its corrective path, whose terms t [m, c] are known unless it
+// is packed.
 void quantized(const calr_layer& layer, Prepared& prepared, int64_t m, int64_t k, int32_t x_type,
-               float* out, int64_t begin, int64_t end) {
+               const float* known, float* out, int64_t begin, int64_t end) {
   if (begin >= end) return;
   const int64_t stride = room(layer.n), c = layer.c;
   panel_products(prepared, layer.panels, layer.table, layer.bits, layer.group, k, out, m, stride, begin,
                  end);
   if (!c) return;
   thread_local std::vector<float> buffer;
+  if (!layer.packed_corrective) {
+    buffer.resize(end - begin);
+    typed(layer.type, [&](auto w) {
+      const auto* up = static_cast<const decltype(w)*>(layer.corrective_up) + begin;
+      for (int64_t row = 0; row < m; ++row) {
+        float* own = out + row * stride + begin;
+        CALR_BY_ISA(combine, known + row * c, up, buffer.data(), c, end - begin, layer.n);
+        for (int64_t i = 0; i < end - begin; ++i) own[i] += buffer[i];
+      }
+    });
+    return;
+  }
   buffer.resize(m * room(c) + c);
   float *t = buffer.data(), *weights = t + m * room(c);
   panel_products(prepared, layer.corrective_down, layer.table, 8, kCorrectiveGroup, k, t, m, room(c), 0, c);
@@ -173,7 +189,8 @@ void finish(const calr_layer& layer, const Team& team, int64_t m, int32_t x_type
 }  // namespace
 
 int64_t calr::scratch_of(const calr_layer& layer) {
-  return layer.panels || !layer.r ? 0 : layer.r + layer.c + room(rows_of(layer));
+  const int64_t first = layer.r + plain_terms(layer);
+  return first ? first + (layer.panels ? 0 : room(rows_of(layer))) : 0;
 }
 
 int64_t calr::weights_of(const calr_layer& layer, int64_t k) {
@@ -194,11 +211,11 @@ void calr::multiply(const Team& team, const calr_layer* layers, int64_t count, c
   float* at = scratch;
   for (int64_t i = 0; i < count; ++i) {
     const calr_layer& layer = layers[i];
-    if (!layer.panels && layer.r) {
+    if (layer.r || plain_terms(layer)) {
       two_steps = true, scattered |= pivoted(layer);
       float* steps[2] = {at, at + m * layer.r};
       const void* downs[2] = {layer.down, layer.corrective_down};
-      const int64_t ranks[2] = {layer.r, layer.c};
+      const int64_t ranks[2] = {layer.r, plain_terms(layer)};
       for (int step = 0; step < 2; ++step) {
         const auto [begin, end] = team.part(ranks[step], 8);
         products(layer.type, downs[step], x, steps[step], m, k, ranks[step], begin, end);
@@ -215,7 +232,7 @@ void calr::multiply(const Team& team, const calr_layer* layers, int64_t count, c
     const calr_layer& layer = layers[i];
     if (layer.panels) {
       const auto [begin, end] = team.part(layer.n, kUnit);
-      quantized(layer, prepared, m, k, x_type, outs[i], begin, end);
+      quantized(layer, prepared, m, k, x_type, at, outs[i], begin, end);
     } else {
       second(layer, team, x, m, k, outs[i], at);
     }

@@ -159,10 +159,15 @@ class Binding:
         panels = self._keep(packed(layer.weight, layer.form, layer.in_features))
         paths: dict[str, Any] = {}
         if down is not None and up is not None:
-            terms = up.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-            terms[..., SCALE_BYTES:] ^= 0x80  # levels in place of codes
-            paths["corrective_down"] = self._keep(packed(down, CORRECTIVE, layer.in_features))
-            paths |= {"corrective_up": self._keep(terms), "c": down.shape[0]}
+            paths["c"], paths["packed_corrective"] = down.shape[0], down.dtype is torch.uint8
+            if paths["packed_corrective"]:
+                terms = up.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+                terms[..., SCALE_BYTES:] ^= 0x80  # levels in place of codes
+                paths["corrective_down"] = self._keep(packed(down, CORRECTIVE, layer.in_features))
+                paths["corrective_up"] = self._keep(terms)
+            else:
+                paths["corrective_down"], paths["corrective_up"] = down.data_ptr(), up.data_ptr()
+                paths["type"] = TYPES[down.dtype]
         return Layer(
             panels=panels,
             table=table(layer.form).data_ptr(),

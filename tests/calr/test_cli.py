@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -294,6 +295,23 @@ def test_a_reader_that_stops_early_sees_no_traceback(source):
     result = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert "Traceback" not in result.stderr
     assert "BrokenPipe" not in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_became_another_error_is_still_one(number, monkeypatch, capsys):
+    def run(_):
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt as error:  # as C code does that was asking for a shape
+            raise ValueError("could not determine the shape of object type") from error
+
+    monkeypatch.setattr("calr.commands.compress", run)
+    before = signal.getsignal(number)
+    assert main(["compress", "model", "out"]) == 130
+    assert capsys.readouterr().err == (
+        "\ncalr: interrupted; the same command continues where it stopped\n"
+    )
+    assert signal.getsignal(number) is before
 
 
 def test_nan_in_the_weights_is_named_before_anything_is_written(tmp_path, capsys):

@@ -188,15 +188,20 @@ std::vector<int8_t> random_table() {
 struct Panels {
   std::vector<int8_t> table = random_table();
   std::vector<uint8_t> panels, down, terms;
+  Array plain_down, plain_up;
   calr_layer layer{};
 
-  Panels(int64_t n, int64_t k, int64_t group, int32_t bits, int64_t c) {
+  Panels(int64_t n, int64_t k, int64_t group, int32_t bits, int64_t c, int32_t type, bool plain)
+      : plain_down(type, plain ? c * k : 0), plain_up(type, plain ? c * n : 0) {
     panels = packed(random_records(n, k, group, bits), n, k, group, bits);
     down = packed(random_records(c, k, 32, 8), c, k, 32, 8);
     terms = random_records((n + 31) / 32, c * 32, 32, 8);
     layer.panels = panels.data(), layer.table = table.data();
     layer.corrective_down = down.data(), layer.corrective_up = terms.data();
     layer.n = n, layer.c = c, layer.group = group, layer.bits = bits;
+    layer.type = type, layer.packed_corrective = !plain;
+    if (!plain) return;
+    layer.corrective_down = plain_down.data(), layer.corrective_up = plain_up.data();
   }
 
   static std::vector<uint8_t> packed(const std::vector<uint8_t>& records, int64_t n, int64_t k,
@@ -229,7 +234,7 @@ void block(int32_t type, int64_t hidden, int64_t count, int64_t d, bool low_rank
       for (int32_t j = 0; j < n; ++j) places[2 * i + (j >= rank)].push_back(j);
       layers[i].pivots = places[2 * i].data(), layers[i].others = places[2 * i + 1].data();
     } else {
-      layers[i] = quantised.emplace_back(n, k, 32, 3 + i % 4, i % 3 * 9).layer;
+      layers[i] = quantised.emplace_back(n, k, 32, 3 + i % 4, i % 3 * 9, type, i % 2).layer;
     }
   }
   Array norms(type, 4 * hidden), head_norms(type, 2 * d), turns(type, 2 * b * d), x(type, b * hidden);

@@ -43,8 +43,10 @@ def exact(x, made):
     x, form = x.double(), made.form
     y = x @ records.dequantize(made.weight, form, made.in_features, torch.float32).double().mT
     if made.corrective_down is not None:
-        down = records.dequantize(made.corrective_down, CORRECTIVE, x.shape[-1], torch.float64)
-        up = records.dequantize(made.corrective_up, CORRECTIVE, y.shape[-1], torch.float64)
+        down, up = made.corrective_down.double(), made.corrective_up.double()
+        if made.corrective_down.dtype is torch.uint8:
+            down = records.dequantize(made.corrective_down, CORRECTIVE, x.shape[-1], torch.float64)
+            up = records.dequantize(made.corrective_up, CORRECTIVE, y.shape[-1], torch.float64)
         y = y + x @ down.mT @ up
     return y if made.bias is None else y + made.bias.double()
 
@@ -86,6 +88,26 @@ def test_the_corrective_path_is_added(rank, dtype):
         made = layer(n, k, Form(4, "table", 64), rank, bias=False, dtype=dtype)
         x = torch.randn(5, k, generator=torch.Generator().manual_seed(rank)).to(dtype)
         check(Bound().linears(x, (made,))[0], x, made)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [1, 8, 40])
+def test_a_corrective_path_of_numbers_is_added(rank, dtype):
+    for n, k in [(16, 64), (75, 100), (200, 33)]:
+        generator = torch.Generator().manual_seed(rank)
+        paths = [torch.randn(rank, side, generator=generator).to(dtype) / 8 for side in (k, n)]
+        made = layer(n, k, Form(5, "formula", 64), dtype=dtype)
+        made = made._replace(corrective_down=paths[0], corrective_up=paths[1])
+        packed = layer(n, k, Form(4, "table", 32), 8, dtype=dtype)
+        for rows in (1, 5):
+            x = torch.randn(rows, k, generator=generator).to(dtype)
+            for found, own in zip(Bound().linears(x, (made, packed)), (made, packed), strict=True):
+                check(found, x, own)
+            bound = Bound()
+            bound.linears(x, (made,))
+            paths[1].mul_(2)  # what is written to them is followed
+            check(bound.linears(x, (made,))[0], x, made)
 
 
 @settings(max_examples=25, deadline=None)
@@ -178,7 +200,10 @@ def test_what_panels_do_not_hold_is_not_eligible():
     assert not eligible.native_packed(x.double(), fine)
     assert not eligible.native_packed(x, layer(33, 64, Form(8, "uniform", 1024)))
     wide = fine._replace(corrective_down=torch.randn(8, 64), corrective_up=torch.randn(8, 33))
-    assert not eligible.native_packed(x, wide)
+    assert eligible.native_packed(x, wide)
+    assert not eligible.native_packed(x, wide._replace(corrective_down=fine.corrective_down))
+    assert not eligible.native_packed(x, wide._replace(corrective_up=torch.randn(33, 8).mT))
+    assert not eligible.native_packed(x, wide._replace(corrective_up=torch.randn(8, 33).double()))
 
 
 def test_a_layer_gives_its_tensors_only_where_nothing_is_bypassed():
@@ -190,5 +215,7 @@ def test_a_layer_gives_its_tensors_only_where_nothing_is_bypassed():
     handle = quantised.corrective.register_forward_hook(lambda *given: None)
     assert not quantised.fusible(x)
     handle.remove()
-    quantised.append(torch.randn(2, 64), torch.randn(32, 2))  # of 16 bits now
+    quantised.append(torch.randn(2, 64), torch.randn(32, 2))  # numbers now
+    assert quantised.fusible(x)
+    quantised.corrective.bfloat16()
     assert not quantised.fusible(x)
