@@ -8,9 +8,13 @@ constexpr int kBytes = kQuad * CALR_LANES;     // of codes in a vector of bytes
 
 #if CALR_LANES == 16
 using Bytes = __m512i;
-using Counts = __m512i;
+struct Counts {  // of inputs split in two bytes with signs
+  __m512i high, low;
+};
 inline Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
-inline Counts counts(int32_t value) { return _mm512_set1_epi32(value); }
+inline Counts counts(const int32_t* values) {
+  return {_mm512_set1_epi32(values[0]), _mm512_set1_epi32(values[1])};
+}
 inline Bytes sixteen(const int8_t* p) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -26,14 +30,14 @@ inline Bytes choose(Bytes a, Bytes b, Bytes v) {
   return _mm512_mask_blend_epi8(_mm512_movepi8_mask(_mm512_slli_epi16(v, 7 - BIT)), a, b);
 }
 inline Bytes flipped(Bytes v) { return _mm512_xor_si512(v, _mm512_set1_epi8(-128)); }
-inline Bytes even(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi16(255)); }
-inline Bytes odd(Bytes v) { return _mm512_srli_epi16(v, 8); }
-inline Counts add_pairs(Counts sum, Bytes levels, int32_t pair) {
-  sum = _mm512_add_epi32(sum, _mm512_madd_epi16(levels, _mm512_set1_epi32(pair)));
-  asm("" : "+v"(sum));  // or the compiler adds all products at the end, and keeps them in memory
-  return sum;
+inline void add_products(Bytes levels, int32_t high, int32_t low, Counts& sum) {
+  sum.high = _mm512_dpbusd_epi32(sum.high, levels, _mm512_set1_epi32(high));
+  sum.low = _mm512_dpbusd_epi32(sum.low, levels, _mm512_set1_epi32(low));
 }
-inline Vector to_floats(Counts v) { return _mm512_cvtepi32_ps(v); }
+inline Vector to_floats(const Counts& v) {
+  const __m512 high = _mm512_cvtepi32_ps(v.high);
+  return _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(v.low));
+}
 template <int COLUMN>
 inline Vector column(Bytes v) {
   return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * COLUMN), 24));
@@ -46,7 +50,7 @@ using Counts = __m256i;
 inline Bytes load_bytes(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
-inline Counts counts(int32_t value) { return _mm256_set1_epi32(value); }
+inline Counts counts(const int32_t* values) { return _mm256_set1_epi32(values[0]); }
 inline Bytes sixteen(const int8_t* p) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -64,10 +68,9 @@ inline Bytes choose(Bytes a, Bytes b, Bytes v) {
 inline Bytes flipped(Bytes v) { return _mm256_xor_si256(v, _mm256_set1_epi8(-128)); }
 inline Bytes even(Bytes v) { return _mm256_and_si256(v, _mm256_set1_epi16(255)); }
 inline Bytes odd(Bytes v) { return _mm256_srli_epi16(v, 8); }
-inline Counts add_pairs(Counts sum, Bytes levels, int32_t pair) {
+inline void add_pairs(Bytes levels, int32_t pair, Counts& sum) {
   sum = _mm256_add_epi32(sum, _mm256_madd_epi16(levels, _mm256_set1_epi32(pair)));
   asm("" : "+v"(sum));  // or the compiler adds all products at the end, and keeps them in memory
-  return sum;
 }
 inline Vector to_floats(Counts v) { return _mm256_cvtepi32_ps(v); }
 template <int COLUMN>
@@ -91,9 +94,9 @@ inline Bytes load_bytes(const void* p) {
   std::memcpy(v.lane, p, kBytes);
   return v;
 }
-inline Counts counts(int32_t value) {
+inline Counts counts(const int32_t* values) {
   Counts v;
-  for (uint32_t& lane : v.lane) lane = static_cast<uint32_t>(value);
+  for (uint32_t& lane : v.lane) lane = static_cast<uint32_t>(values[0]);
   return v;
 }
 inline Bytes sixteen(const int8_t* p) { return load_bytes(p); }
@@ -127,14 +130,13 @@ inline Pairs every_second(Bytes v) {
 }
 inline Pairs even(Bytes v) { return every_second<0>(v); }
 inline Pairs odd(Bytes v) { return every_second<1>(v); }
-inline Counts add_pairs(Counts sum, Pairs levels, int32_t pair) {
+inline void add_pairs(const Pairs& levels, int32_t pair, Counts& sum) {
   int16_t x[2];
   std::memcpy(x, &pair, 4);
   for (int i = 0; i < CALR_LANES; ++i) {
     sum.lane[i] += static_cast<uint32_t>(levels.lane[2 * i] * x[0]);
     sum.lane[i] += static_cast<uint32_t>(levels.lane[2 * i + 1] * x[1]);
   }
-  return sum;
 }
 inline Vector to_floats(Counts v) {
   Vector found;
@@ -150,5 +152,29 @@ inline Vector column(Bytes v) {
 inline Vector multiply(Vector a, const Vector& b) {
   for (int i = 0; i < CALR_LANES; ++i) a.lane[i] *= b.lane[i];
   return a;
+}
+#endif
+
+// Integers of a quad's inputs as `add_products` takes them: two int32 of high and low bytes, both with
+// signs, or of the integers 0, 2 and 1, 3. Adds what they sum up to, high and low bytes apart.
+#if CALR_LANES == 16
+constexpr float kMost = 32512.0f;  // whose high byte is 127
+inline void arrange(const int16_t (&x)[kQuad], int16_t* out, int32_t (&sums)[2]) {
+  int8_t bytes[2 * kQuad];
+  for (int i = 0; i < kQuad; ++i) {
+    bytes[kQuad + i] = static_cast<int8_t>(x[i]);
+    bytes[i] = static_cast<int8_t>((x[i] - bytes[kQuad + i]) / 256);
+    sums[0] += bytes[i], sums[1] += bytes[kQuad + i];
+  }
+  std::memcpy(out, bytes, sizeof(bytes));
+}
+#else
+constexpr float kMost = 32767.0f;
+inline void arrange(const int16_t (&x)[kQuad], int16_t* out, int32_t (&sums)[2]) {
+  for (int i = 0; i < kQuad; ++i) out[i / 2 + i % 2 * 2] = x[i], sums[0] += x[i];
+}
+inline void add_products(Bytes levels, int32_t first, int32_t second, Counts& sum) {
+  add_pairs(even(levels), first, sum);
+  add_pairs(odd(levels), second, sum);
 }
 #endif

@@ -13,7 +13,8 @@ namespace {
 calr::Isa best() {
 #ifdef CALR_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vnni")) {
     return calr::kAvx512;
   }
   unsigned a, b, c = 0, d;  // older compilers know no "f16c"

@@ -57,7 +57,7 @@ class Prepared {
     entry.group = group;
     entry.floats.assign(m_ * padded, 0.0f);
     entry.scales.assign(m_ * groups, 1.0f);
-    entry.offsets.assign(m_ * groups, 0);
+    entry.offsets.assign(2 * m_ * groups, 0);
     for (int64_t row = 0; row < m_; ++row) {
       std::copy(x_ + row * k_, x_ + (row + 1) * k_, entry.floats.data() + row * padded);
     }
@@ -65,7 +65,7 @@ class Prepared {
     entry.integers.resize(m_ * padded);
     for (int64_t i = 0; i < m_ * groups; ++i) {
       entry.scales[i] = CALR_BY_ISA(fixed_point, entry.floats.data() + i * group,
-                                    entry.integers.data() + i * group, group, &entry.offsets[i]);
+                                    entry.integers.data() + i * group, group, &entry.offsets[2 * i]);
     }
     return entry;
   }
