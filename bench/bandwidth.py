@@ -3,9 +3,10 @@
     python bench/bandwidth.py [--threads 1] [--rows 16384] [--columns 2048]
 
 Layers of one shape, more of them than any cache holds, are multiplied with one row in bfloat16, one
-after another: dense in bfloat16 and quantised to 8, 6, 5, 4 and 3 bits. Reading is the fastest of
-three reductions of torch over as many bytes. All sides take turns within one process. Writes
-bench/results/bandwidth.json, a row a form and number of threads, and prints a table.
+after another: dense in bfloat16, as it lies and packed, and quantised to 8, 6, 5, 4 and 3 bits.
+Reading is the fastest of three reductions of torch over as many bytes. All sides take turns within
+one process. Writes bench/results/bandwidth.json, a row a form and number of threads, and prints a
+table.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from texts import write_json
 
 from calr_kernels import Form
 from calr_kernels.layout import Factors, Records
-from calr_kernels.native import Bound
+from calr_kernels.native import Bound, pack
 
 BYTES, ROUNDS = 512 << 20, 9
 FORMS = {
@@ -34,12 +35,14 @@ FORMS = {
 Side = Callable[[], object]
 
 
-def layers(n: int, k: int, form: Form | None) -> tuple[Side, int]:
+def layers(n: int, k: int, form: Form | None, *, panels: bool = False) -> tuple[Side, int]:
     """Return a function that multiplies one row by every one of many layers, and their bytes."""
     x = torch.randn(1, k).bfloat16()
     if form is None:
         size = 2 * n * k
         made = [Factors(torch.randn(n, k).bfloat16()) for _ in range(BYTES // size)]
+        for layer in made if panels else ():
+            pack(layer.up)
     else:
         first = random_records(n, k, form)
         size = first.nbytes
@@ -62,8 +65,11 @@ def sides(n: int, k: int) -> dict[str, tuple[Side, int]]:
         "reading: largest": (memory.max, BYTES),
         "reading: sum of integers": (as_integers.sum, BYTES),
     }
-    forms: dict[str, Form | None] = {"bfloat16": None, **FORMS}
-    return reading | {name: layers(n, k, form) for name, form in forms.items()}
+    numbers = {
+        "bfloat16, in rows": layers(n, k, None),
+        "bfloat16": layers(n, k, None, panels=True),
+    }
+    return reading | numbers | {name: layers(n, k, form) for name, form in FORMS.items()}
 
 
 @torch.no_grad()

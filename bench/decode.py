@@ -1,6 +1,7 @@
 """Greedy decoding and prefill on a CPU: compressed models, the dense one, and llama.cpp, by turns.
 
     python bench/decode.py --model MODEL [DIR ...] [--threads 1] [--context 8] [--batch 1]
+        [--rounds 5]
 
 MODEL is a directory with a GGUF file, DIR what `calr compress` wrote. From MODEL come, beside the
 dense model itself, models of the same shapes and other values, since only their speed counts: every
@@ -36,7 +37,7 @@ from calr_kernels import Form, LowRankLinear, records
 from calr_kernels.forms import CORRECTIVE
 from calr_kernels.layout import rank_at
 
-NEW, PREFILL, ROUNDS = 128, 512, 5
+NEW, PREFILL = 128, 512
 FORMS = {
     "8 bits": Form(8, "uniform", 32),
     "4 bits": Form(4, "table", 32),
@@ -98,12 +99,12 @@ def models(arguments: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
     """Make what is timed: names and models."""
     for directory in arguments.directories:
         yield directory.name, calr.load(str(directory), dtype="bfloat16")[0]
-    for name in (*PLAIN, "dense", "keep 0.5", *FORMS):
+    for name in (*PLAIN, "dense", "dense, packed", "keep 0.5", "keep 0.5, packed", *FORMS):
         dtype = "float32" if name == PLAIN[1] else "bfloat16"
         model, _ = calr.load(str(arguments.model), dtype=dtype)
         if name in FORMS:
             in_form(model, FORMS[name])
-        elif name == "keep 0.5":
+        elif name.startswith("keep 0.5"):
             at_keep(model, 0.5)
         yield name, model
 
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--context", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("bench/results/decode.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -210,7 +212,7 @@ def main() -> None:
     sides: dict[tuple[str, str], Side] = {}
     for name, model in models(arguments):
         if name not in PLAIN:
-            calr.optimize_for_inference(model)
+            calr.optimize_for_inference(model, pack=name.endswith("packed"))
         ids = torch.randint(3, model.config.vocab_size, (arguments.batch, arguments.context))
         sides[name, "prefill"] = prefilled(model)
         if name != PLAIN[1]:
@@ -223,7 +225,7 @@ def main() -> None:
                 file = llama_file(source, rung, Path(directory))
                 for way, side in llama_sides(file, ids, arguments.threads).items():
                     sides[f"llama.cpp {rung}", way] = side
-        times = rounds(sides)
+        times = by_turns(sides, arguments.rounds)
     cell = {key: vars(arguments)[key] for key in ("threads", "context", "batch")}
     rows = [
         cell
@@ -252,10 +254,10 @@ def main() -> None:
     write_json(arguments.output, others + rows)
 
 
-def rounds(sides: dict[tuple[str, str], Side]) -> dict[tuple[str, str], list[float]]:
-    """Run all sides in turn, ROUNDS times after one of warm-up; return seconds."""
+def by_turns(sides: dict[tuple[str, str], Side], rounds: int) -> dict[tuple[str, str], list[float]]:
+    """Run all sides in turn, `rounds` times after one of warm-up; return seconds."""
     times: dict[tuple[str, str], list[float]] = {name: [] for name in sides}
-    for turn in range(ROUNDS + 1):
+    for turn in range(rounds + 1):
         for name, run in sides.items():
             start = time.perf_counter()
             run()

@@ -197,7 +197,7 @@ def bench(arguments: Namespace) -> None:
     for model in timed.values():
         check_window(model, "prompt_tokens", arguments.prompt_tokens)
         check_window(model, "new_tokens", benchmark.START + arguments.new_tokens - 1)
-    optimize_for_inference(timed[arguments.model])
+    optimize_for_inference(timed[arguments.model], pack=arguments.pack)
     rows = benchmark.bench(
         timed,
         prompt=arguments.prompt_tokens,
@@ -213,7 +213,7 @@ def bench(arguments: Namespace) -> None:
 def generate(arguments: Namespace) -> None:
     """Print a continuation of a prompt."""
     model, tokenizer = _load(arguments, arguments.model)
-    optimize_for_inference(model)
+    optimize_for_inference(model, pack=arguments.pack)
     inputs = _encoded(arguments, tokenizer)
     fed = inputs["input_ids"].shape[1] + arguments.max_new_tokens - 1
     check_window(model, "prompt and max_new_tokens", fed)

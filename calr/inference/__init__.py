@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -15,7 +15,7 @@ from calr_kernels import LowRankLinear, native
 logger = logging.get_logger(__name__)
 
 
-def optimize_for_inference(model: PreTrainedModel) -> PreTrainedModel:
+def optimize_for_inference(model: PreTrainedModel, *, pack: bool = False) -> PreTrainedModel:
     """Prepare a dense or compressed model, in place, for decoding a few rows at a time on a CPU.
 
     Where a trace confirms that a decoder's blocks are of the usual form (RMS norms, rotary
@@ -23,14 +23,18 @@ def optimize_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     native call, with a cache that grows in place. Otherwise, and for other inputs of a few rows,
     dense linear layers, lm_head among them, RMS norms, gated feed-forward blocks and rotary
     attention run there one by one, again where a trace confirms their form. Parameters, names and
-    checkpoints are unchanged. Weights of 16 and 32 bits are read where they are; quantised layers
-    pack theirs when they are first used, which takes their bytes a second time in memory. Training,
-    moving or reloading the model stays right. Larger batches, a GPU, autograd, torch.compile and
-    layers with hooks or adapters run as before. Returns the model.
+    checkpoints are unchanged. Quantised layers pack their weights when they are first used, which
+    takes their bytes a second time in memory. Those of 16 and 32 bits are read where they are or,
+    with pack, packed in the same way now, and read faster until they are written to; the log says
+    how many bytes that takes. Training, moving or reloading the model stays right. Larger batches,
+    a GPU, autograd, torch.compile and layers with hooks or adapters run as before. Returns the
+    model.
     """
     dtype = floating_dtype(model)
     if native.library() is None or dtype is None:
         return model
+    if pack:
+        _pack(model)
     replaced = [_replace(module, dtype) for module in _replaceable(model)]
     counts = {name: replaced.count(name) for name in sorted({name for name in replaced if name})}
     decoders = [
@@ -38,6 +42,21 @@ def optimize_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     ]
     logger.debug(f"native kernel: {counts}; whole decoders: {decoders}")
     return model
+
+
+def _pack(model: PreTrainedModel) -> None:
+    """Hold the weights of dense and low-rank layers in panels, too."""
+    weights: dict[int, Tensor] = {}
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            own = [module.weight]
+        elif type(module) is LowRankLinear:
+            own = [weight for weight in module.factors()[:2] if weight is not None]
+        else:
+            continue
+        weights |= {id(weight): weight for weight in own}
+    held = [weight for weight in weights.values() if native.pack(weight)]
+    logger.info(f"packed {len(held)} matrices: {native.packed_bytes(held):,} bytes beside them")
 
 
 def _replaceable(model: nn.Module) -> list[nn.Module]:

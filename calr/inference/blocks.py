@@ -1,6 +1,5 @@
 """Blocks of a decoder as the native kernel takes them, and whether it computes what they do."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from transformers import DynamicCache
 
 from calr.inference.cache import GrowingLayer
 from calr.inference.layers import ACTIVATIONS, ATTENTION, GATED, tensors_of
+from calr.inference.rotary import kinds
 from calr.inference.traces import TOLERANCE, norm_form
 from calr_kernels import eligible, native
 
@@ -96,13 +96,6 @@ def _window(attention: Any) -> int:
     """Return how many positions an attention sees, 0 for all."""
     holder = attention if "sliding_window" in vars(attention) else attention.config
     return getattr(holder, "sliding_window", None) or 0
-
-
-def kinds(module: Any) -> list[tuple[str, ...]]:
-    """List what a decoder's rotary embedding is called with: kinds of layers, where it has some."""
-    if "layer_type" in inspect.signature(type(module.rotary_emb).forward).parameters:
-        return [(kind,) for kind in sorted(set(module.config.layer_types))]
-    return [()]
 
 
 def same(

@@ -14,6 +14,7 @@ class _Buffer:
     def __init__(self) -> None:
         self.tensor: Tensor | None = None
         self.length = 0
+        self._capacity = 0  # positions that fit, 0 where what is held is not contiguous
 
     def get(self, skipped: int = 0) -> Tensor | None:
         """Return what is in use but for the first positions, a view."""
@@ -33,19 +34,24 @@ class _Buffer:
             and tensor.shape[-2] <= own.shape[-2]
         )
         if not same:
-            self.tensor = tensor
+            self._hold(tensor)
         self.length = 0 if tensor is None else tensor.shape[-2]
 
     def reserve(self, more: int) -> Tensor:
         """Make room for more positions; return all that is held, contiguous."""
         own, needed = self.tensor, self.length + more
         assert own is not None
-        if needed > own.shape[-2] or not own.is_contiguous():
+        if needed > self._capacity:
             room = max(LEAST, int(GROWTH * needed))
             grown = own.new_empty(*own.shape[:-2], room, own.shape[-1])
             grown.narrow(-2, 0, self.length).copy_(own.narrow(-2, 0, self.length))
-            self.tensor = own = grown
+            self._hold(grown)
+            return grown
         return own
+
+    def _hold(self, tensor: Tensor | None) -> None:
+        fits = tensor is not None and tensor.is_contiguous()
+        self.tensor, self._capacity = tensor, tensor.shape[-2] if tensor is not None and fits else 0
 
 
 class _Growing:

@@ -1,5 +1,6 @@
 """A decoder's forward with one native call for all of its blocks, for one new token a sequence."""
 
+import operator
 import weakref
 from typing import Any
 
@@ -9,13 +10,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from calr.inference.blocks import HELD, bind, close, kinds, same
+from calr.inference.blocks import HELD, bind, close, same
 from calr.inference.cache import GrowingLayer, GrowingSlidingLayer
 from calr.inference.layers import unfollowed
+from calr.inference.rotary import Turns
 from calr.inference.traces import TOLERANCE, is_gated
 from calr.inference.watch import Watch
 from calr_kernels import eligible, native
-from calr_kernels.layout import Factors
 
 # arguments that change nothing for a decoder that has no such outputs
 IGNORED = {"cache_position", "return_dict"}
@@ -23,6 +24,9 @@ GROWING: dict[type, Any] = {
     DynamicLayer: GrowingLayer,
     DynamicSlidingWindowLayer: GrowingSlidingLayer,
 }
+GROWN = set(GROWING.values())
+WINDOW, DTYPE = map(operator.attrgetter, ("window", "dtype"))
+LENGTH = operator.methodcaller("get_seq_length")
 
 
 class DecoderForward(eligible.Replacement):
@@ -34,7 +38,7 @@ class DecoderForward(eligible.Replacement):
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._bound = _Bound()
+        self._bound, self._turns = _Bound(), Turns()
 
     @classmethod
     def take(cls, module: nn.Module, dtype: torch.dtype) -> bool:
@@ -110,12 +114,13 @@ class DecoderForward(eligible.Replacement):
             and not cache.offloading
         ):
             return False
-        for i, layer in enumerate(layers):
-            if type(layer) in GROWING:
-                layers[i] = layer = GROWING[type(layer)].of(layer)
-            if type(layer) not in GROWING.values():
-                return False
-        lengths = {layer.get_seq_length() for layer in layers}
+        if not set(map(type, layers)) <= GROWN:
+            for i, layer in enumerate(layers):
+                if type(layer) in GROWING:
+                    layers[i] = layer = GROWING[type(layer)].of(layer)
+                if type(layer) not in GROWN:
+                    return False
+        lengths = set(map(LENGTH, layers))
         return len(lengths) == 1 and lengths != {0}
 
     def _decode(
@@ -128,11 +133,7 @@ class DecoderForward(eligible.Replacement):
     ) -> BaseModelOutputWithPast:
         module: Any = self._module
         count = cache.get_seq_length()
-        if position_ids is None:
-            position_ids = torch.full((1, 1), count)
-        rotations = [
-            (c[:, 0].contiguous(), s[:, 0].contiguous()) for c, s in self._turns(x, position_ids)
-        ]
+        rotations = self._turns.at(module, x, position_ids, count)
         hidden = x[:, 0].clone(memory_format=torch.contiguous_format)
         pasts = [(*layer.room(1), layer.held, count - layer.held) for layer in cache.layers]
         blocks.decode(hidden, pasts, rotations, starts)
@@ -141,11 +142,6 @@ class DecoderForward(eligible.Replacement):
         return BaseModelOutputWithPast(
             last_hidden_state=module.norm(hidden[:, None]), past_key_values=cache
         )
-
-    def _turns(self, x: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return cosines and sines, of every kind of layer that has its own."""
-        module: Any = self._module
-        return [module.rotary_emb(x, position_ids, *kind) for kind in kinds(module)]
 
     @torch.no_grad()
     def _traced(self, dtype: torch.dtype) -> bool:
@@ -182,7 +178,7 @@ class _Bound:
     """The blocks bound to the kernel, and whether they may still be used. Copies start unbound."""
 
     def __init__(self) -> None:
-        self._held: tuple[Watch, torch.dtype, native.Blocks | None] | None = None
+        self._held: tuple[Watch, tuple[torch.dtype, int], native.Blocks | None] | None = None
         self._last: tuple[weakref.ref[Any], int] | None = None  # a cache, and what it then held
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -198,19 +194,20 @@ class _Bound:
         count = 0 if cache is None else cache.get_seq_length()
         on = last is not None and last[0]() is cache is not None and last[1] + 1 == count
         self._last = None if cache is None else (weakref.ref(cache), count)
-        if held is None or held[1] is not x.dtype or not held[0].unchanged(whole=not on):
+        kind = x.dtype, native.packs()
+        if held is None or held[1] != kind or not held[0].unchanged(whole=not on):
             watch = Watch([module.layers, *(m for block in module.layers for m in block.modules())])
-            held = self._held = watch, x.dtype, bind(module, x)
+            held = self._held = watch, kind, bind(module, x)
         return None if held[0].hooked() else held[2]
 
 
 def _takes(blocks: native.Blocks, x: Tensor, layers: list[Any]) -> bool:
     """Tell whether blocks are for a cache of such layers, and faster than torch for x's rows."""
-    plain = any(isinstance(layer, Factors) for part in blocks.parts for layer in part.gated)
-    most = eligible.MAX_ROWS[x.dtype] if plain else eligible.QUANTIZED_ROWS
-    return len(x) <= most and all(
-        layer.window == part.window and layer.dtype is x.dtype
-        for layer, part in zip(layers, blocks.parts, strict=True)
+    most = eligible.MAX_ROWS[x.dtype] if blocks.plain else eligible.QUANTIZED_ROWS
+    return (
+        len(x) <= most
+        and list(map(WINDOW, layers)) == blocks.windows
+        and set(map(DTYPE, layers)) == {x.dtype}
     )
 
 

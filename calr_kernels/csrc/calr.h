@@ -14,6 +14,9 @@ extern "C" {
 // One linear layer [n, K]: y = up (down x) + corrective_up (corrective_down x) + bias. With pivots, the
 // outputs `pivots` are down x itself, up gives the others, and there is no corrective. r == 0: dense.
 //
+// Packed, every matrix of numbers [rows, columns] is [ceil(rows / 16)][columns][16]: 16 rows side by side,
+// those beyond the last of zeros.
+//
 // With panels (calr_pack) it is a quantised matrix in place of down and up, and corrective_up is transposed.
 // Of x in float32 the products are in float32; of x in 16 bits they are sums of integers, x rounded to 16
 // bits below the largest of a scale group. Where the corrective is packed, its factors are quantised, too,
@@ -35,7 +38,8 @@ typedef struct calr_layer {
   int64_t group;  // of panels, at most 512, a multiple of 32
   int32_t bits;   // of panels: 3, 4, 5, 6 or 8
   int32_t type;   // of down, up and the corrective
-  int32_t packed_corrective;
+  int32_t packed;             // down, up and, without panels, the corrective: in panels of numbers
+  int32_t packed_corrective;  // of a quantised matrix
 } calr_layer;
 
 // One block of a decoder: x += norm_1(attention(norm_0(x))), x += norm_3(gated(norm_2(x))).

@@ -1,8 +1,8 @@
 // Low-rank, dense and quantised linear layers for small batches.
 //
-// Weights of 16 or 32 bits are read by rows where they are: all products are dot products of contiguous
-// rows. Quantised ones come in panels. Either way every weight byte is read once, in order, and the cost
-// is the memory traffic. Accumulation is in float32 in a fixed order (the same bits for any number of
+// Weights of 16 or 32 bits are read by rows where they are, all products dot products of contiguous
+// rows, or in panels. Quantised ones come in panels. Either way every weight byte is read once, in order,
+// and the cost is the memory traffic. Accumulation is in float32 in a fixed order (the same bits for any number of
 // threads), and the rank-r intermediate rounds to x's type once.
 
 #include "linear.h"
@@ -84,12 +84,17 @@ int64_t plain_terms(const calr_layer& layer) { return layer.packed_corrective ? 
 
 int64_t rows_of(const calr_layer& layer) { return pivoted(layer) ? layer.n - layer.r : layer.n; }
 
-// out [m, stride]: rows [begin, end) of weight [rows, k] times x [m, k].
-void products(int32_t type, const void* weight, const float* x, float* out, int64_t m, int64_t k,
-              int64_t stride, int64_t begin, int64_t end) {
+// out [m, stride]: rows [begin, end) of a layer's matrix weight [rows, k] times x [m, k].
+void products(const calr_layer& layer, const void* weight, const float* x, float* out, int64_t m,
+              int64_t k, int64_t stride, int64_t begin, int64_t end) {
   if (begin >= end) return;
-  typed(type, [&](auto w) {
-    CALR_BY_ISA(dots, static_cast<const decltype(w)*>(weight), x, out, m, k, stride, begin, end);
+  typed(layer.type, [&](auto w) {
+    const auto* numbers = static_cast<const decltype(w)*>(weight);
+    if (layer.packed) {
+      CALR_BY_ISA(number_products, numbers, x, out, m, k, stride, begin, end);
+    } else {
+      CALR_BY_ISA(dots, numbers, x, out, m, k, stride, begin, end);
+    }
   });
 }
 
@@ -157,9 +162,9 @@ void second(const calr_layer& layer, const Team& team, const float* x, int64_t m
   float* rest = scratch + m * (r + c);
   float* to = pivoted(layer) || c ? rest : out;
   const int64_t stride = room(rows);
-  products(layer.type, layer.up, r ? t : x, pivoted(layer) ? rest : out, m, r ? r : k, stride, begin, end);
+  products(layer, layer.up, r ? t : x, pivoted(layer) ? rest : out, m, r ? r : k, stride, begin, end);
   if (c) {
-    products(layer.type, layer.corrective_up, corrective_t, to, m, c, stride, begin, end);
+    products(layer, layer.corrective_up, corrective_t, to, m, c, stride, begin, end);
     for (int64_t row = 0; row < m; ++row) {
       for (int64_t i = begin; i < end; ++i) out[row * stride + i] += to[row * stride + i];
     }
@@ -217,8 +222,8 @@ void calr::multiply(const Team& team, const calr_layer* layers, int64_t count, c
       const void* downs[2] = {layer.down, layer.corrective_down};
       const int64_t ranks[2] = {layer.r, plain_terms(layer)};
       for (int step = 0; step < 2; ++step) {
-        const auto [begin, end] = team.part(ranks[step], 8);
-        products(layer.type, downs[step], x, steps[step], m, k, ranks[step], begin, end);
+        const auto [begin, end] = team.part(ranks[step], layer.packed ? kUnit : 8);
+        products(layer, downs[step], x, steps[step], m, k, ranks[step], begin, end);
         for (int64_t row = 0; row < m; ++row) {
           round_to(x_type, steps[step] + row * ranks[step] + begin, end - begin);
         }

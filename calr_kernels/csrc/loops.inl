@@ -10,5 +10,6 @@ namespace CALR_NAMESPACE {
 #include "attention.inl"
 #include "quantized.inl"
 #include "bytes.inl"
+#include "numbers.inl"
 #include "panels.inl"
 }  // namespace CALR_NAMESPACE

@@ -9,7 +9,8 @@ works in plain PyTorch, slower for small batches. When it is used is decided in
 from calr_kernels.native.decoder import BlockParts, Blocks, attend, rms_norm, rotate
 from calr_kernels.native.linears import Bound, interleave, lowrank_linear
 from calr_kernels.native.loader import ISAS, TYPES, library
-from calr_kernels.native.quantized import dequantize, packed_bytes, quantized_linear
+from calr_kernels.native.panels import pack, packed_bytes, packs
+from calr_kernels.native.quantized import dequantize, quantized_linear
 
 __all__ = [
     "ISAS",
@@ -22,7 +23,9 @@ __all__ = [
     "interleave",
     "library",
     "lowrank_linear",
+    "pack",
     "packed_bytes",
+    "packs",
     "quantized_linear",
     "rms_norm",
     "rotate",

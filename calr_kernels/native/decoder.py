@@ -4,7 +4,10 @@ Callers ask `calr_kernels.eligible` first; all tensors are on the CPU and of one
 """
 
 import ctypes
+import threading
+import weakref
 from collections.abc import Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -112,14 +115,53 @@ class BlockParts(NamedTuple):
     scale: float
 
 
+class _Pasts(threading.local):
+    """Pasts as the kernel takes them. While their tensors stay, a token changes only the lengths;
+    every thread that decodes has its own."""
+
+    def __init__(self, parts: Sequence[BlockParts]) -> None:
+        self._parts = parts
+        self.array: Any = (Past * len(parts))()
+        self._seen: list[Any] = []  # weak references to the tensors of these pasts, which fit
+        self._kind: tuple[Any, ...] = ()  # how many sequences, and the dtype
+
+    def take(self, x: Tensor, pasts: Sequence[tuple[Tensor, Tensor, int, int]]) -> None:
+        """Describe pasts of x's sequences; ValueError for what does not fit or has no room."""
+        tensors = [held for past in pasts for held in past[:2]]
+        seen = [reference() for reference in self._seen]
+        kind = x.shape[0], x.dtype
+        if len(seen) != len(tensors) or self._kind != kind or not all(map(is_, seen, tensors)):
+            self._seen, self._kind = [], kind
+            for past, own, parts in zip(self.array, pasts, self._parts, strict=True):
+                keys, values = own[:2]
+                wanted = (x.shape[0], parts.key_heads, keys.shape[2], parts.d)
+                for held in (keys, values):
+                    if held.shape != wanted or held.dtype is not x.dtype:
+                        described = f"{list(held.shape)} {held.dtype}"
+                        raise ValueError(f"a past of {described} does not fit {wanted} {x.dtype}")
+                past.keys, past.values = keys.data_ptr(), values.data_ptr()
+                past.capacity = keys.shape[2]
+            self._seen = list(map(weakref.ref, tensors))
+        for past, (_, _, count, dropped) in zip(self.array, pasts, strict=True):
+            if not 0 <= count < past.capacity:
+                raise ValueError(f"a past of {past.capacity} positions has no room behind {count}")
+            past.count, past.dropped = count, dropped
+
+
 class Blocks:
-    """Blocks of a decoder, bound to the kernel. They must be kept alive and unchanged."""
+    """Blocks of a decoder, bound to the kernel. They must be kept alive and unchanged.
+
+    windows: of every block; plain: whether a layer of a feed-forward block is not quantised.
+    """
 
     def __init__(self, blocks: Sequence[BlockParts]) -> None:
         self.parts = blocks
+        self.windows = [part.window for part in blocks]
+        self.plain = any(isinstance(layer, Factors) for part in blocks for layer in part.gated)
         self._bindings = [Binding([*block.attention, *block.gated]) for block in blocks]
         described = map(self._describe, blocks, self._bindings)
         self._array = (Block * len(blocks))(*described)
+        self._pasts = _Pasts(blocks)
 
     @staticmethod
     def _describe(parts: BlockParts, binding: Binding) -> Block:
@@ -152,20 +194,12 @@ class Blocks:
         """
         b, hidden_size = x.shape
         self._check(x, rotations)
-        for (keys, values, count, _), parts in zip(pasts, self.parts, strict=True):
-            wanted = (b, parts.key_heads, parts.d)
-            for held in (keys, values):
-                fits = (*held.shape[:2], held.shape[3]) == wanted and held.dtype is x.dtype
-                if not fits or count >= held.shape[2]:
-                    described = f"{list(held.shape)} {held.dtype}"
-                    raise ValueError(f"a past of {described} has no room for {wanted} {x.dtype}")
+        self._pasts.take(x, pasts)
         shared = all(len(cosines) == 1 for cosines, _ in rotations)
         required().calr_decode(
             x.data_ptr(),
             self._array,
-            (Past * len(pasts))(
-                *[Past(k.data_ptr(), v.data_ptr(), k.shape[2], n, gone) for k, v, n, gone in pasts]
-            ),
+            self._pasts.array,
             len(pasts),
             _addresses([cosines for cosines, _ in rotations]),
             _addresses([sines for _, sines in rotations]),

@@ -14,7 +14,8 @@ from torch import Tensor
 from calr_kernels.forms import CORRECTIVE, SCALE_BYTES
 from calr_kernels.layout import Factors, Records
 from calr_kernels.native.loader import TYPES, Layer, pointer, required
-from calr_kernels.native.quantized import packed, table
+from calr_kernels.native.panels import packed, packed_numbers, packs
+from calr_kernels.native.quantized import table
 
 
 def lowrank_linear(
@@ -65,8 +66,8 @@ class Bound:
     Every call names the tensors and binds anew when one was replaced, moved or, for pivots and
     records, written to (but not through `.data`, which torch does not count); other weights may
     change in place. All weights are contiguous, on the CPU, of types in TYPES or records, which are
-    packed in panels, a second time in memory; x has few rows. A copy, or what is unpickled, starts
-    unbound.
+    packed in panels, a second time in memory; x has few rows. Weights in panels (`pack`) are read
+    from there until they are written to. A copy, or what is unpickled, starts unbound.
     """
 
     def __init__(self) -> None:
@@ -131,6 +132,8 @@ class Binding:
         self._parts = [part for layer in layers for part in layer]
         self._state = list(map(_state, self._parts))
         self._kept: list[Tensor] = []  # panels, pivots as they are now, and the other columns
+        self._packed: list[tuple[Tensor, int]] = []  # weights read from panels, and their versions
+        self._packs = packs()
         self.outputs = [layer.out_features for layer in layers]
         self.layers = (Layer * len(layers))(*map(self._layer, layers))
 
@@ -141,6 +144,8 @@ class Binding:
             len(parts) == len(self._parts)
             and all(map(operator.is_, parts, self._parts))
             and list(map(_state, parts)) == self._state
+            and self._packs == packs()
+            and all(weight._version == version for weight, version in self._packed)
         )
 
     def _layer(self, layer: Factors | Records) -> Layer:
@@ -194,13 +199,20 @@ class Binding:
             pivots, others = self._keep(layer.pivots.clone()), self._keep(found)
             if required().calr_complement(pivots, others, n, rank):
                 raise ValueError(f"pivots: must be {rank} distinct rows below {n}")
+        weights = [w for w in (layer.up, layer.down) if w is not None and w.numel()]
+        panels = [panel for panel in map(packed_numbers, weights) if panel is not None]
+        places = {id(weight): weight.data_ptr() for weight in weights}
+        if len(panels) == len(weights):
+            self._packed += [(weight, weight._version) for weight in weights]
+            places = {id(w): self._keep(p) for w, p in zip(weights, panels, strict=True)}
         return Layer(
-            down=pointer(layer.down),
-            up=layer.up.data_ptr(),
+            down=places.get(id(layer.down)),
+            up=places.get(id(layer.up)),  # none where every output is a pivot
             pivots=pivots,
             others=others,
             r=rank,
             type=TYPES[layer.up.dtype],
+            packed=len(panels) == len(weights),
         )
 
     def _keep(self, tensor: Tensor) -> int:

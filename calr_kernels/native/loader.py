@@ -53,7 +53,7 @@ class Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("down", "up", "corrective_down", "corrective_up")),
         *((name, ctypes.c_void_p) for name in ("bias", "pivots", "others", "panels", "table")),
         *((name, ctypes.c_int64) for name in ("n", "r", "c", "group")),
-        *((name, ctypes.c_int32) for name in ("bits", "type", "packed_corrective")),
+        *((name, ctypes.c_int32) for name in ("bits", "type", "packed", "packed_corrective")),
     ]
 
 

@@ -3,19 +3,15 @@
 Callers ask `calr_kernels.eligible` first: shapes, types and places are trusted here.
 """
 
-from collections.abc import Iterable, MutableMapping
 from functools import cache
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from calr_kernels.forms import Form
 from calr_kernels.native.loader import TYPES, pointer, required
 
-PANEL = 16  # rows
 CODES = 64  # levels of the widest code that is looked up
-_PANELS: MutableMapping[Tensor, tuple[object, Tensor]] = WeakIdKeyDictionary()
 
 
 def quantized_linear(x: Tensor, weight: Tensor, form: Form, bias: Tensor | None) -> Tensor:
@@ -54,42 +50,6 @@ def dequantize(records: Tensor, form: Form, columns: int, dtype: torch.dtype) ->
         torch.get_num_threads(),
     )
     return y
-
-
-def packed(records: Tensor, form: Form, columns: int) -> Tensor:
-    """Return records [N, groups, record] in panels of 16 rows, as the kernel reads them fastest.
-
-    The same bytes, but that rows are padded to whole panels (csrc/panels.inl has the order). Made
-    once for as long as the records live unchanged: whoever needs them shares them.
-    """
-    if records.is_inference():  # nobody counts who writes to it
-        return _pack(records, form, columns)
-    state = records.data_ptr(), records._version, form
-    held = _PANELS.get(records)
-    if held is None or held[0] != state:
-        held = _PANELS[records] = (state, _pack(records, form, columns))
-    return held[1]
-
-
-def packed_bytes(tensors: Iterable[Tensor]) -> int:
-    """Count the memory that the panels of some records take, beside the records."""
-    held = (_PANELS.get(tensor) for tensor in tensors)
-    return sum(found[1].nbytes for found in held if found is not None)
-
-
-def _pack(records: Tensor, form: Form, columns: int) -> Tensor:
-    rows, groups, record = form.shape(records.shape[0], columns)
-    panels = torch.empty(-(-rows // PANEL), groups, PANEL * record, dtype=torch.uint8)
-    required().calr_pack(
-        records.data_ptr(),
-        panels.data_ptr(),
-        rows,
-        columns,
-        form.scale_group,
-        form.bits,
-        torch.get_num_threads(),
-    )
-    return panels
 
 
 @cache

@@ -284,6 +284,22 @@ void quantized(int32_t type, int64_t m, int64_t k, int64_t n, int64_t group, int
   }
 }
 
+// A dense layer in panels against the same in rows.
+void numbers(int32_t type, int64_t m, int64_t k, int64_t n) {
+  Array x(type, m * k), weight(type, n * k), y(type, m * n), other(type, m * n);
+  Array panels(type, (n + 15) / 16 * 16 * k);
+  for (int64_t i = 0; i < (n + 15) / 16 * 16 * k; ++i) {
+    const int64_t row = i / (16 * k) * 16 + i % 16, column = i % (16 * k) / 16;
+    store(type, row < n ? weight[row * k + column] : 0.0f, panels.data(), i);
+  }
+  calr_layer layers[2] = {};
+  layers[0].up = weight.data(), layers[1].up = panels.data(), layers[1].packed = 1;
+  for (calr_layer& layer : layers) layer.n = n, layer.type = type;
+  void* ys[] = {y.data(), other.data()};
+  calr_linears(x.data(), layers, 2, ys, m, k, type, 3);
+  for (int64_t i = 0; i < m * n; ++i) expect(other[i], y[i], type == kFloat32 ? 1e-5 : 4e-2, "numbers");
+}
+
 }  // namespace
 
 int main() {
@@ -299,6 +315,7 @@ int main() {
         layer(type, type, s[0], s[1], s[2], s[3], 3, false);
         gated(type, s[0], s[1], s[2], type % 2);
         norm(type, s[0], s[1]);
+        numbers(type, s[0], s[1], s[2]);
         for (int32_t bits : {3, 4, 5, 6, 8}) {
           for (int64_t group : {32, 64, 96, 128}) quantized(type, s[0], s[1], s[2], group, bits);
         }

@@ -19,8 +19,11 @@ def test_what_does_not_fit_the_blocks_is_refused():
     turn = torch.zeros(1, 8)
     x = torch.zeros(1, 32)
     for past in ((full, full, 4, 0), (full.half(), full.half(), 1, 0), (full[:, :1], full, 1, 0)):
-        with pytest.raises(ValueError, match="no room"):
-            bound.decode(x, [past] * 2, [(turn, turn)])
+        for seen in (False, True):  # before and after others that fit
+            with pytest.raises(ValueError, match=r"a past of .*(no room|does not fit)"):
+                bound.decode(x, [past] * 2, [(turn, turn)])
+            if not seen:
+                bound.decode(x.clone(), [(full, full, 3, 0)] * 2, [(turn, turn)])
     for wrong, turns in [
         (torch.zeros(1, 24), [(turn, turn)]),
         (x, []),

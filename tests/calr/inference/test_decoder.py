@@ -131,6 +131,42 @@ def test_every_step_is_that_of_the_model_itself(name, dtype, form, padded, calls
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("before", [False, True], ids=["", "optimized before"])
+def test_packed_weights_decode_the_same(before, dtype, calls):
+    plain = family("qwen3", dtype)
+    fast = prepared(plain) if before else copy.deepcopy(plain)
+    if before:
+        decoded(fast)
+    optimize_for_inference(fast, pack=True)
+    assert native.packed_bytes(fast.parameters()) > 0
+    calls.clear()
+    found, own, exact = decoded(fast), decoded(plain), decoded(plain.double())
+    assert len(calls) == NEW
+    noise = 2e-6 * float(exact.norm())
+    assert float((found - exact).norm()) <= 2 * float((own - exact).norm()) + noise
+    fast.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    plain = family("qwen3", dtype)
+    plain.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    found, own, exact = decoded(fast), decoded(plain), decoded(plain.double())
+    assert float((found - exact).norm()) <= 2 * float((own - exact).norm()) + noise
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["default", "dynamic", "yarn"])
+def test_rotary_embeddings_of_any_kind_and_length(kind, calls):
+    rope = {"rope_type": kind, "rope_theta": 10000.0}
+    if kind != "default":
+        rope["factor"] = 4.0
+    plain = tiny_llama(max_position_embeddings=32, rope_parameters=rope)
+    fast = prepared(plain)
+    calls.clear()
+    found, own = decoded(fast, steps=80), decoded(plain, steps=80)
+    assert len(calls) == 80
+    torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_decoder_of_another_form_is_left_alone(name):
     plain = family(name)

@@ -12,6 +12,7 @@ from calr_kernels import Form, QuantizedLinear, eligible, native, records
 from calr_kernels.forms import BITS, CORRECTIVE, TABLES
 from calr_kernels.layout import Factors, Records
 from calr_kernels.native import Bound
+from calr_kernels.native.panels import packed
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -171,12 +172,12 @@ def test_panels_are_shared_and_follow_what_is_written():
     made, x = layer(33, 64, Form(4, "table", 64)), torch.randn(1, 64)
     bound = Bound()
     check(bound.linears(x, (made,))[0], x, made)
-    first = native.quantized.packed(made.weight, made.form, 64)
-    assert native.quantized.packed(made.weight, made.form, 64) is first
+    first = packed(made.weight, made.form, 64)
+    assert packed(made.weight, made.form, 64) is first
     other = layer(33, 64, made.form, seed=5)
     made.weight.copy_(other.weight)
     check(bound.linears(x, (made,))[0], x, made)
-    assert native.quantized.packed(made.weight, made.form, 64) is not first
+    assert packed(made.weight, made.form, 64) is not first
     assert pickle.loads(pickle.dumps(bound))._binding is None
     assert copy.deepcopy(bound)._binding is None
 
@@ -219,3 +220,57 @@ def test_a_layer_gives_its_tensors_only_where_nothing_is_bypassed():
     assert quantised.fusible(x)
     quantised.corrective.bfloat16()
     assert not quantised.fusible(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_numbers_give_what_rows_do(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for n, k, rank, rows in [(16, 64, 16, 1), (75, 33, 7, 1), (31, 100, 20, 3), (48, 7, 1, 9)]:
+        dense, down, up = (
+            torch.randn(shape, generator=generator).to(dtype)
+            for shape in ((n, k), (rank, k), (n - rank, rank))
+        )
+        pivots = torch.randperm(n, generator=generator)[:rank].sort()[0].int()
+        layers = Factors(dense), Factors(up, down, pivots)
+        x = torch.randn(rows, k, generator=generator).to(dtype)
+        bound = Bound()
+        from_rows = bound.linears(x, layers)
+        for weight in (dense, down, up):
+            assert native.pack(weight) is (weight.numel() > 0)
+        assert native.packed_bytes([dense]) == -(-n // 16) * 16 * k * dtype.itemsize
+        packed_rows = bound.linears(x, layers)  # bound anew
+        exact = x.double() @ dense.double().mT
+        for found in (from_rows[0], packed_rows[0]):
+            error = (found.double() - exact).norm() / exact.norm()
+            assert float(error) <= 4 * torch.finfo(dtype).eps
+        difference = (packed_rows[1].double() - from_rows[1].double()).norm()
+        assert float(difference) <= 4 * torch.finfo(dtype).eps * float(from_rows[1].double().norm())
+        for row in range(rows):  # one at a time gives the same bits
+            alone = bound.linears(x[row : row + 1], layers)
+            for y, whole in zip(alone, packed_rows, strict=True):
+                assert torch.equal(y[0], whole[row])
+
+
+@torch.no_grad()
+def test_packed_numbers_are_read_until_they_are_written_to():
+    weight, x = torch.randn(20, 33), torch.randn(1, 33)
+    bound = Bound()
+    assert native.pack(weight)
+    torch.testing.assert_close(bound.linears(x, (Factors(weight),))[0], x @ weight.mT)
+    assert bound._binding._packed
+    weight.mul_(2)
+    torch.testing.assert_close(bound.linears(x, (Factors(weight),))[0], x @ weight.mT)
+    assert not bound._binding._packed
+    assert native.pack(weight)
+    torch.testing.assert_close(bound.linears(x, (Factors(weight),))[0], x @ weight.mT)
+    assert bound._binding._packed
+
+
+def test_what_cannot_be_packed_is_not():
+    with torch.inference_mode():
+        assert not native.pack(torch.randn(16, 16))
+    assert not native.pack(torch.randn(16, 16).double())
+    assert not native.pack(torch.randn(16))
+    assert not native.pack(torch.randn(0, 16))
+    assert not native.pack(torch.randn(16, 16, device="meta"))

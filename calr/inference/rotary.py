@@ -1,0 +1,61 @@
+"""Cosines and sines of rotary position embeddings for the tokens of a generation."""
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STATIC = {"default", "linear", "llama3", "yarn"}  # whose angles follow from the position alone
+AHEAD = 32  # positions whose angles are computed at once
+
+
+class Turns:
+    """What a decoder's rotary embedding gives, of every kind of layers that has its own."""
+
+    def __init__(self) -> None:
+        self._first = self._ahead = 0
+        self._state: Any = None
+        self._held: list[tuple[Tensor, Tensor]] = []
+
+    def at(
+        self, module: Any, x: Tensor, position_ids: Tensor | None, count: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return cosines and sines [B or 1, d] at positions [B or 1, 1], by default at `count`."""
+        rotary = module.rotary_emb
+        if position_ids is not None and (position_ids.numel() > 1 or not _static(rotary)):
+            return _turns(module, x, position_ids)
+        position = count if position_ids is None else int(position_ids)
+        state = x.dtype, rotary, [(b.data_ptr(), b._version) for b in rotary.buffers()]
+        if not self._first <= position < self._first + self._ahead or state != self._state:
+            self._first, self._ahead = position, AHEAD if _static(rotary) else 0
+            positions = torch.arange(position, position + max(1, self._ahead))[None]
+            self._state, self._held = state, _turns(module, x, positions)
+        i = position - self._first
+        return [(cosines[i : i + 1], sines[i : i + 1]) for cosines, sines in self._held]
+
+
+def kinds(module: Any) -> list[tuple[str, ...]]:
+    """List what a decoder's rotary embedding is called with: kinds of layers, where it has some."""
+    rotary: Any = type(module.rotary_emb)
+    if _takes_kinds(rotary):
+        return [(kind,) for kind in sorted(set(module.config.layer_types))]
+    return [()]
+
+
+def _turns(module: Any, x: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Ask the rotary embedding for all positions, [B, 1] or [1, T]: [B T, d]."""
+    found = (module.rotary_emb(x, position_ids, *kind) for kind in kinds(module))
+    return [(c.flatten(0, 1).contiguous(), s.flatten(0, 1).contiguous()) for c, s in found]
+
+
+def _static(rotary: Any) -> bool:
+    """Tell whether angles follow from the position alone."""
+    stated = getattr(rotary, "rope_type", None)
+    return set(stated.values() if isinstance(stated, dict) else [stated]) <= STATIC
+
+
+@cache
+def _takes_kinds(rotary: Any) -> bool:
+    return "layer_type" in inspect.signature(rotary.forward).parameters
