@@ -42,7 +42,6 @@ template <int COLUMN>
 inline Vector column(Bytes v) {
   return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * COLUMN), 24));
 }
-inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 
 #elif CALR_LANES == 8
 using Bytes = __m256i;
@@ -77,7 +76,6 @@ template <int COLUMN>
 inline Vector column(Bytes v) {
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * COLUMN), 24));
 }
-inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 
 #else  // scalar
 struct Bytes {
@@ -148,10 +146,6 @@ inline Vector column(Bytes v) {
   Vector found;
   for (int i = 0; i < CALR_LANES; ++i) found.lane[i] = static_cast<int8_t>(v.lane[kQuad * i + COLUMN]);
   return found;
-}
-inline Vector multiply(Vector a, const Vector& b) {
-  for (int i = 0; i < CALR_LANES; ++i) a.lane[i] *= b.lane[i];
-  return a;
 }
 #endif
 

@@ -181,8 +181,10 @@ void dequantized_row(const uint8_t* row, const int8_t* table, Y* y, int64_t k, i
     const int8_t* levels = unpack<BITS>(row, table, codes, group);
     const float scale = scale_of(row);
     const int64_t count = k - start < group ? k - start : group;
-    for (int64_t i = 0; i < count; ++i) {
-      narrow(static_cast<float>(levels[i]) * scale, y + start + i);
+    int64_t i = 0;
+    for (; i + CALR_LANES <= count; i += CALR_LANES) {
+      store(multiply(load(levels + i), spread(scale)), y + start + i);
     }
+    for (; i < count; ++i) narrow(static_cast<float>(levels[i]) * scale, y + start + i);
   }
 }

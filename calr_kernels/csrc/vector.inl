@@ -28,7 +28,20 @@ inline Vector load_part(const float16* p, int64_t count) {
   const __m256i raw = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
   return _mm512_cvtph_ps(raw);
 }
+inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+inline void store(Vector v, bfloat16* p) {  // to nearest even; a NaN stays one
+  const __m512i bits = _mm512_castps_si512(v), odd = _mm512_srli_epi32(bits, 16);
+  const __m512i more = _mm512_and_si512(odd, _mm512_set1_epi32(1));
+  __m512i found = _mm512_add_epi32(bits, _mm512_add_epi32(more, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  found = _mm512_mask_or_epi32(found, nan, bits, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(found, 16)));
+}
+inline void store(Vector v, float16* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 inline __m256 fold(Vector v) {
   return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
 }
@@ -50,7 +63,21 @@ inline Vector load(const int8_t* p) {
   return _mm256_cvtepi32_ps(
       _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
+inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+inline void store(Vector v, bfloat16* p) {  // to nearest even; a NaN stays one
+  const __m256i bits = _mm256_castps_si256(v), odd = _mm256_srli_epi32(bits, 16);
+  const __m256i more = _mm256_and_si256(odd, _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(more, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i found = _mm256_srli_epi32(_mm256_blendv_epi8(sum, quiet, nan), 16);
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(found, found), 0xd8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(halves));
+}
+inline void store(Vector v, float16* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
 inline __m256 fold(Vector v) { return v; }
 
 #else  // scalar
@@ -63,12 +90,19 @@ inline Vector spread(float value) {
   for (float& lane : v.lane) lane = value;
   return v;
 }
-inline void store(const Vector& v, float* p) { std::memcpy(p, v.lane, sizeof(v.lane)); }
 template <typename W>
 inline Vector load(const W* p) {
   Vector v;
   for (int i = 0; i < CALR_LANES; ++i) v.lane[i] = widen(p[i]);
   return v;
+}
+template <typename X>
+inline void store(const Vector& v, X* p) {
+  for (int i = 0; i < CALR_LANES; ++i) narrow(v.lane[i], p + i);
+}
+inline Vector multiply(Vector a, const Vector& b) {
+  for (int i = 0; i < CALR_LANES; ++i) a.lane[i] *= b.lane[i];
+  return a;
 }
 inline Vector multiply_add(const Vector& a, const Vector& b, Vector c) {
   for (int i = 0; i < CALR_LANES; ++i) c.lane[i] += a.lane[i] * b.lane[i];
