@@ -1,7 +1,7 @@
 """Greedy decoding and prefill on a CPU: compressed models, the dense one, and llama.cpp, by turns.
 
     python bench/decode.py --model MODEL [DIR ...] [--threads 1] [--context 8] [--batch 1]
-        [--rounds 5]
+        [--rounds 5] [--only NAME ...]
 
 MODEL is a directory with a GGUF file, DIR what `calr compress` wrote. From MODEL come, beside the
 dense model itself, models of the same shapes and other values, since only their speed counts: every
@@ -100,6 +100,8 @@ def models(arguments: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
     for directory in arguments.directories:
         yield directory.name, calr.load(str(directory), dtype="bfloat16")[0]
     for name in (*PLAIN, "dense", "dense, packed", "keep 0.5", "keep 0.5, packed", *FORMS):
+        if arguments.only and name not in arguments.only:
+            continue
         dtype = "float32" if name == PLAIN[1] else "bfloat16"
         model, _ = calr.load(str(arguments.model), dtype=dtype)
         if name in FORMS:
@@ -205,6 +207,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", help="Names of the models to time.")
     parser.add_argument("--output", type=Path, default=Path("bench/results/decode.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -222,6 +225,8 @@ def main() -> None:
         if importlib.util.find_spec("llama_cpp") and arguments.batch == 1:
             source = next(arguments.model.glob("*.gguf"))
             for rung in RUNGS:
+                if arguments.only and f"llama.cpp {rung}" not in arguments.only:
+                    continue
                 file = llama_file(source, rung, Path(directory))
                 for way, side in llama_sides(file, ids, arguments.threads).items():
                     sides[f"llama.cpp {rung}", way] = side

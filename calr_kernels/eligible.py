@@ -14,8 +14,10 @@ from calr_kernels.layout import Factors, Records
 from calr_kernels.native import TYPES, library
 
 PLAIN = (Tensor, nn.Parameter)
-# rows of x above which torch's products are faster (bench/kernels.py; its bfloat16 uses AMX)
-MAX_ROWS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16}
+# rows of x above which torch's products are faster (bench/kernels.py, bench/decode.py --batch 16)
+MAX_ROWS = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), 16)
+if torch.cpu.get_capabilities().get("amx_bf16"):
+    MAX_ROWS[torch.bfloat16] = 8
 
 QUANTIZED_ROWS = 16  # of x, above which weights are made numbers first (bench/quantized.py)
 MOST_PACKED_GROUP = 512  # weights of a scale group whose products with integers fit 32 bits

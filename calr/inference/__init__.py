@@ -1,7 +1,5 @@
 """Faster decoding on a CPU: a decoder's blocks, or its single modules, on the native kernel."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,19 +42,6 @@ def optimize_for_inference(model: PreTrainedModel, *, pack: bool = False) -> Pre
     ]
     logger.debug(f"native kernel: {counts}; whole decoders: {decoders}")
     return model
-
-
-@contextlib.contextmanager
-def optimized(model: PreTrainedModel) -> Iterator[None]:
-    """Decode as after `optimize_for_inference` within the block, and as before behind it."""
-    before = {id(module) for module in model.modules() if "forward" in vars(module)}
-    optimize_for_inference(model)
-    try:
-        yield
-    finally:
-        for module in model.modules():
-            if id(module) not in before:
-                vars(module).pop("forward", None)
 
 
 def _pack(model: PreTrainedModel) -> None:

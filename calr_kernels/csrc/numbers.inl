@@ -1,8 +1,8 @@
 // Products of inputs with matrices of numbers in panels: 16 rows column by column, [ceil(N / 16)][K][16],
 // so that no sum runs across lanes and every panel is read from its start to its end.
 
-constexpr int kColumns = CALR_LANES == 16 ? 4 : 2;  // inputs that a panel is multiplied by at once
-constexpr int kSums = CALR_LANES == 16 ? 4 : 2;     // of an output, so that none waits for the one before
+constexpr int kColumns = CALR_LANES == 16 ? 8 : 2;  // inputs that a panel is multiplied by at once
+constexpr int kSums = 2;                            // of an output, so that none waits for the one before
 
 // out[j * out_stride + row] = a panel's first `rows` rows times inputs x[j] [k], j below COLUMNS.
 template <int COLUMNS, typename W>

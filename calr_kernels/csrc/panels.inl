@@ -115,16 +115,16 @@ void panels_products(const uint8_t* panels, const int8_t* table, const X* x, con
     const uint8_t* at = panels + panel * bytes;
     float* to = out + panel * kPanel;
     int64_t j = 0;
-    for (; j + 4 <= m; j += 4) {
-      const Groups of_x{x_scales + j * groups, x_offsets + 2 * j * groups};
-      panel_products<BITS, 4>(at, table, x + j * padded, of_x, to + j * out_stride, groups, group,
-                              out_stride);
-    }
-    for (; j < m; ++j) {
-      const Groups of_x{x_scales + j * groups, x_offsets + 2 * j * groups};
-      panel_products<BITS, 1>(at, table, x + j * padded, of_x, to + j * out_stride, groups, group,
-                              out_stride);
-    }
+    const auto some = [&](auto columns) {
+      constexpr int kColumns = decltype(columns)::value;
+      for (; j + kColumns <= m; j += kColumns) {
+        const Groups of_x{x_scales + j * groups, x_offsets + 2 * j * groups};
+        panel_products<BITS, kColumns>(at, table, x + j * padded, of_x, to + j * out_stride, groups,
+                                       group, out_stride);
+      }
+    };
+    some(std::integral_constant<int, 4>{});
+    some(std::integral_constant<int, 1>{});
   }
 }
 
