@@ -1,21 +1,19 @@
 """The command line: arguments only, so that --help answers without loading torch."""
 
 import argparse
-import contextlib
 import json
 import logging
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from calr.errors import CalrError
+from calr.interrupts import interruptible
 from calr.recipe import KEEP, Recipe, Solver
 from calr.version import __version__
 from calr_kernels.layout import Layout
@@ -38,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(_lists(_config_first(arguments)))
     _set_up_logging()
     try:
-        with _interruptible():
+        with interruptible():
             from calr import commands
 
             name = parsed.subcommand.replace("-", "_")
@@ -63,35 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"calr: there is not enough memory: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Leave by KeyboardInterrupt after Ctrl-C or SIGTERM, whatever error came of it on its way.
-
-    Code in C that was asking Python for a length or a shape reports that it got none.
-    """
-    interrupted = False
-
-    def interrupt(number: int, frame: object) -> None:
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
-
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, interrupt)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
-            before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    except Exception as error:
-        if interrupted:
-            raise KeyboardInterrupt from error
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _lists(arguments: list[str]) -> list[str]:

@@ -11,15 +11,18 @@ import calr
 from calr.testing import byte_tokenizer, tiny_llama
 
 BENCH = Path(__file__).parents[2] / "bench"
-MADE = {"dense in transformers", "dense", "keep 0.5", "8 bits", "4 bits", "4 bits, rank 16"}
+MADE = {
+    *("dense in transformers", "dense", "dense, packed", "keep 0.5", "keep 0.5, packed"),
+    *("8 bits", "4 bits", "4 bits, rank 16", "4 bits, rank 16 in 16 bits"),
+}
 
 
 def test_cells_are_kept_side_by_side(source, ids, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCH))
     import decode
 
-    monkeypatch.setattr(decode, "ROUNDS", 1)
     monkeypatch.setattr(decode, "NEW", 2)
+    monkeypatch.setattr(decode, "PREFILL", 20)
     monkeypatch.setitem(sys.modules, "llama_cpp", None)  # as if it were not installed
     found, small = tmp_path / "decode.json", tmp_path / "small"
     recipe = calr.Recipe(keep=0.5, rank_step=2, correction_tokens=0)
@@ -27,12 +30,15 @@ def test_cells_are_kept_side_by_side(source, ids, tmp_path, monkeypatch, capsys)
     byte_tokenizer().save_pretrained(small)
     for batch in (1, 2, 1):
         words = [str(small), "--model", str(source), "--threads", "1", "--batch", str(batch)]
+        words += ["--rounds", "1"]
         monkeypatch.setattr(sys, "argv", ["decode.py", *words, "--output", str(found)])
         decode.main()
     rows = json.loads(found.read_text())
-    assert [row["batch"] for row in rows] == [2] * 14 + [1] * 14
-    assert {row["model"] for row in rows} == {"small"} | MADE
-    assert {row["way"] for row in rows} == {"generate", "chained"}
+    float32 = "dense in transformers, float32"  # its prefill alone
+    assert [row["batch"] for row in rows] == [2] * 31 + [1] * 31
+    assert {row["model"] for row in rows} == {"small", float32} | MADE
+    assert {row["way"] for row in rows} == {"generate", "chained", "prefill"}
+    assert {row["way"] for row in rows if row["model"] == float32} == {"prefill"}
     assert all(row["tokens_per_second"] > 0 for row in rows)
     assert "| 4 bits, rank 16 |" in capsys.readouterr().out
 

@@ -163,6 +163,9 @@ def test_bench(source, compressed, capsys):
     assert rows[0]["parameters"] < rows[1]["parameters"]
     assert all(row["decode_tokens_per_second"]["median"] > 0 for row in rows)
     assert "first ÷ second" in run(capsys, *arguments, *small)
+    assert [row["packed_bytes"] for row in rows] == [0, 0]
+    packed = json.loads(run(capsys, *arguments, *small, "--pack", "--json"))
+    assert packed[0]["packed_bytes"] > 0 == packed[1]["packed_bytes"]
 
 
 @pytest.mark.parametrize(
