@@ -52,15 +52,19 @@ def readable(x: Tensor, bias: Tensor | None, *weights: Tensor | None) -> bool:
 def readable_records(x: Tensor, layer: Records) -> bool:
     """Tell the same of a quantised layer's tensors: plain parameters of bytes, where x is, and a
     corrective path of bytes or of x's type."""
-    paths = (layer.corrective_down, layer.corrective_up)
-    return readable(x, layer.bias) and all(
-        part is None
-        or (
-            type(part) is nn.Parameter
-            and (part.dtype is torch.uint8 or (part.dtype is x.dtype and part is not layer.weight))
-            and part.device == x.device
+    parts = [layer.weight, layer.corrective_down, layer.corrective_up]
+    return (
+        readable(x, layer.bias)
+        and layer.weight.dtype is torch.uint8
+        and all(
+            part is None
+            or (
+                type(part) is nn.Parameter
+                and part.dtype in (torch.uint8, x.dtype)
+                and part.device == x.device
+            )
+            for part in parts
         )
-        for part in (layer.weight, *paths)
     )
 
 
@@ -188,7 +192,7 @@ def native_packed(x: Tensor, layer: Records, in_features: int | None = None) -> 
         (in_features or x.shape[-1]) == layer.in_features
         and layer.form.scale_group <= MOST_PACKED_GROUP
         and native_quantized(x, layer.weight, layer.bias)
-        and len(kinds) < 2
+        and kinds in (set(), {torch.uint8}, {x.dtype})
         and all(part is None or native_records(part, x.dtype) for part in correctives)
     )
 

@@ -50,8 +50,9 @@ class _Buffer:
         return own
 
     def _hold(self, tensor: Tensor | None) -> None:
-        fits = tensor is not None and tensor.is_contiguous()
-        self.tensor, self._capacity = tensor, tensor.shape[-2] if tensor is not None and fits else 0
+        self.tensor, self._capacity = tensor, 0
+        if tensor is not None and tensor.is_contiguous():
+            self._capacity = tensor.shape[-2]
 
 
 class _Growing:

@@ -116,11 +116,11 @@ void panels_products(const uint8_t* panels, const int8_t* table, const X* x, con
     float* to = out + panel * kPanel;
     int64_t j = 0;
     const auto some = [&](auto columns) {
-      constexpr int kColumns = decltype(columns)::value;
-      for (; j + kColumns <= m; j += kColumns) {
+      constexpr int kAtOnce = decltype(columns)::value;
+      for (; j + kAtOnce <= m; j += kAtOnce) {
         const Groups of_x{x_scales + j * groups, x_offsets + 2 * j * groups};
-        panel_products<BITS, kColumns>(at, table, x + j * padded, of_x, to + j * out_stride, groups,
-                                       group, out_stride);
+        panel_products<BITS, kAtOnce>(at, table, x + j * padded, of_x, to + j * out_stride, groups,
+                                      group, out_stride);
       }
     };
     some(std::integral_constant<int, 4>{});

@@ -54,10 +54,7 @@ class QuantizedLinear(nn.Linear):
             if eligible.native_packed(input, records):
                 return self._bound.linears(input, (records,))[0]
         y = quantized_linear(input, self.weight, self.form, self.bias)
-        if self.corrective is None:
-            return y
-        added = self.corrective(input)
-        return y + added if y.requires_grad or eligible.watched() else y.add_(added)
+        return y if self.corrective is None else y + self.corrective(input)
 
     def records(self) -> Records:
         """Return the layer's tensors."""

@@ -205,6 +205,7 @@ def test_what_panels_do_not_hold_is_not_eligible():
     assert not eligible.native_packed(x, wide._replace(corrective_down=fine.corrective_down))
     assert not eligible.native_packed(x, wide._replace(corrective_up=torch.randn(33, 8).mT))
     assert not eligible.native_packed(x, wide._replace(corrective_up=torch.randn(8, 33).double()))
+    assert not eligible.native_packed(x.bfloat16(), wide._replace(bias=None))
 
 
 def test_a_layer_gives_its_tensors_only_where_nothing_is_bypassed():
