@@ -15,25 +15,27 @@ class Turns:
     """What a decoder's rotary embedding gives, of every kind of layers that has its own."""
 
     def __init__(self) -> None:
-        self._first = self._ahead = 0
-        self._state: Any = None
-        self._held: list[tuple[Tensor, Tensor]] = []
+        # of what, the first position, and angles; replaced whole: threads may share a model
+        self._held: tuple[Any, int, list[tuple[Tensor, Tensor]]] = (None, 0, [])
 
     def at(
         self, module: Any, x: Tensor, position_ids: Tensor | None, count: int
     ) -> list[tuple[Tensor, Tensor]]:
         """Return cosines and sines [B or 1, d] at positions [B or 1, 1], by default at `count`."""
         rotary = module.rotary_emb
-        if position_ids is not None and (position_ids.numel() > 1 or not _static(rotary)):
+        if position_ids is not None and position_ids.numel() > 1:
             return _turns(module, x, position_ids)
         position = count if position_ids is None else int(position_ids)
-        state = x.dtype, rotary, [(b.data_ptr(), b._version) for b in rotary.buffers()]
-        if not self._first <= position < self._first + self._ahead or state != self._state:
-            self._first, self._ahead = position, AHEAD if _static(rotary) else 0
-            positions = torch.arange(position, position + max(1, self._ahead))[None]
-            self._state, self._held = state, _turns(module, x, positions)
-        i = position - self._first
-        return [(cosines[i : i + 1], sines[i : i + 1]) for cosines, sines in self._held]
+        if not _static(rotary):
+            return _turns(module, x, torch.tensor([[position]]))
+        state = x.dtype, rotary, list(map(_state, rotary.buffers()))
+        of, first, turns = self._held
+        if of != state or not first <= position < first + AHEAD:
+            first, positions = position, torch.arange(position, position + AHEAD)
+            turns = _turns(module, x, positions[None])
+            self._held = state, first, turns
+        i = position - first
+        return [(cosines[i : i + 1], sines[i : i + 1]) for cosines, sines in turns]
 
 
 def kinds(module: Any) -> list[tuple[str, ...]]:
@@ -48,6 +50,12 @@ def _turns(module: Any, x: Tensor, position_ids: Tensor) -> list[tuple[Tensor, T
     """Ask the rotary embedding for all positions, [B, 1] or [1, T]: [B T, d]."""
     found = (module.rotary_emb(x, position_ids, *kind) for kind in kinds(module))
     return [(c.flatten(0, 1).contiguous(), s.flatten(0, 1).contiguous()) for c, s in found]
+
+
+def _state(buffer: Tensor) -> tuple[int, int]:
+    """Return where a buffer lies and how often it was written to, which inference tensors do not
+    count."""
+    return buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version
 
 
 def _static(rotary: Any) -> bool:

@@ -1,6 +1,7 @@
 """A decoder whose blocks run in one native call gives what its own forward gives."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -150,6 +151,31 @@ def test_packed_weights_decode_the_same(before, dtype, calls):
     plain.model.layers[0].mlp.up_proj.weight.mul_(1.5)
     found, own, exact = decoded(fast), decoded(plain), decoded(plain.double())
     assert float((found - exact).norm()) <= 2 * float((own - exact).norm()) + noise
+
+
+def test_a_model_of_inference_tensors_decodes_natively(calls):
+    plain = tiny_llama()
+    with torch.inference_mode():
+        fast = optimize_for_inference(copy.deepcopy(plain), pack=True)
+        calls.clear()
+        found = decoded(fast)
+    assert len(calls) == NEW
+    with torch.no_grad():
+        torch.testing.assert_close(found.clone(), decoded(plain), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_threads_share_a_model_at_different_positions():
+    fast = prepared(tiny_llama())
+    expected = decoded(fast, steps=80)
+
+    def some(_):
+        with torch.no_grad():
+            return decoded(fast, steps=80)
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(some, range(12)):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
