@@ -1,7 +1,7 @@
 """Run a decoder block by block, each block with exactly the arguments that the model gives it."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -39,16 +39,15 @@ class BlockRunner:
         ids: Tensor,
         batch_tokens: int = BATCH_TOKENS,
     ) -> None:
+        self.model = model
         self.blocks = list(model.get_submodule(structure.blocks_name).children())
         self.tuple_output = structure.tuple_output
-        self.hidden: list[Tensor] = []
-        self._calls: list[list[Call]] = []
-        device = next(self.blocks[0].parameters()).device
-        size = max(1, batch_tokens // ids.shape[1])
-        with torch.no_grad(), self._bypassed():
-            for batch in ids.split(size):
-                self._calls.append([])
-                decoder(model)(input_ids=batch.to(device), use_cache=False)
+        self.device = next(self.blocks[0].parameters()).device
+        self.batches = ids.split(max(1, batch_tokens // ids.shape[1]))
+        with torch.no_grad():
+            found = [self._begun(batch) for batch in self.batches]
+        self.hidden = [hidden for hidden, _ in found]
+        self._calls = [calls for _, calls in found]
 
     @torch.no_grad()
     def run(self, block: int, hidden: list[Tensor]) -> list[Tensor]:
@@ -61,21 +60,37 @@ class BlockRunner:
         output = self.blocks[block](hidden, *call.args, **call.kwargs)
         return cast(Tensor, output[0] if self.tuple_output else output)
 
-    @contextmanager
-    def _bypassed(self) -> Iterator[None]:
-        """Let every block record its arguments and return its input."""
-        recorders = [self._recorder(index) for index in range(len(self.blocks))]
-        with _forwards(self.blocks, recorders):
-            yield
+    def embedded(self, batch: int) -> Tensor:
+        """Return the inputs [B, T, H] of block 0, with gradients where they are enabled."""
+        return self._begun(self.batches[batch])[0]
 
-    def _recorder(self, index: int) -> Callable[..., Any]:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [B, t, V] that the model makes of what its last block gives.
+
+        hidden [B, t, H]: of any positions, since what follows the blocks looks at each alone.
+        """
+        output = (hidden,) if self.tuple_output else hidden
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+        with self._replaced(lambda *args, **kwargs: output):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def _begun(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
+        """Return the inputs of block 0, and the other arguments of every block."""
+        first: list[Tensor] = []
+        calls: list[Call] = []
+
         def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if index == 0:
-                self.hidden.append(hidden_states)
-            self._calls[-1].append(Call(args, kwargs))
+            first.append(hidden_states)
+            calls.append(Call(args, kwargs))
             return (hidden_states,) if self.tuple_output else hidden_states
 
-        return record
+        with self._replaced(record):
+            decoder(self.model)(input_ids=ids.to(self.device), use_cache=False)
+        return first[0], calls
+
+    def _replaced(self, forward: Callable[..., Any]) -> AbstractContextManager[None]:
+        return _forwards(self.blocks, [forward] * len(self.blocks))
 
 
 @contextmanager

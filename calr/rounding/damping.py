@@ -10,13 +10,14 @@ def damped_cholesky(moment: Tensor, share: float) -> Tensor:
     share: of the mean diagonal, how much more; ten times as much, and again, where rounding has
     left a singular moment with negative eigenvalues. A moment of zeros counts as the identity.
     """
-    wide = moment.double()
-    typical = wide.diagonal().mean()
-    identity = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    step = torch.where(typical > 0, typical, 1.0) * identity
+    wide = moment.to(torch.float64, copy=True)
+    diagonal, before = wide.diagonal(), wide.diagonal().clone()
+    typical = before.mean()
+    typical = torch.where(typical > 0, typical, 1.0)
     while True:
+        diagonal.copy_(before + share * typical)
         factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(wide + share * step)
+        factor, failed = torch.linalg.cholesky_ex(wide)
         if not failed:
             return factor
         share *= 10

@@ -12,6 +12,7 @@ from calr_kernels.records import code_cells, nearest
 
 DAMPING = 0.01  # share of the mean diagonal added to the second moment
 BLOCK = 64  # columns between updates of all columns behind them
+PART = 1 << 22  # weights whose rows are worked on together: rows do not know of each other
 
 
 def choose(weight: Tensor, scales: Tensor, moment: Tensor, form: Form) -> Tensor:
@@ -23,11 +24,18 @@ def choose(weight: Tensor, scales: Tensor, moment: Tensor, form: Form) -> Tensor
     moment harmless.
     """
     order = moment.diagonal().argsort(descending=True, stable=True)
-    factor = _factor(moment.double()[order][:, order])
+    factor = _factor(moment[order[:, None], order])
+    rows = max(1, PART // weight.shape[1])
+    parts = zip(weight.split(rows), scales.split(rows), strict=True)
+    return torch.cat([_chosen(w, s, order, factor, form) for w, s in parts])
+
+
+def _chosen(weight: Tensor, scales: Tensor, order: Tensor, factor: Tensor, form: Form) -> Tensor:
+    """Choose codes [n, K] column by column, in an order, along a factor [K, K] in that order."""
     columns = weight.shape[1]
     cells = code_cells(form, weight.device)
     values = torch.tensor(form.values, dtype=torch.float32, device=weight.device)
-    rest = weight.float()[:, order].mT.contiguous()  # [K, N]: a row is a column of the weight
+    rest = weight.float()[:, order].mT.contiguous()  # [K, n]: a row is a column of the weight
     spread = scales.mT.repeat_interleave(form.scale_group, 0)[:columns][order].contiguous()
     inverse = torch.where(spread == 0, 0.0, 1 / spread)
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=weight.device)
@@ -45,6 +53,7 @@ def choose(weight: Tensor, scales: Tensor, moment: Tensor, form: Form) -> Tensor
 
 def _factor(moment: Tensor) -> Tensor:
     """Return the upper Cholesky factor, float32, of the inverse of a damped moment [K, K]."""
-    inverse = torch.cholesky_inverse(damped_cholesky(moment, DAMPING))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.float()
+    factor = damped_cholesky(moment, DAMPING)
+    factor = torch.cholesky_inverse(factor)  # one name: the former, K² float64, is free at once
+    upper: Tensor = torch.linalg.cholesky(factor, upper=True)
+    return upper.float()

@@ -29,7 +29,7 @@ def search(weight: Tensor, importance: Tensor, form: Form) -> Tensor:
         tried += [abs(v) / most for v in form.values if LEAST < abs(v) / most < 1]
     cells = level_cells(form, weight.device)
     rows = max(1, CACHED // weight.shape[1])
-    parts = [_grouped(part, form) for part in weight.float().split(rows)]
+    parts = (_grouped(part.float(), form) for part in weight.split(rows))
     return torch.cat([_best(groups, weighed, cells, tried, form) for groups in parts])
 
 
@@ -62,24 +62,26 @@ def refit(weight: Tensor, codes: Tensor, moment: Tensor, scales: Tensor, form: F
     scale that is 0 stays 0, a sign stays as it is.
     """
     values = torch.tensor(form.values, dtype=torch.float32, device=weight.device)
-    rows, columns = weight.shape
-    count = form.groups(columns)
-    index = torch.arange(columns, device=weight.device) // form.scale_group
-    g, found = moment.float(), []
-    step = max(1, FIT_NUMBERS // (count * columns))
-    for start in range(0, rows, step):
-        levels = values[codes[start : start + step].int()]  # [n, K]
-        spread = torch.zeros(len(levels), count, columns, device=weight.device)
-        spread.scatter_(1, index.expand(len(levels), 1, columns), levels[:, None])
-        products = spread @ g  # [n, G, K]: of each group's levels
-        normal = (products @ spread.mT).double()
-        right = (products @ weight[start : start + step].float()[..., None]).double()
-        diagonal = normal.diagonal(dim1=-2, dim2=-1)
-        diagonal += DAMPING * diagonal.mean(-1, keepdim=True) + 1e-30
-        found.append(torch.linalg.solve_ex(normal, right)[0][..., 0])
+    g, count = moment.float(), form.groups(weight.shape[1])
+    rows = max(1, FIT_NUMBERS // (weight.shape[1] + count**2))
+    parts = zip(weight.split(rows), codes.split(rows), strict=True)
+    found = [_fitted(w.float(), values[c.int()], g, form) for w, c in parts]
     fitted = storable(torch.cat(found), form).float()
     good = torch.isfinite(fitted) & (fitted * scales > 0)
     return torch.where(good, fitted, scales)
+
+
+def _fitted(weight: Tensor, levels: Tensor, g: Tensor, form: Form) -> Tensor:
+    """Solve for the scales [n, G], float64, of levels [n, K] that fit weight [n, K] best."""
+    right = _grouped((weight @ g).mul_(levels), form).sum(-1).double()
+    normal = torch.empty(*right.shape, right.shape[1], dtype=torch.float64, device=g.device)
+    for group in range(right.shape[1]):
+        own = slice(group * form.scale_group, (group + 1) * form.scale_group)
+        normal[:, group] = _grouped((levels[:, own] @ g[own]).mul_(levels), form).sum(-1)
+    diagonal = normal.diagonal(dim1=-2, dim2=-1)
+    diagonal += DAMPING * diagonal.mean(-1, keepdim=True) + 1e-30
+    found: Tensor = torch.linalg.solve_ex(normal, right)[0]
+    return found
 
 
 def _grouped(weight: Tensor, form: Form) -> Tensor:

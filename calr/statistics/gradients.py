@@ -1,4 +1,4 @@
-"""Second moments of the loss's gradients at the outputs: one backward pass a window."""
+"""Second moments of the loss's gradients at the outputs: one backward pass, block by block."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +10,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from calr.errors import CalrError
-from calr.model import Layer, Structure, hooked, require_finite, requiring
+from calr.model import BlockRunner, Layer, Structure, hooked, require_finite, requiring
 from calr.progress import progress
 from calr.storage import Store
 
 VOCABULARY = "vocabulary"  # the file of what is known of embeddings and lm_head
+HELD_BYTES = 256 << 20  # of the blocks' inputs, above which they are kept in files
+LOGITS = 1 << 24  # numbers of logits held at once
 
 
 def gradient_moments(
@@ -31,39 +33,97 @@ def gradient_moments(
     g is the gradient, with respect to y = Wx, of the loss summed over tokens, with labels sampled
     from the model's own distribution (the true Fisher). "<layer>.gradient": mean of g² over tokens
     [N]. With outputs, "<layer>.output": E[g gᵀ] [N, N] where N <= K, else E[Wᵀg (Wᵀg)ᵀ] [K, K].
-    "vocabulary": see `_watch_vocabulary`.
+    "vocabulary": see `_watch_vocabulary`. The pass back runs each block again, from the inputs that
+    were kept of it (Chen et al., arXiv 1604.06174), so that one block's activations are in memory;
+    those inputs, windows × tokens × hidden numbers a block, are in files where they are many.
     """
     names = [gradients_name(store, block, outputs) for block in range(structure.blocks)]
     if all(name in store for name in [*names, VOCABULARY]):
         return
-    sums: dict[str, Tensor] = {}
-    hooks = [
-        model.get_submodule(layer.name).register_forward_hook(_watch(sums, layer, outputs))
-        for layer in structure.layers
-    ]
+    runner = BlockRunner(model, structure, ids, ids.shape[1])
+    count = sum(hidden.nbytes for hidden in runner.hidden) * structure.blocks
+    kept = store.within("backward") if count > HELD_BYTES else Store()
     vocabulary: dict[str, Tensor] = {}
-    hooks += _watch_vocabulary(vocabulary, model)
-    generator = torch.Generator().manual_seed(seed)
-    with hooked(hooks), requiring(model, []), torch.enable_grad():
-        for window in progress(ids.split(1), desc="gradients", unit="window"):
-            window = window.to(model.device)
-            logits = model(input_ids=window, use_cache=False).logits[0].float()
-            labels = _sample(logits.detach(), generator)
-            p = logits.detach().softmax(-1)
-            _add(vocabulary, "outputs", (p * (1 - p)).sum(0))
-            cross_entropy(logits, labels, reduction="sum").backward()
-    for layer in structure.layers:
-        if f"{layer.name}.gradient" not in sums:
-            raise CalrError(
-                f"{layer.name}: the loss has no gradient with respect to its outputs; leave it out "
-                "(skip), or use sensitivity=none with another method"
-            )
-        require_finite(sums[f"{layer.name}.gradient"], f"{layer.name}: its gradients", model.dtype)
-    for block in range(structure.blocks):
-        prefix = f"{structure.blocks_name}.{block}."
-        chosen = {name: s / ids.numel() for name, s in sums.items() if name.startswith(prefix)}
-        store.save(names[block], chosen)
+    with requiring(model, []), hooked(_watch_vocabulary(vocabulary, model)):
+        gradients = _to_the_end(runner, kept, vocabulary, seed)
+        for block in progress(reversed(range(structure.blocks)), desc="gradients", unit="block"):
+            sums: dict[str, Tensor] = {}
+            layers = structure.in_block(block)
+            with hooked(
+                model.get_submodule(layer.name).register_forward_hook(_watch(sums, layer, outputs))
+                for layer in layers
+            ):
+                gradients = _back(runner, block, kept.load(f"{block:04d}"), gradients)
+            for layer in layers:
+                _require_gradient(sums, layer, model)
+            store.save(names[block], {name: s / ids.numel() for name, s in sums.items()})
+        with torch.enable_grad():
+            for batch, gradient in enumerate(gradients):
+                runner.embedded(batch).backward(gradient)
+    kept.remove()
     store.save(VOCABULARY, {name: s / ids.numel() for name, s in vocabulary.items()})
+
+
+def _to_the_end(
+    runner: BlockRunner, kept: Store, vocabulary: dict[str, Tensor], seed: int
+) -> list[Tensor]:
+    """Run all blocks, keeping their inputs; return the loss's gradients [1, T, H] behind the last,
+    a window at a time, and add up what is known of the logits."""
+    hidden = runner.hidden
+    for block in progress(range(len(runner.blocks)), desc="forward", unit="block"):
+        kept.save(f"{block:04d}", {f"{i:04d}": x for i, x in enumerate(hidden)})
+        hidden = runner.run(block, hidden)
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        _loss_gradient(runner, x, torch.rand(x.shape[1], 1, generator=generator), vocabulary)
+        for x in progress(hidden, desc="loss", unit="window")
+    ]
+
+
+@torch.enable_grad()
+def _loss_gradient(
+    runner: BlockRunner, hidden: Tensor, uniform: Tensor, vocabulary: dict[str, Tensor]
+) -> Tensor:
+    """Return the gradient of one window's loss with respect to hidden [1, T, H].
+
+    The logits of some positions at a time; uniform [T, 1]: numbers by which labels are drawn.
+    """
+    embeddings: Any = runner.model.get_input_embeddings()
+    positions = max(1, LOGITS // int(embeddings.num_embeddings))
+    found = []
+    parts = zip(hidden.split(positions, 1), uniform.split(positions), strict=True)
+    for part, drawn in parts:
+        x = part.detach().requires_grad_()
+        logits = runner.logits(x)[0].float()
+        p = logits.detach().softmax(-1)
+        labels = _sample(p, drawn)
+        _add(vocabulary, "outputs", (p * (1 - p)).sum(0))
+        del p
+        found.append(torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), x)[0])
+    return torch.cat(found, 1)
+
+
+@torch.enable_grad()
+def _back(
+    runner: BlockRunner, block: int, inputs: dict[str, Tensor], gradients: list[Tensor]
+) -> list[Tensor]:
+    """Return the gradients with respect to a block's inputs [1, T, H], from those behind it."""
+    found = []
+    for batch, (name, gradient) in enumerate(zip(sorted(inputs), gradients, strict=True)):
+        x = inputs[name].to(runner.device).requires_grad_()
+        runner.run_one(block, batch, x).backward(gradient)
+        assert x.grad is not None
+        found.append(x.grad)
+    return found
+
+
+def _require_gradient(sums: dict[str, Tensor], layer: Layer, model: PreTrainedModel) -> None:
+    if f"{layer.name}.gradient" not in sums:
+        raise CalrError(
+            f"{layer.name}: the loss has no gradient with respect to its outputs; leave it out "
+            "(skip), or use sensitivity=none with another method"
+        )
+    require_finite(sums[f"{layer.name}.gradient"], f"{layer.name}: its gradients", model.dtype)
 
 
 def gradients_name(store: Store, block: int, outputs: bool) -> str:
@@ -124,12 +184,11 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
         sums[name] = value
 
 
-def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one label per row [tokens, vocabulary] by inverting the cumulative distribution.
+def _sample(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one label per row of [tokens, vocabulary] by inverting the cumulative distribution.
 
-    The uniform numbers come from the CPU generator on every device.
+    uniform [tokens, 1]: numbers in [0, 1) from a CPU generator, on every device.
     """
-    uniform = torch.rand(logits.shape[0], 1, generator=generator).to(logits.device)
-    cumulative = logits.softmax(-1).cumsum(-1)
-    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).squeeze(1)
-    return drawn.clamp(max=logits.shape[1] - 1)
+    cumulative = probabilities.cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniform.to(cumulative.device) * cumulative[:, -1:])
+    return drawn.squeeze(1).clamp(max=probabilities.shape[1] - 1)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -66,6 +67,13 @@ class Store:
         finally:
             temporary.unlink(missing_ok=True)
         self._checked.add(name)
+
+    def remove(self) -> None:
+        """Forget everything, and remove the directory."""
+        self._memory.clear()
+        self._checked.clear()
+        if self.directory is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     def within(self, name: str) -> "Store":
         """Open a store of other names inside of this one."""

@@ -1,5 +1,6 @@
 """Rounding: known answers, and every step better than what it replaces."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -157,3 +158,32 @@ def test_statistics_of_too_little_text_are_harmless(kind):
     lost = weight - round_matrix(weight, Form(3, "table", 32), moment).weight()
     for tensor in truncate(lost, rows, moment, 8):
         assert torch.isfinite(tensor).all()
+
+
+def test_scales_are_fitted_by_least_squares():
+    """Each row's scales against numpy's solution of the same problem, a short last group too."""
+    weight, moment = problem(rows=5, columns=80)
+    form = Form(4, "table", 32)
+    scales = search(weight, moment.diagonal(), form)
+    codes = gptq.choose(weight, scales, moment, form)
+    fitted = refit(weight, codes, moment, scales, form)
+    root = np.linalg.cholesky(moment.double().numpy())  # w G wᵀ = |w root|²
+    levels = torch.tensor(form.values, dtype=torch.float64)[codes.int()]
+    for row in range(len(weight)):
+        groups = [levels[row].clone() for _ in range(3)]
+        for i, group in enumerate(groups):
+            group[: 32 * i] = 0
+            group[32 * (i + 1) :] = 0
+        system = torch.stack(groups).numpy() @ root
+        target = weight[row].double().numpy() @ root
+        wanted = np.linalg.lstsq(system.T, target, rcond=None)[0]
+        assert fitted[row].numpy() == pytest.approx(wanted, rel=2e-3)  # of float16 numbers
+
+
+def test_rows_rounded_in_parts_are_rounded_alike(monkeypatch):
+    weight, moment = problem(rows=40)
+    whole = round_matrix(weight, FORMS[2], moment)
+    monkeypatch.setattr(gptq, "PART", 7 * 96)
+    parts = round_matrix(weight, FORMS[2], moment)
+    assert (whole.codes != parts.codes).sum() <= 2  # sums of another order
+    assert error(weight, parts, moment) == pytest.approx(error(weight, whole, moment), rel=1e-2)

@@ -6,7 +6,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from calr.errors import CalrError
 from calr.model import BlockRunner, analyse, check_finite, digest, fingerprint
-from calr.statistics import Statistics, block_influence
+from calr.statistics import Statistics, block_influence, gradients
 from calr.storage import Store
 from calr.testing import tiny_llama
 
@@ -86,6 +86,25 @@ def test_gradient_moments_are_the_fisher_of_sampled_labels(model, ids):
             g = g @ model.get_submodule(layer.name).weight.detach().double().cpu()
         expected = g.T @ g / len(g)
         assert (moments.output.double() - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_gradients_are_the_same_through_files_and_with_few_logits_at_a_time(
+    model, ids, tmp_path, monkeypatch
+):
+    structure = analyse(model)
+
+    def collected(store):
+        found = Statistics(model, structure, ids, store, gradient_ids=ids[:2], outputs=True)
+        return found.collect()
+
+    plain = collected(Store())
+    monkeypatch.setattr(gradients, "HELD_BYTES", 0)
+    monkeypatch.setattr(gradients, "LOGITS", 3 * 258)  # three positions
+    filed = collected(Store(tmp_path))
+    for layer in structure.layers:
+        wanted, found = plain.moments(layer).output, filed.moments(layer).output
+        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    assert not (tmp_path / "backward").exists()
 
 
 @pytest.mark.parametrize("tied", [True, False])
