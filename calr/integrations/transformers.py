@@ -120,6 +120,17 @@ def attach(model: PreTrainedModel, config: CalrConfig) -> None:
     vars(model).update(hf_quantizer=CalrQuantizer(config), quantization_method=QUANT_METHOD)
 
 
+def prepare(model: PreTrainedModel) -> None:
+    """Give a model the modules that its configuration describes, empty, where it is compressed."""
+    found: Any = getattr(model.config, "quantization_config", None)
+    if found is None:
+        return
+    config = found if isinstance(found, CalrConfig) else CalrConfig(**found)
+    for name, layer in config.layers.items():
+        replace(model, name, layer)
+    attach(model, config)
+
+
 def register() -> None:
     """Make transformers know the format; harmless when repeated."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, CalrConfig)
@@ -138,7 +149,7 @@ def _check_files(model: PreTrainedModel, files: list[str], layers: Iterable[str]
     expected: dict[str, Tensor] = model.state_dict()
     found: dict[str, tuple[str, list[int] | None]] = {}  # no shape: of a tensor that is converted
     stored: dict[str, str] = {}
-    named = _naming(model, expected)
+    named = naming(model, expected)
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
@@ -172,7 +183,7 @@ def _check_files(model: PreTrainedModel, files: list[str], layers: Iterable[str]
             raise CalrError(f"{key}: in {file}, but config.json lists no layer that it belongs to")
 
 
-def _naming(model: Any, expected: dict[str, Tensor]) -> Callable[[str], tuple[str, str | None]]:
+def naming(model: Any, expected: dict[str, Tensor]) -> Callable[[str], tuple[str, str | None]]:
     """Return what transformers calls, in a model, a tensor of a name on disk, and what converts it.
 
     Some families have other names there (GPT-NeoX, text models of multimodal checkpoints), or store

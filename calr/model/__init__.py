@@ -1,5 +1,6 @@
 """The model to compress: loading it, what it is made of, running it block by block, changing it."""
 
+from calr.model.absent import Absent, absent, present, read_when_called, resident
 from calr.model.blocks import BlockRunner, checkpointed
 from calr.model.loading import (
     GGUF_DTYPE,
@@ -29,11 +30,13 @@ from calr.model.weights import check_finite, digest, fingerprint, recast, requir
 
 __all__ = [
     "GGUF_DTYPE",
+    "Absent",
     "BlockRunner",
     "Layer",
     "Matrix",
     "Structure",
     "Swapped",
+    "absent",
     "analyse",
     "balance",
     "check_finite",
@@ -55,12 +58,15 @@ __all__ = [
     "pack",
     "parameter_count",
     "pivot",
+    "present",
     "quantize",
+    "read_when_called",
     "recast",
     "require_finite",
     "require_same",
     "require_supported",
     "requiring",
+    "resident",
     "resolve_dtype",
     "rotate",
     "set_submodule",

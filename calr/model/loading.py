@@ -20,6 +20,8 @@ from transformers import (
 
 from calr.errors import CalrError
 from calr.integrations.config import QUANT_METHOD
+from calr.model.absent import Absent
+from calr.model.lazy import lazy_model
 from calr.model.weights import require_finite
 
 GGUF_DTYPE = torch.bfloat16  # of the numbers of a GGUF file, where no other is asked for
@@ -31,15 +33,22 @@ SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # of llama.cpp's splitting
 
 
 def load(
-    source: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
+    source: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    lazily: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a dense or compressed model, in evaluation mode, and its tokenizer.
 
     source: hub id, directory, directory with one GGUF file, or that file (dequantised on load).
-    dtype: "auto" keeps the checkpoint's, bfloat16 for a GGUF file; or a torch dtype's name. Raises
-    CalrError with the source and the cause when it cannot be loaded, and naming a tensor that the
-    files lack, that is left over, that does not fit (transformers itself would put random numbers
-    in its place) or that holds NaN or infinity.
+    dtype: "auto" keeps the checkpoint's, bfloat16 for a GGUF file; or a torch dtype's name. lazily:
+    leave matrices in the files, where those allow it, and read them whenever they are used; whether
+    they are numbers is then for `check_finite` to say. Raises CalrError with the source and the
+    cause when it cannot be loaded, and naming a tensor that the files lack, that is left over, that
+    does not fit (transformers itself would put random numbers in its place) or that holds NaN or
+    infinity.
     """
     arguments = _arguments(source) | {"trust_remote_code": trust_remote_code}
     tokenizer_arguments = {k: v for k, v in arguments.items() if k != "quantization_config"}
@@ -51,13 +60,19 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments)
         config = AutoConfig.from_pretrained(**tokenizer_arguments)
         _require_finite_work(source, config.to_dict())
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **arguments, **placed, config=config, output_loading_info=True
-        )
+        loaded: Any = None
+        if lazily:
+            file = arguments.get("gguf_file")
+            path = None if file is None else Path(arguments["pretrained_model_name_or_path"]) / file
+            loaded = lazy_model(config, source, path, found, device, trust_remote_code)
+        if loaded is None:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                **arguments, **placed, config=config, output_loading_info=True
+            )
     model: PreTrainedModel = loaded[0]
     _require_all(source, loaded[1])
     for name, parameter in model.named_parameters():
-        if parameter.device.type != "meta":
+        if parameter.device.type != "meta" and not isinstance(parameter, Absent):
             require_finite(parameter.detach(), f"{source}: {name}: the values", parameter.dtype)
     return model.eval(), tokenizer
 

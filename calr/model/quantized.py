@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from calr.integrations.modules import quantized_like
+from calr.model.absent import present
 from calr_kernels import Form, QuantizedEmbedding, QuantizedLinear
 from calr_kernels.nn import Corrective
 
@@ -33,8 +34,8 @@ def quantize(
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
-    """Return a module's weight, detached."""
-    return model.get_submodule(name).get_parameter("weight").detach()
+    """Return a module's weight, detached, read where it is absent."""
+    return present(model.get_submodule(name).get_parameter("weight"))
 
 
 def parameter_count(model: nn.Module) -> int:

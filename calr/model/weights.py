@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calr.errors import CalrError
+from calr.model.absent import Absent, present
 from calr.version import __version__
 from calr_kernels import QuantizedEmbedding
+
+PART = 1 << 22  # numbers looked at together
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -17,7 +20,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     found = hashlib.sha256(__version__.encode() + model.config.to_json_string().encode())
     for name, parameter in model.named_parameters():
         found.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        raw = present(parameter).cpu().contiguous().view(-1).view(torch.uint8)
         found.update(raw.numpy().data)
     return found.hexdigest()
 
@@ -39,8 +42,13 @@ def recast(model: nn.Module, dtype: torch.dtype) -> None:
 
     What a load computes anew, such as rotary frequencies, stays as it is.
     """
+    absent: dict[int, Absent] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if isinstance(p, Absent) and p.is_floating_point():
+                module._parameters[name] = absent.setdefault(id(p), p.like(dtype))
     for tensor in model.state_dict(keep_vars=True).values():
-        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != dtype:
             tensor.data = tensor.data.to(dtype)
     for module in model.modules():
         if isinstance(module, QuantizedEmbedding):
@@ -52,7 +60,7 @@ def check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             raise CalrError(f"{name}: is not in memory; load the model without offloading")
-        require_finite(parameter.detach(), f"{name}: the values")
+        require_finite(present(parameter), f"{name}: the values")
 
 
 def require_finite(tensor: Tensor, what: str, computed: torch.dtype | None = None) -> None:
@@ -60,7 +68,7 @@ def require_finite(tensor: Tensor, what: str, computed: torch.dtype | None = Non
 
     computed: the dtype of the computation, where it is the result of one.
     """
-    if bool(torch.isfinite(tensor).all()):
+    if all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(PART)):
         return
     remedy = "Check the checkpoint"
     if computed == torch.float16:

@@ -1,0 +1,184 @@
+"""A model whose weights stay in the checkpoint's files and are read block by block."""
+
+import contextlib
+import re
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from calr.integrations.config import QUANT_METHOD
+from calr.integrations.transformers import naming, prepare
+from calr.model.absent import Absent, absent, read_when_called
+from calr.model.files import InFile, in_gguf, in_safetensors
+from calr.model.structure import find_blocks
+
+SAFETENSORS = "model.safetensors"
+MOVED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # once stored, now computed
+
+
+def lazy_model(
+    config: Any, source: str, gguf_file: Path | None, dtype: Any, device: str, trust: bool
+) -> tuple[PreTrainedModel, dict[str, list[str]]] | None:
+    """Build a model whose matrices are read from the files each time they are used.
+
+    dtype: of its numbers; "auto" for the checkpoint's. What is no matrix (norms, biases, buffers)
+    is in memory. Returns it with what the files lack or have beside it, as transformers reports
+    that ("missing_keys", "unexpected_keys", "mismatched_keys"). None where files and model name
+    their tensors, or keep them, too differently: then the whole must be loaded.
+    """
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None)
+    if not isinstance(dtype, torch.dtype):
+        return None
+    model = _empty(config, dtype, trust)
+    if getattr(model, "_keep_in_fp32_modules", None) or not _quantisation_is_ours(config):
+        return None
+    files = _gguf(model, gguf_file) if gguf_file is not None else _safetensors(model, source)
+    if files is None:
+        return None
+    report = _fill(model, files, torch.device(device))
+    if gguf_file is None:
+        with contextlib.suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(source)
+    model.eval()
+    read_in_parts(model)
+    return model, report
+
+
+def read_in_parts(model: nn.Module) -> None:
+    """Have each decoder block, and each module outside of them, read what it lacks when called."""
+    blocks = list(find_blocks(model)[1])
+    inside = {id(module) for block in blocks for module in block.modules()}
+    outside = [
+        module
+        for module in model.modules()
+        if id(module) not in inside
+        and any(isinstance(p, Absent) for p in module._parameters.values())
+    ]
+    for module in [*blocks, *outside]:
+        if absent(module):
+            read_when_called(module)
+
+
+def _empty(config: Any, dtype: torch.dtype, trust: bool) -> PreTrainedModel:
+    """Build a model without numbers but for its buffers."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust
+        )
+        prepare(model)
+    model.tie_weights()
+    return model
+
+
+def _quantisation_is_ours(config: Any) -> bool:
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return True
+    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    return bool(method == QUANT_METHOD)
+
+
+def _safetensors(model: PreTrainedModel, source: str) -> dict[str, InFile] | None:
+    """List the tensors of a checkpoint by the model's names; None for other files or names."""
+    find = partial(cached_file, source, _raise_exceptions_for_missing_entries=False)
+    one, index = find(SAFETENSORS), find(f"{SAFETENSORS}.index.json")
+    if one is None and index is None:
+        return None
+    shards = [one] if one is not None else get_checkpoint_shard_files(source, index)[0]
+    expected = model.state_dict()
+    named, found = naming(model, expected), {}
+    for shard in shards:
+        for key, tensor in in_safetensors(Path(str(shard))).items():
+            name, converted = named(key)
+            if converted or (name != key and name in expected):
+                return None  # saving, too, would have to rename
+            found[name] = tensor
+    return found
+
+
+def _gguf(model: PreTrainedModel, file: Path) -> dict[str, InFile] | None:
+    """List the tensors of a GGUF file by the model's names; None for a family that packs them."""
+    try:
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            get_gguf_hf_weights_map,
+            load_gguf_checkpoint,
+        )
+    except ImportError:
+        return None
+    stated = load_gguf_checkpoint(str(file), return_tensors=False)["config"]
+    kind: Any = TENSOR_PROCESSORS.get(stated.get("model_type"), TensorProcessor)
+    processor = kind(config=stated)
+    names = get_gguf_hf_weights_map(model, processor)
+
+    def read(name: str, tensor: InFile) -> Tensor:
+        return torch.from_numpy(processor.process(weights=tensor.read().numpy(), name=name).weights)
+
+    return {
+        names[name]: InFile(tensor.shape, partial(read, name, tensor))
+        for name, tensor in in_gguf(file).items()
+        if name in names
+    }
+
+
+def _fill(
+    model: PreTrainedModel, files: dict[str, InFile], device: torch.device
+) -> dict[str, list[str]]:
+    """Give a model its tensors, matrices absent; return what does not fit."""
+    expected = model.state_dict(keep_vars=True)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    report: dict[str, list[str]] = {"missing_keys": [], "mismatched_keys": []}
+    made: dict[int, Tensor] = {}
+    for name in sorted(expected, key=lambda name: name in tied):
+        tensor, place = expected[name], files.get(name)
+        if id(tensor) not in made:
+            if place is None or tuple(place.shape) != tuple(tensor.shape):
+                report["missing_keys" if place is None else "mismatched_keys"].append(name)
+                continue
+            made[id(tensor)] = _made(tensor, place, device)
+        _set(model, name, made[id(tensor)])
+    for name, buffer in model.named_buffers():
+        if name not in expected:
+            _set(
+                model,
+                name,
+                buffer.to(device) if buffer.numel() else buffer.new_empty(0, device=device),
+            )
+    ours: Any = model
+    report["missing_keys"] = _but(report["missing_keys"], ours._keys_to_ignore_on_load_missing)
+    beside = files.keys() - expected.keys()
+    report["unexpected_keys"] = _but(beside, {*ours._keys_to_ignore_on_load_unexpected, *MOVED})
+    return report
+
+
+def _made(tensor: Tensor, place: InFile, device: torch.device) -> Tensor:
+    """Return what stands in a tensor's place: values, or the word that they are in a file."""
+    if isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
+        return Absent.of(tensor, place.read, device)
+    values = place.read().to(device, tensor.dtype)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(values, requires_grad=tensor.requires_grad)
+    return values
+
+
+def _but(names: Iterable[str], patterns: Iterable[str] | None) -> list[str]:
+    """List names that match none of some patterns, as transformers' classes state them."""
+    return [name for name in sorted(names) if not any(re.search(p, name) for p in patterns or ())]
+
+
+def _set(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, own = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if isinstance(value, nn.Parameter):
+        module._parameters[own] = value
+    else:
+        module._buffers[own] = value
