@@ -37,6 +37,7 @@ from calr.model import (
     require_same,
     require_supported,
     rotate,
+    saver,
     set_submodule,
     tensor_bytes,
 )
@@ -65,7 +66,6 @@ from calr.storage import (
     model_card,
     prepare,
     recipe_yaml,
-    saver,
     size,
     write,
     writing,
@@ -140,7 +140,7 @@ def compress_to(
     place = destination(directory, source, statistics=statistics, overwrite=overwrite)
     file = gguf_file(source) if dtype == "auto" else None
     loading: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
-    loading["dtype"] = dtype if file is None else "float32"
+    loading |= {"dtype": dtype if file is None else "float32", "lazily": not elastic}
     model, tokenizer = load(source, **loading)
     stored = None if file is None else GGUF_DTYPE
     if recipe.quantised and on_grid(source):
@@ -242,7 +242,7 @@ class _Compression:
         found: dict[str, Any] = {}
         with evaluating(model):
             ids = self._windows(parts)
-            self.rotated = self._rotated()
+            self.rotated = self._rotated(parts)
             collected = self._statistics(spread(ids, recipe.samples), parts, statistics)
             if isinstance(self.budget, ByteBudget):
                 stored, found = quantised(model, self.budget, recipe, ids, collected, parts)
@@ -267,12 +267,14 @@ class _Compression:
         attach(model, CalrConfig(layers=stored, recipe=described, errors=errors))
         return model
 
-    def _rotated(self) -> bool:
+    def _rotated(self, parts: Store) -> bool:
         """Rotate a model that is going to be quantised, if it can be; its function stays."""
         _ = self.identity  # of the weights as they came
         recipe = self.recipe
         return (
-            recipe.quantised and recipe.rotate and rotate(self.model, self.structure, recipe.seed)
+            recipe.quantised
+            and recipe.rotate
+            and rotate(self.model, self.structure, recipe.seed, parts.within("rotated").keep)
         )
 
     def _described(self, ids: Tensor) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calr.methods import Moments
-from calr.model import Matrix, balance, quantize, weight_of
+from calr.model import Absent, Matrix, absent, balance, present, quantize, weight_of
 from calr.progress import progress
 from calr.ranks import PRICED, ByteBudget, Forms, corrective_ranks, least_loss
 from calr.recipe import Recipe
@@ -40,31 +41,37 @@ def quantised(
     is stored, and what the training did.
     """
     found: dict[str, Any] = {}
-    quantiser = Quantiser(model, budget, statistics, parts.within("rounded"))
+    quantiser = Quantiser(model, budget, statistics, parts.within("rounded"), absent(model))
     forms = quantiser.forms(exact=recipe.solver == "exact")
-    made = quantiser.rounded(forms)
+    chosen = {m: form for m in budget.matrices if (form := forms[m.name]) is not None}
+    made = quantiser.rounded(chosen)
     if recipe.correction_tokens and made:
-        placed = students(model, budget, forms, made)
+        placed = students(model, chosen, made)
         done = corrected_students(model, placed, ids, recipe, statistics.store, parts)
         found["correction"] = dataclasses.asdict(done)
-        made = {name: trained(placed[name]) for name in made}
+        kept = parts.within("trained")
+        for matrix in made:
+            student, *_ = (placed.pop(name) for name in matrix.names)
+            made[matrix] = quantiser.placed(kept, matrix.name, trained(student))
     stored: dict[str, dict[str, Any]] = {}
-    for matrix in budget.matrices:
-        form = forms[matrix.name]
-        if form is not None:
-            quantize(model, matrix.names, form, made[matrix.name])
-            stored |= {name: form.to_dict() for name in matrix.names}
+    for matrix, form in chosen.items():
+        quantize(model, matrix.names, form, made[matrix])
+        stored |= {name: form.to_dict() for name in matrix.names}
     return stored, found
 
 
 @dataclass(frozen=True)
 class Quantiser:
-    """Rounds the matrices of a dense model; what is finished is kept in a store."""
+    """Rounds the matrices of a dense model; what is finished is kept in a store.
+
+    lazily: what is stored of a matrix stays there, absent from memory, as the model's own weights.
+    """
 
     model: PreTrainedModel
     budget: ByteBudget
     statistics: Statistics
     finished: Store
+    lazily: bool = False
 
     def forms(self, *, exact: bool = False) -> Forms:
         """Choose the form of every matrix: each is rounded once, to learn what that costs.
@@ -81,20 +88,26 @@ class Quantiser:
             prices[matrix.name] = known.load(matrix.name)["losses"].tolist()
         return least_loss(self.budget, prices, exact=exact)
 
-    def rounded(self, forms: Forms) -> dict[str, Rounding]:
-        """Round matrices to their forms: the tensors that are stored of each."""
-        chosen = [m for m in self.budget.matrices if forms[m.name] is not None]
-        made = {}
-        for matrix in progress(chosen, desc="rounding", unit="matrix"):
-            form = forms[matrix.name]
-            assert form is not None
-            made[matrix.name] = self._rounded(matrix, form)
-        return made
+    def rounded(self, forms: dict[Matrix, Form]) -> dict[Matrix, Rounding]:
+        """Round matrices to forms: the tensors that are stored of each."""
+        shown = progress(forms.items(), desc="rounding", unit="matrix")
+        return {matrix: self._rounded(matrix, form) for matrix, form in shown}
+
+    def placed(self, store: Store, name: str, made: Rounding) -> Rounding:
+        """Return what is stored of a matrix, in memory or, lazily, in a file of a store."""
+        if not self.lazily:
+            return made
+        if name not in store:
+            store.save(name, made)
+        return {
+            key: Absent.of(tensor, partial(store.read, name, key), tensor.device)
+            for key, tensor in made.items()
+        }
 
     def _losses(self, matrix: Matrix, form: Form) -> Tensor:
         """Return the loss of rounding a matrix to a form, with each rank of a corrective path."""
         curvature, ranks = self._curvature(matrix), corrective_ranks(matrix)
-        stored = self._rounded(matrix, form, curvature)["weight"]
+        stored = present(self._rounded(matrix, form, curvature)["weight"])
         losses = torch.full((len(ranks),), self._loss(matrix, form, stored, curvature))
         losses = losses.double()
         if ranks[-1]:
@@ -115,8 +128,8 @@ class Quantiser:
                 error = self._error(matrix, form, found.records)
                 up, down, _ = truncate(error, *curvature.one, form.corrective_rank)
                 made |= corrective_factors(down, up.mT, form)
-            self.finished.save(name, {key: value.cpu() for key, value in made.items()})
-        return self.finished.load(name)
+            self.finished.save(name, made)
+        return self.placed(self.finished, name, self.finished.load(name))
 
     def _error(self, matrix: Matrix, form: Form, stored: Tensor) -> Tensor:
         """Return what rounding took from a weight, [N, K] float32."""
@@ -204,19 +217,16 @@ def corrective_factors(down: Tensor, up: Tensor, form: Form) -> Rounding:
 
 
 def students(
-    model: nn.Module, budget: ByteBudget, forms: Forms, made: dict[str, Rounding]
+    model: nn.Module, forms: dict[Matrix, Form], made: dict[Matrix, Rounding]
 ) -> dict[str, nn.Module]:
     """Make modules of rounded weights that can be trained, for the places of the model's own.
 
     Those of a tied matrix share one primary path.
     """
     placed: dict[str, nn.Module] = {}
-    for matrix in budget.matrices:
-        form = forms[matrix.name]
-        if form is None:
-            continue
-        device = weight_of(model, matrix.name).device
-        tensors = {name: tensor.to(device) for name, tensor in made[matrix.name].items()}
+    for matrix, form in forms.items():
+        device = model.get_submodule(matrix.name).get_parameter("weight").device
+        tensors = {name: present(tensor).to(device) for name, tensor in made[matrix].items()}
         primary = Primary(tensors["weight"], form, matrix.in_features)
         for name in matrix.names:
             placed[name] = _student(model.get_submodule(name), primary, tensors)

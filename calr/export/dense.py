@@ -7,12 +7,19 @@ from typing import Any
 import yaml
 
 from calr.errors import CalrError
-from calr.model import digest, fingerprint, is_compressed, load, require_same, tensor_bytes
+from calr.model import (
+    digest,
+    fingerprint,
+    is_compressed,
+    load,
+    require_same,
+    saver,
+    tensor_bytes,
+)
 from calr.storage import (
     destination,
     model_card,
     read_manifest,
-    saver,
     size,
     verify,
     write_at_once,

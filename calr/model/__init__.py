@@ -16,6 +16,7 @@ from calr.model.matrices import Matrix, matrices
 from calr.model.quantized import parameter_count, quantize, tensor_bytes, weight_of
 from calr.model.readback import require_same
 from calr.model.rotation import rotate
+from calr.model.saving import saver
 from calr.model.structure import (
     Layer,
     Structure,
@@ -69,6 +70,7 @@ __all__ = [
     "resident",
     "resolve_dtype",
     "rotate",
+    "saver",
     "set_submodule",
     "tensor_bytes",
     "two_factor",

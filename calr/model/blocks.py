@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from calr.model.absent import resident
 from calr.model.structure import Structure, decoder
 
 BATCH_TOKENS = 4096  # enough rows for matrix products to run at full speed
@@ -41,6 +42,12 @@ class BlockRunner:
     ) -> None:
         self.model = model
         self.blocks = list(model.get_submodule(structure.blocks_name).children())
+        inside = {id(module) for block in self.blocks for module in block.modules()}
+        self.around = [
+            module
+            for module in model.modules()
+            if id(module) not in inside and not any(id(m) in inside for m in module.modules())
+        ]
         self.tuple_output = structure.tuple_output
         self.device = next(self.blocks[0].parameters()).device
         self.batches = ids.split(max(1, batch_tokens // ids.shape[1]))
@@ -52,7 +59,8 @@ class BlockRunner:
     @torch.no_grad()
     def run(self, block: int, hidden: list[Tensor]) -> list[Tensor]:
         """Run one block on every batch: inputs [B, T, H] each -> outputs [B, T, H] each."""
-        return [self.run_one(block, batch, x) for batch, x in enumerate(hidden)]
+        with resident(self.blocks[block]):
+            return [self.run_one(block, batch, x) for batch, x in enumerate(hidden)]
 
     def run_one(self, block: int, batch: int, hidden: Tensor) -> Tensor:
         """Run one block on one batch [B, T, H], with gradients where they are enabled."""

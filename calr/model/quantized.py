@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from calr.integrations.modules import quantized_like
-from calr.model.absent import present
+from calr.model.absent import Absent, absent, present, read_when_called
 from calr_kernels import Form, QuantizedEmbedding, QuantizedLinear
 from calr_kernels.nn import Corrective
 
@@ -17,20 +17,32 @@ def quantize(
     """Put quantised modules that share their records in the places of some.
 
     stored: what the module holds by name, "weight" the records [N, groups, record], numbers in any
-    dtype; biases stay.
+    dtype, or what stands for those in a file; biases stay.
     """
     weight = None
     for name in names:
         dense: Any = model.get_submodule(name)
         made: Any = quantized_like(dense, form)
         for key, tensor in stored.items():
-            there = made.get_parameter(key)
-            there.data = tensor.to(there.device, there.dtype)
+            _place(made, key, tensor)
         weight = made.weight if weight is None else weight
         made.weight = weight
         if getattr(dense, "bias", None) is not None:
             made.bias = dense.bias
+        if absent(made):
+            read_when_called(made)
         model.set_submodule(name, made.train(model.training))
+
+
+def _place(module: nn.Module, key: str, tensor: Tensor) -> None:
+    """Give a module a parameter's values, or the word that they are in a file."""
+    there = module.get_parameter(key)
+    if isinstance(tensor, Absent):
+        inner, _, own = key.rpartition(".")
+        like = torch.empty(there.shape, dtype=there.dtype, device="meta")
+        module.get_submodule(inner)._parameters[own] = Absent.of(like, tensor.read, there.device)
+    else:
+        there.data = tensor.to(there.device, there.dtype)
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:

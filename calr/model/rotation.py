@@ -5,27 +5,34 @@ Of the residual stream, by a random orthogonal matrix (QuaRot, arXiv 2404.00456;
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from calr.model.absent import Absent, Read, present
 from calr.model.structure import Structure
 from calr.model.support import alike
 from calr.model.swapping import evaluating, hooked
+
+Keep = Callable[[str, Tensor], Read]  # of a name and values
 
 TOKENS = 16  # whose logits are compared
 TOLERANCES = (1e-3, 5e-2)  # of weights, too, that are rounded: in float32, in 16 bit
 
 
 @torch.no_grad()
-def rotate(model: PreTrainedModel, structure: Structure, seed: int = 0) -> bool:
+def rotate(
+    model: PreTrainedModel, structure: Structure, seed: int = 0, keep: Keep | None = None
+) -> bool:
     """Rotate a model's residual stream, in place; return whether it was done.
 
     Weights of the norms go into the layers that read them. A model whose logits then differ, by
     more than rounding, is of another form (norms behind a layer that writes to the residual, layer
-    norms, lm_head tied to the embedding): it is as it was.
+    norms, lm_head tied to the embedding): it is as it was. keep: puts what becomes of an absent
+    matrix into a file, and returns what reads it.
     """
     embedding, head = _ends(model)
     if type(embedding) is not nn.Embedding or type(head) is not nn.Linear:
@@ -44,15 +51,22 @@ def rotate(model: PreTrainedModel, structure: Structure, seed: int = 0) -> bool:
             and module not in read
         ]
         moved = [embedding, *readers, *read, *writers]
-        parameters = [p for module in moved for p in module.parameters(recurse=False)]
-        before = [p.data.to("cpu", copy=True) for p in parameters]  # a GPU may have no room
+        before = [  # on the CPU: a GPU may have no room
+            (module, name, p, p if isinstance(p, Absent) else p.data.to("cpu", copy=True))
+            for module in moved
+            for name, p in module.named_parameters(recurse=False)
+        ]
         draw, same = torch.Generator().manual_seed(seed), False
         try:
-            _turn(embedding, readers, writers, _orthogonal(embedding.embedding_dim, draw))
+            names = {module: name for name, module in model.named_modules()}
+            turn = _Turn(_orthogonal(embedding.embedding_dim, draw), names, keep)
+            turn.all(embedding, readers, writers)
             same = head in read and alike(_logits(model), wanted, *TOLERANCES)
         finally:
-            for p, value in zip(parameters, before, strict=True):
-                p.data = p.data if same else value.to(p.device)
+            for module, name, p, value in [] if same else before:
+                module._parameters[name] = p
+                if p is not value:
+                    p.data = value.to(p.device)
     return same
 
 
@@ -100,26 +114,40 @@ def _orthogonal(size: int, draw: torch.Generator) -> Tensor:
     return even
 
 
-def _turn(
-    embedding: nn.Embedding,
-    readers: dict[nn.Module, list[nn.Linear]],
-    writers: list[nn.Linear],
-    q: Tensor,
-) -> None:
-    """Turn h into Qᵀh: E Q, W Γ Q of a layer behind a norm of weight Γ, Qᵀ W, Qᵀ b of a writer."""
-    _change(embedding.weight, lambda w, q: w @ q, q)
-    for norm, linears in readers.items():
-        gain = norm.get_parameter("weight")
-        for linear in linears:
-            _change(linear.weight, lambda w, q, gain=gain: (w * gain.to(w)) @ q, q)
-        gain.data = torch.ones_like(gain)
-    for linear in writers:
-        _change(linear.weight, lambda w, q: q.mT @ w, q)
-        if linear.bias is not None:
-            _change(linear.bias, lambda b, q: q.mT @ b, q)
+@dataclass(frozen=True)
+class _Turn:
+    """Turns h into Qᵀh: E Q, W Γ Q of a layer behind a norm of weight Γ, Qᵀ W, Qᵀ b of a writer."""
 
+    q: Tensor
+    names: dict[nn.Module, str]
+    keep: Keep | None
 
-def _change(parameter: Tensor, how: Callable[..., Tensor], q: Tensor) -> None:
-    """Replace a parameter by what becomes of it, computed in float32 at least."""
-    wide = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-    parameter.data = how(wide, q.to(wide)).to(parameter.dtype)
+    def all(
+        self,
+        embedding: nn.Embedding,
+        readers: dict[nn.Module, list[nn.Linear]],
+        writers: list[nn.Linear],
+    ) -> None:
+        """Turn whatever reads or writes the residual stream."""
+        self.change(embedding, "weight", lambda w, q: w @ q)
+        for norm, linears in readers.items():
+            gain = norm.get_parameter("weight")
+            for linear in linears:
+                self.change(linear, "weight", lambda w, q, gain=gain: (w * gain.to(w)) @ q)
+            gain.data = torch.ones_like(gain)
+        for linear in writers:
+            self.change(linear, "weight", lambda w, q: q.mT @ w)
+            if linear.bias is not None:
+                self.change(linear, "bias", lambda b, q: q.mT @ b)
+
+    def change(self, module: nn.Module, name: str, how: Callable[..., Tensor]) -> None:
+        """Replace a parameter by what becomes of it, computed in float32 at least."""
+        p = module.get_parameter(name)
+        wide = present(p).to(torch.promote_types(p.dtype, torch.float32))
+        turned = how(wide, self.q.to(wide)).to(p.dtype)
+        if isinstance(p, Absent):
+            assert self.keep is not None
+            read = self.keep(f"{self.names[module]}.{name}", turned)
+            module._parameters[name] = Absent.of(p, read, p.device)
+        else:
+            p.data = turned

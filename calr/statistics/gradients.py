@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from calr.errors import CalrError
-from calr.model import BlockRunner, Layer, Structure, hooked, require_finite, requiring
+from calr.model import BlockRunner, Layer, Structure, hooked, require_finite, requiring, resident
 from calr.progress import progress
 from calr.storage import Store
 
@@ -49,15 +49,16 @@ def gradient_moments(
         for block in progress(reversed(range(structure.blocks)), desc="gradients", unit="block"):
             sums: dict[str, Tensor] = {}
             layers = structure.in_block(block)
-            with hooked(
+            hooks = [
                 model.get_submodule(layer.name).register_forward_hook(_watch(sums, layer, outputs))
                 for layer in layers
-            ):
+            ]
+            with hooked(hooks), resident(runner.blocks[block]):
                 gradients = _back(runner, block, kept.load(f"{block:04d}"), gradients)
             for layer in layers:
                 _require_gradient(sums, layer, model)
             store.save(names[block], {name: s / ids.numel() for name, s in sums.items()})
-        with torch.enable_grad():
+        with torch.enable_grad(), resident(*runner.around):
             for batch, gradient in enumerate(gradients):
                 runner.embedded(batch).backward(gradient)
     kept.remove()
@@ -74,10 +75,11 @@ def _to_the_end(
         kept.save(f"{block:04d}", {f"{i:04d}": x for i, x in enumerate(hidden)})
         hidden = runner.run(block, hidden)
     generator = torch.Generator().manual_seed(seed)
-    return [
-        _loss_gradient(runner, x, torch.rand(x.shape[1], 1, generator=generator), vocabulary)
-        for x in progress(hidden, desc="loss", unit="window")
-    ]
+    with resident(*runner.around):
+        return [
+            _loss_gradient(runner, x, torch.rand(x.shape[1], 1, generator=generator), vocabulary)
+            for x in progress(hidden, desc="loss", unit="window")
+        ]
 
 
 @torch.enable_grad()

@@ -18,7 +18,6 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from calr.errors import CalrError
@@ -141,16 +140,6 @@ def finished(directory: Path, key: str) -> dict[str, Any] | None:
     _clear(work)
     results: dict[str, Any] = found["results"]
     return results
-
-
-def saver(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[Path], None]:
-    """Return what saves a model and its tokenizer in a directory."""
-
-    def save(directory: Path) -> None:
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-
-    return save
 
 
 def write(

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -67,6 +69,16 @@ class Store:
         finally:
             temporary.unlink(missing_ok=True)
         self._checked.add(name)
+
+    def read(self, name: str, key: str) -> Tensor:
+        """Return one of the tensors saved under a name."""
+        return self.load(name)[key]
+
+    def keep(self, name: str, tensor: Tensor) -> Callable[[], Tensor]:
+        """Save one tensor under a name, unless it is there, and return what reads it."""
+        if name not in self:
+            self.save(name, {"values": tensor})
+        return partial(self.read, name, "values")
 
     def remove(self) -> None:
         """Forget everything, and remove the directory."""

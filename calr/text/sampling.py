@@ -3,11 +3,13 @@
 import textwrap
 from typing import Any, cast
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from calr.model import find_blocks
+from calr.errors import CalrError
+from calr.model import absent, find_blocks, resident, tensor_bytes
 from calr.progress import progress
 from calr.text.tokens import adds_bos, encode
 
@@ -23,6 +25,7 @@ def sample_from(
     Each window starts with BOS where the tokenizer adds it, then a token drawn uniformly
     (as in LLM-QAT, arXiv 2305.17888).
     """
+    _require_memory(model)
     generator = torch.Generator().manual_seed(seed)
     embeddings: Any = model.get_input_embeddings()
     usable = set(range(min(len(tokenizer), embeddings.num_embeddings)))
@@ -34,7 +37,7 @@ def sample_from(
     own, generate = model.generation_config, cast(Any, model.generate)
     rows = []
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with torch.random.fork_rng(devices), torch.no_grad(), resident(model):
         torch.manual_seed(seed)
         try:
             # none of the model's own penalties and filters: plain sampling from its distribution
@@ -77,6 +80,17 @@ def hard_wrapped(windows: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         if len(ids) >= len(row) - start:
             result[i, start:] = ids[: len(row) - start]
     return result
+
+
+def _require_memory(model: PreTrainedModel) -> None:
+    """Refuse a model that is read from its files because it does not fit: every token needs all."""
+    needed, free = tensor_bytes(model), psutil.virtual_memory().available
+    if absent(model) and model.device.type == "cpu" and needed > free:
+        raise CalrError(
+            f"calibration=sampled: the model writes its own text only in memory, where it needs "
+            f"{needed / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free; name a file of text, "
+            "or builtin"
+        )
 
 
 def _sampling_batch(model: PreTrainedModel, window: int) -> int:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from calr.errors import CalrError
-from calr.model import Swapped, checkpointed, find_blocks, pack
+from calr.model import Swapped, checkpointed, find_blocks, pack, resident
 from calr.recipe import Recipe
 from calr.storage import Store
 from calr.training.loop import Trained, train
@@ -72,7 +72,7 @@ def corrected(
     )
     before = [(p, p.data) for p in norm_parameters(model)]
     try:
-        with Swapped(model, layers):
+        with Swapped(model, layers), resident(model):
             done = correct(model, layers, targets, held_out, recipe, work)
         return done, pack(model, layers, recipe.layout)
     except BaseException:
@@ -104,7 +104,7 @@ def corrected_students(
     rates = [1.0] * len(norms) + [float(p.detach().square().mean().sqrt()) for p in own]
     blocks = list(find_blocks(model)[1]) if recipe.gradient_checkpointing else []
     try:
-        with Swapped(model, students), checkpointed(blocks):
+        with Swapped(model, students), resident(model), checkpointed(blocks):
             return _train(model, norms + own, targets, held_out, recipe, work, rates)
     except BaseException:
         for p, value in before:

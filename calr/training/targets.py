@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from calr.model import BlockRunner, Structure, analyse, resident
 from calr.progress import progress
 from calr.storage import Store
 from calr.training.precision import in_sixteen_bits, mixed
@@ -52,14 +53,14 @@ def collect_targets(model: PreTrainedModel, ids: Tensor, store: Store) -> Target
 
     Files are named after the text and how the model ran; the store must be of one model only.
     """
-    log_probabilities, tokens = [], []
+    log_probabilities, tokens, structure = [], [], analyse(model)
     for chunk in progress(ids.split(CHUNK), desc="dense outputs", unit="chunk"):
         digest = hashlib.sha256(
             f"{TOP} {in_sixteen_bits(model)} {list(chunk.shape)}".encode() + chunk.numpy().tobytes()
         )
         name = f"targets-{digest.hexdigest()[:16]}"
         if name not in store:
-            store.save(name, _most_probable(model, chunk))
+            store.save(name, _most_probable(model, structure, chunk))
         found = store.load(name)
         log_probabilities.append(found["log_probabilities"])
         tokens.append(found["tokens"])
@@ -141,14 +142,20 @@ def _rest(log_probabilities: Tensor) -> Tensor:
     return (1 - log_probabilities.exp().sum(-1, keepdim=True)).clamp(min=LEAST_MASS)
 
 
-def _most_probable(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+def _most_probable(model: PreTrainedModel, structure: Structure, ids: Tensor) -> dict[str, Tensor]:
     embeddings: Any = model.get_input_embeddings()
     found, top = [], min(TOP, int(embeddings.num_embeddings) - 1)
-    for part in ids.split(max(1, PART_TOKENS // ids.shape[1])):
-        logits = logits_of(model, part).float()
-        values, tokens = logits.topk(top)
-        values -= logits.logsumexp(-1, keepdim=True)
-        found.append((values.half().cpu(), tokens.int().cpu()))
+    with mixed(model):
+        runner = BlockRunner(model, structure, ids, PART_TOKENS)
+        hidden = runner.hidden
+        for block in range(structure.blocks):
+            hidden = runner.run(block, hidden)
+        with resident(*runner.around):
+            for part in hidden:
+                logits = runner.logits(part).flatten(0, 1).float()
+                values, tokens = logits.topk(top)
+                values -= logits.logsumexp(-1, keepdim=True)
+                found.append((values.half().cpu(), tokens.int().cpu()))
     return {
         "log_probabilities": torch.cat([v for v, _ in found]).view(*ids.shape, top),
         "tokens": torch.cat([t for _, t in found]).view(*ids.shape, top),

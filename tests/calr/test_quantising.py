@@ -263,24 +263,23 @@ def test_the_student_is_the_model_that_is_stored(ids):
     """Before it is trained, but for the rounding of the factors."""
     model = tiny_llama()
     budget = byte_budget(model, analyse(model), RECIPE)
-    forms = with_paths(budget, {})
+    forms = {matrix: with_paths(budget, {})[matrix.name] for matrix in budget.matrices}
     made = {}
-    for matrix in budget.matrices:
-        weight, form = weight_of(model, matrix.name), forms[matrix.name]
-        made[matrix.name] = {"weight": round_matrix(weight, form).records}
+    for matrix, form in forms.items():
+        weight = weight_of(model, matrix.name)
+        made[matrix] = {"weight": round_matrix(weight, form).records}
         if form.corrective_rank:
             draw = torch.Generator().manual_seed(1)
             down = torch.randn(8, matrix.in_features, generator=draw) / 30
             up = torch.randn(8, matrix.out_features, generator=draw) / 30
-            made[matrix.name] |= quantising.corrective_factors(down, up, form)
-    placed = quantising.students(model, budget, forms, made)
+            made[matrix] |= quantising.corrective_factors(down, up, form)
+    placed = quantising.students(model, forms, made)
     with Swapped(model, placed), torch.no_grad():
         found = model(ids).logits
-    for name, student in placed.items():
-        kept = quantising.trained(student)
-        assert torch.equal(kept["weight"], made.get(name, made["model.embed_tokens"])["weight"])
-    for matrix in budget.matrices:
-        quantize(model, matrix.names, forms[matrix.name], made[matrix.name])
+    for matrix, form in forms.items():
+        for name in matrix.names:
+            assert torch.equal(quantising.trained(placed[name])["weight"], made[matrix]["weight"])
+        quantize(model, matrix.names, form, made[matrix])
     torch.testing.assert_close(model(ids).logits, found, rtol=1e-4, atol=1e-4)
 
 

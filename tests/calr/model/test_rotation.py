@@ -19,8 +19,9 @@ from transformers import (
 )
 
 import calr
-from calr.model import analyse, rotate, rotation
-from calr.testing import tiny_llama
+from calr.model import analyse, load, present, rotate, rotation
+from calr.storage import Store
+from calr.testing import byte_tokenizer, tiny_llama
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -87,13 +88,13 @@ def test_a_model_of_another_form_stays_as_it_is(family):
 def test_interrupted_it_leaves_the_model_as_it_was(monkeypatch):
     model = at_random(SUITED["Llama"])
     before = {name: p.clone() for name, p in model.named_parameters()}
-    whole = rotation._turn
+    whole = rotation._Turn.all
 
     def interrupted(*arguments):
         whole(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rotation, "_turn", interrupted)
+    monkeypatch.setattr(rotation._Turn, "all", interrupted)
     with pytest.raises(KeyboardInterrupt):
         rotate(model, analyse(model))
     for name, parameter in model.named_parameters():
@@ -109,6 +110,19 @@ def test_one_large_channel_is_spread():
     assert rotate(model, analyse(model))
     after = float(weight.abs().max() / weight.square().mean().sqrt())
     assert after < 0.7 * before
+
+
+def test_absent_matrices_are_turned_into_files(ids, tmp_path):
+    tiny_llama(tie_word_embeddings=False).save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    whole, lazy = (load(str(tmp_path / "dense"), lazily=lazily)[0] for lazily in (False, True))
+    store = Store(tmp_path / "rotated")
+    assert rotate(whole, analyse(whole)) and rotate(lazy, analyse(lazy), keep=store.keep)
+    found, wanted = lazy.state_dict(keep_vars=True), whole.state_dict()
+    for name, tensor in wanted.items():
+        assert torch.equal(present(found[name]), tensor), name
+    with torch.no_grad():
+        assert torch.equal(lazy(ids).logits, whole(ids).logits)
 
 
 def test_a_seed_draws_the_same_and_another_another():

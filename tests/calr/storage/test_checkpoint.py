@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import calr
 from calr.errors import CalrError
-from calr.storage import model_card, prepare, saver, write, writing
+from calr.model import saver
+from calr.storage import model_card, prepare, write, writing
 from calr.testing import byte_tokenizer, tiny_llama
 
 LAYOUTS = ["pivoted", "two_factor"]

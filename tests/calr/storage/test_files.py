@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard
 
 import calr
 from calr.errors import CalrError
-from calr.storage import Store, finished, locked, prepare, saver, verify, write, writing
+from calr.model import saver
+from calr.storage import Store, finished, locked, prepare, verify, write, writing
 from calr.storage.manifest import MANIFEST, listed
 from calr.testing import byte_tokenizer, tiny_llama
 

@@ -1,0 +1,47 @@
+"""Save a model, one shard in memory at a time where its weights are in files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from calr.model.absent import absent, present, resident
+from calr.model.quantized import tensor_bytes
+from calr.progress import progress
+
+SHARD_BYTES = 1_000_000_000
+INDEX = "model.safetensors.index.json"
+
+
+def saver(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[Path], None]:
+    """Return what saves a model and its tokenizer in a directory."""
+
+    def save(directory: Path) -> None:
+        if not absent(model) or tensor_bytes(model) <= SHARD_BYTES:
+            with resident(model):
+                model.save_pretrained(directory)
+        else:
+            _save_in_shards(model, directory)
+        tokenizer.save_pretrained(directory)
+
+    return save
+
+
+def _save_in_shards(model: PreTrainedModel, directory: Path) -> None:
+    """Save configurations as `save_pretrained` does, and tensors shared ones once."""
+    model.save_pretrained(directory, state_dict={})
+    (directory / "model.safetensors").unlink(missing_ok=True)  # of no tensors
+    every: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in reversed(every.items())}
+    tensors = {name: every[name] for name in every if first[id(every[name])] == name}
+    sizes = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in tensors.items()}
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
+    for file, names in progress(split.filename_to_tensors.items(), desc="shards", unit="file"):
+        shard = {name: present(tensors[name]).cpu().contiguous() for name in names}
+        save_file(shard, directory / file, metadata={"format": "pt"})
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    (directory / INDEX).write_text(json.dumps(index, indent=2))
