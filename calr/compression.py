@@ -263,19 +263,16 @@ class _Compression:
         for name, layer in layers.items():
             set_submodule(model, name, layer.train(model.training))
         stored = {n: {"layout": layer.layout, "rank": layer.rank} for n, layer in layers.items()}
-        described = self._described(ids) | found
-        attach(model, CalrConfig(layers=stored, recipe=described, errors=errors))
+        attach(model, CalrConfig(layers=stored, recipe=self._described(ids) | found, errors=errors))
         return model
 
     def _rotated(self, parts: Store) -> bool:
         """Rotate a model that is going to be quantised, if it can be; its function stays."""
         _ = self.identity  # of the weights as they came
-        recipe = self.recipe
-        return (
-            recipe.quantised
-            and recipe.rotate
-            and rotate(self.model, self.structure, recipe.seed, parts.within("rotated").keep)
-        )
+        if not (self.recipe.quantised and self.recipe.rotate):
+            return False
+        keep = parts.within("rotated").keep
+        return rotate(self.model, self.structure, self.recipe.seed, keep)
 
     def _described(self, ids: Tensor) -> dict[str, Any]:
         """State the recipe as it goes into the checkpoint."""

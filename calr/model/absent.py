@@ -11,19 +11,38 @@ from torch import Tensor, nn
 Read = Callable[[], Tensor]  # returns values, on the CPU
 
 
-class Absent(nn.Parameter):
-    """Stands for a parameter in a file: of its shape, dtype and device, one number in memory.
+METADATA = {
+    "__get__",
+    "__set__",
+    "detach",
+    "numel",
+    "dim",
+    "size",
+    "element_size",
+    "untyped_storage",
+}
+METADATA |= {"is_floating_point", "requires_grad_", "__hash__", "is_complex", "storage_offset"}
 
-    That number is NaN (or 255, of records), so that whoever computes with it is found out.
+
+class Absent(nn.Parameter):
+    """Stands for a parameter in a file: of its shape, dtype and device, no numbers in memory.
+
+    Whoever computes with it gets a RuntimeError.
     """
 
     read: Read
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer questions about a tensor, and refuse to compute with it."""
+        if func.__name__ not in METADATA:
+            raise RuntimeError(f"{func.__name__} of a parameter whose values are in a file")
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
+
     @staticmethod
     def of(like: Tensor, read: Read, device: torch.device | str) -> "Absent":
         """Stand for values that read() gives, like a tensor that may be on the meta device."""
-        filler = float("nan") if like.is_floating_point() else 255
-        one = torch.full((), filler, dtype=like.dtype, device=device)
+        one = torch.empty((), dtype=like.dtype, device=device)
         made: Absent = torch.Tensor._make_subclass(Absent, one.expand(like.shape), False)
         made.read = read
         return made

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calr.model import BlockRunner, Layer, Structure, Swapped, hooked, requiring
+from calr.model import BlockRunner, Layer, Structure, Swapped, hooked, requiring, weight_of
 from calr.recipe import Recipe
 from calr.training.precision import mixed
 from calr_kernels import LowRankLinear
@@ -88,8 +88,8 @@ class BlockFit:
             return {layer.name: self.make(layer, None, None) for layer in members}
         group = members[0].group
         shifted = self._inputs(block, self.student, {group})[0][group]
-        weights = [self.model.get_submodule(m.name).get_parameter("weight") for m in members]
-        shift, moment = choose_shift([w.detach() for w in weights], dense, shifted)
+        weights = [weight_of(self.model, m.name) for m in members]
+        shift, moment = choose_shift(weights, dense, shifted)
         return {layer.name: self.make(layer, shift, moment) for layer in members}
 
     def _train(self, block: int, modules: dict[str, LowRankLinear], outputs: list[Tensor]) -> None:

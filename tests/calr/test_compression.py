@@ -1,13 +1,15 @@
 """Compression from Python."""
 
 import copy
+import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import calr
 from calr.errors import CalrError
-from calr.model import analyse, lowrank
+from calr.model import analyse, load, lowrank, saving
 from calr.statistics import collection
 from calr.testing import byte_tokenizer, tiny_llama
 
@@ -315,3 +317,46 @@ def test_a_work_directory_serves_one_run_at_a_time(ids, tmp_path):
     with held, pytest.raises(CalrError, match="is in use by process"):
         calr.compress(tiny_llama(), recipe, calibration=ids, work=tmp_path)
     calr.compress(tiny_llama(), recipe, calibration=ids, work=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 5, "correction_tokens": 0},
+        {"bits": 5, "correction_tokens": 64},
+        {"keep": 0.6, "rank_step": 2, "correction_tokens": 64},
+        {"keep": 0.6, "rank_step": 2, "correction_tokens": 0, "shifted_inputs": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_read_from_its_files_or_in_memory_the_bits_are_the_same(options, tied, tmp_path):
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    recipe = calr.Recipe(samples=4, gradient_samples=2, window=16, **options)
+    model, tokenizer = load(str(tmp_path / "dense"))
+    whole = calr.compress(model, recipe, calibration="builtin", tokenizer=tokenizer)
+    calr.compress_to(
+        str(tmp_path / "dense"), tmp_path / "made", recipe, calibration="builtin", eval_windows=0
+    )
+    read, _ = load(str(tmp_path / "made"))
+    assert read.state_dict().keys() == whole.state_dict().keys()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(read.state_dict()[name], tensor), name
+
+
+def test_a_large_result_is_written_in_shards_that_load_alike(source, tmp_path, monkeypatch):
+    recipe = calr.Recipe(bits=6, correction_tokens=0, samples=4, gradient_samples=2, window=16)
+    found = []
+    for name, shard in {"one": saving.SHARD_BYTES, "many": 8_000}.items():
+        monkeypatch.setattr(saving, "SHARD_BYTES", shard)
+        calr.compress_to(
+            str(source), tmp_path / name, recipe, calibration="builtin", eval_windows=0
+        )
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        found.append({key: tensor.clone() for key, tensor in model.state_dict().items()})
+        described = json.loads((tmp_path / name / "config.json").read_text())
+        found[-1]["config"] = torch.tensor(list(json.dumps(described).encode()))
+        assert len(list((tmp_path / name).glob("*.safetensors"))) == {"one": 1, "many": 3}[name]
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
