@@ -35,7 +35,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for form in forms:
         scales = search(weight, moment.diagonal(), form)
-        chosen = Rounded(form, gptq.choose(weight, scales, moment, form), scales)
+        chosen = Rounded.of(form, gptq.choose(weight, scales, gptq.ordered(moment), form), scales)
         nearest, fitted = round_matrix(weight, form), round_matrix(weight, form, moment)
         figures = " | ".join(f"{error(r):.2e}" for r in (nearest, chosen, fitted))
         name = f"{form.bits} bits, {form.levels}"

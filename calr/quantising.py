@@ -22,7 +22,7 @@ from calr_kernels import records
 from calr_kernels.forms import CORRECTIVE, LEAST_GROUP, Form
 from calr_kernels.nn.corrective import factor_numbers
 
-ROWS = 4096  # of a matrix whose loss is computed at once
+ROWS = 4096  # of a matrix by which the price of its rounding is told
 
 Rounding = dict[str, Tensor]  # what is stored of a matrix, by its name in the module
 
@@ -107,11 +107,18 @@ class Quantiser:
     def _losses(self, matrix: Matrix, form: Form) -> Tensor:
         """Return the loss of rounding a matrix to a form, with each rank of a corrective path."""
         curvature, ranks = self._curvature(matrix), corrective_ranks(matrix)
-        stored = present(self._rounded(matrix, form, curvature)["weight"])
-        losses = torch.full((len(ranks),), self._loss(matrix, form, stored, curvature))
-        losses = losses.double()
+        weight = weight_of(self.model, matrix.name)
+        if len(weight) <= ROWS:
+            stored = present(self._rounded(matrix, form, curvature)["weight"])
+        else:
+            rows, counts = curvature.sampled(ROWS)
+            weight, moment = weight[rows], curvature.inputs.to(weight.device)
+            stored = round_matrix(weight, form, moment).records
+            curvature = curvature.at(rows, counts)
+        error = _error(weight, form, stored)
+        losses = torch.full((len(ranks),), curvature.loss(error)).double()
         if ranks[-1]:
-            *_, gains = truncate(self._error(matrix, form, stored), *curvature.one, ranks[-1])
+            *_, gains = truncate(error, *curvature.one, ranks[-1])
             losses[1:] -= gains.cpu().cumsum(0)[[rank - 1 for rank in ranks[1:]]]
         return losses.clamp(min=0)
 
@@ -125,25 +132,11 @@ class Quantiser:
             found = round_matrix(weight, form, curvature.inputs.to(weight.device))
             made = {"weight": found.records}
             if form.corrective_rank:
-                error = self._error(matrix, form, found.records)
+                error = _error(weight, form, found.records)
                 up, down, _ = truncate(error, *curvature.one, form.corrective_rank)
                 made |= corrective_factors(down, up.mT, form)
             self.finished.save(name, made)
         return self.placed(self.finished, name, self.finished.load(name))
-
-    def _error(self, matrix: Matrix, form: Form, stored: Tensor) -> Tensor:
-        """Return what rounding took from a weight, [N, K] float32."""
-        weight = weight_of(self.model, matrix.name).float()
-        kept = records.dequantize(stored, form, matrix.in_features, torch.float32)
-        return weight - kept.to(weight.device)
-
-    def _loss(self, matrix: Matrix, form: Form, stored: Tensor, curvature: "_Curvature") -> float:
-        total, weight = 0.0, weight_of(self.model, matrix.name)
-        for start in range(0, len(weight), ROWS):
-            rows = slice(start, start + ROWS)
-            kept = records.dequantize(stored[rows], form, matrix.in_features, torch.float32)
-            total += curvature.loss(weight[rows].float() - kept.to(weight.device), start)
-        return total
 
     def _curvature(self, matrix: Matrix) -> "_Curvature":
         if matrix.layer is not None:
@@ -189,22 +182,50 @@ class _Curvature:
     @property
     def inputs(self) -> Tensor:
         """One moment [K, K] for all rows: the parts', each weighted by its mean row."""
-        weighed = [float(rows.double().mean()) * moment.double() for rows, moment in self.parts]
-        return torch.stack(weighed).sum(0)
+        total = torch.zeros_like(self.parts[0][1])
+        for rows, moment in self.parts:
+            total.add_(moment, alpha=float(rows.double().mean()))
+        return total
+
+    def sampled(self, count: int) -> tuple[Tensor, Tensor]:
+        """Choose rows that tell of all: those that weigh most, and as many of the others, evenly.
+
+        Returns their numbers [count], ascending, and for how many rows each stands.
+        """
+        weights = sum(rows.double() * float(moment.trace()) for rows, moment in self.parts)
+        assert isinstance(weights, Tensor)
+        first = weights.argsort(descending=True, stable=True)[: count // 2]
+        others = torch.ones(len(weights), dtype=torch.bool)
+        others[first.cpu()] = False
+        rest = others.nonzero()[:, 0]
+        few = rest[torch.linspace(0, len(rest) - 1, count - len(first)).round().long()]
+        counts = torch.ones(len(weights), dtype=torch.float64)
+        counts[few] = len(rest) / len(few)
+        chosen = torch.cat([first.cpu(), few]).sort()[0]
+        return chosen, counts[chosen]
+
+    def at(self, rows: Tensor, counts: Tensor) -> "_Curvature":
+        """Keep some rows, each as heavy as all that it stands for."""
+        return _Curvature([(own[rows] * counts.to(own), moment) for own, moment in self.parts])
 
     @property
     def one(self) -> tuple[Tensor, Tensor]:
         """The rows and the moment of a linear layer, which has one part."""
         return self.parts[0]
 
-    def loss(self, error: Tensor, start: int = 0) -> float:
-        """Return the loss, in nats per token, of an error in rows start, start + 1 …"""
+    def loss(self, error: Tensor) -> float:
+        """Return the loss, in nats per token, of an error [N, K]."""
         total = 0.0
         for rows, moment in self.parts:
             lost = ((error @ moment.to(error)) * error).sum(1)
-            weights = rows[start : start + len(error)].to(lost)
-            total += float((weights * lost).sum().double()) / 2
+            total += float((rows.to(lost) * lost).sum().double()) / 2
         return total
+
+
+def _error(weight: Tensor, form: Form, stored: Tensor) -> Tensor:
+    """Return what rounding took from a weight, [N, K] float32."""
+    kept = records.dequantize(stored, form, weight.shape[1], torch.float32)
+    return weight.float() - kept.to(weight.device)
 
 
 def corrective_factors(down: Tensor, up: Tensor, form: Form) -> Rounding:

@@ -193,3 +193,19 @@ class GrowingSlidingLayer(_Growing, DynamicSlidingWindowLayer):
 
     def _hidden(self, held: int) -> int:
         return 0 if self.record_past else max(0, held - self.window + 1)
+
+
+GROWING: dict[type, Any] = {
+    DynamicLayer: GrowingLayer,
+    DynamicSlidingWindowLayer: GrowingSlidingLayer,
+}
+GROWN = set(GROWING.values())
+
+
+def grow(layers: list[Any]) -> bool:
+    """Replace the layers of a cache by ones that grow in place; tell whether all of them do."""
+    if not set(map(type, layers)) <= GROWN:
+        for i, layer in enumerate(layers):
+            if type(layer) in GROWING:
+                layers[i] = GROWING[type(layer)].of(layer)
+    return set(map(type, layers)) <= GROWN

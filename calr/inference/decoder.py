@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from calr.inference.blocks import HELD, bind, close, same
-from calr.inference.cache import GrowingLayer, GrowingSlidingLayer
+from calr.inference.cache import grow
 from calr.inference.layers import unfollowed
 from calr.inference.rotary import Turns
 from calr.inference.traces import TOLERANCE, is_gated
@@ -20,11 +19,6 @@ from calr_kernels import eligible, native
 
 # arguments that change nothing for a decoder that has no such outputs
 IGNORED = {"cache_position", "return_dict"}
-GROWING: dict[type, Any] = {
-    DynamicLayer: GrowingLayer,
-    DynamicSlidingWindowLayer: GrowingSlidingLayer,
-}
-GROWN = set(GROWING.values())
 WINDOW, DTYPE = map(operator.attrgetter, ("window", "dtype"))
 LENGTH = operator.methodcaller("get_seq_length")
 
@@ -114,12 +108,8 @@ class DecoderForward(eligible.Replacement):
             and not cache.offloading
         ):
             return False
-        if not set(map(type, layers)) <= GROWN:
-            for i, layer in enumerate(layers):
-                if type(layer) in GROWING:
-                    layers[i] = layer = GROWING[type(layer)].of(layer)
-                if type(layer) not in GROWN:
-                    return False
+        if not grow(layers):
+            return False
         lengths = set(map(LENGTH, layers))
         return len(lengths) == 1 and lengths != {0}
 

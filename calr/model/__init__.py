@@ -23,6 +23,7 @@ from calr.model.structure import (
     analyse,
     check_vocabulary,
     check_window,
+    decoder,
     find_blocks,
 )
 from calr.model.support import require_supported
@@ -44,6 +45,7 @@ __all__ = [
     "check_vocabulary",
     "check_window",
     "checkpointed",
+    "decoder",
     "digest",
     "evaluating",
     "find_blocks",

@@ -8,52 +8,51 @@ from torch import Tensor
 
 from calr.rounding.damping import damped_cholesky
 from calr_kernels.forms import Form
-from calr_kernels.records import code_cells, nearest
+from calr_kernels.native import rounding
+from calr_kernels.records import code_cells, level_cells, nearest
 
 DAMPING = 0.01  # share of the mean diagonal added to the second moment
 BLOCK = 64  # columns between updates of all columns behind them
-PART = 1 << 22  # weights whose rows are worked on together: rows do not know of each other
+Ordered = tuple[Tensor, Tensor]  # the order of columns [K], and the factor [K, K] in it
 
 
-def choose(weight: Tensor, scales: Tensor, moment: Tensor, form: Form) -> Tensor:
-    """Return codes [N, K] uint8 for weight [N, K] under scales [N, groups], that err least in
-    (w - ŵ) G (w - ŵ)ᵀ, G = moment [K, K], when chosen one column after another.
-
-    Columns come in the order of falling diagonal of G; what a column's rounding lost is taken over
-    by those that follow, along the rows of the Cholesky factor of G⁻¹. Damping makes a singular
-    moment harmless.
-    """
+def ordered(moment: Tensor) -> Ordered:
+    """Order the columns by falling diagonal of a moment G [K, K]; return the upper Cholesky factor,
+    float32, of G⁻¹ in that order. Damping makes a singular moment harmless."""
     order = moment.diagonal().argsort(descending=True, stable=True)
-    factor = _factor(moment[order[:, None], order])
-    rows = max(1, PART // weight.shape[1])
-    parts = zip(weight.split(rows), scales.split(rows), strict=True)
-    return torch.cat([_chosen(w, s, order, factor, form) for w, s in parts])
+    factor = damped_cholesky(moment[order[:, None], order], DAMPING)
+    factor = torch.cholesky_inverse(factor)  # one name: the former, K² float64, is free at once
+    upper: Tensor = torch.linalg.cholesky(factor, upper=True)
+    return order, upper.float().contiguous()
 
 
-def _chosen(weight: Tensor, scales: Tensor, order: Tensor, factor: Tensor, form: Form) -> Tensor:
-    """Choose codes [n, K] column by column, in an order, along a factor [K, K] in that order."""
+def choose(weight: Tensor, scales: Tensor, ordered: Ordered, form: Form) -> Tensor:
+    """Return codes [N, K] uint8 for weight [N, K] under scales [N, groups], that err least in
+    (w - ŵ) G (w - ŵ)ᵀ when chosen one column after another: what a column's rounding lost is taken
+    over by those that follow, along the rows of the factor of G⁻¹."""
+    order, factor = ordered
     columns = weight.shape[1]
-    cells = code_cells(form, weight.device)
-    values = torch.tensor(form.values, dtype=torch.float32, device=weight.device)
+    cells = level_cells(form, weight.device), code_cells(form, weight.device)
     rest = weight.float()[:, order].mT.contiguous()  # [K, n]: a row is a column of the weight
     spread = scales.mT.repeat_interleave(form.scale_group, 0)[:columns][order].contiguous()
-    inverse = torch.where(spread == 0, 0.0, 1 / spread)
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=weight.device)
+    columns_of = rounding.choose if rounding.can_round(weight) else _columns
     for start in range(0, columns, BLOCK):
-        end = min(start + BLOCK, columns)
-        errors = torch.empty(end - start, len(weight), device=weight.device)
-        for i in range(start, end):
-            codes[i] = nearest(rest[i] * inverse[i], cells)
-            error = (rest[i] - values[codes[i].int()] * spread[i]) / factor[i, i]
-            rest[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
-            errors[i - start] = error
-        rest[end:] -= factor[start:end, end:].mT @ errors
+        block = slice(start, min(start + BLOCK, columns))
+        within = factor[block, block]
+        errors = columns_of(rest[block], spread[block], within, cells, codes[block])
+        rest[block.stop :] -= factor[block, block.stop :].mT @ errors
     return codes[order.argsort()].mT.contiguous()
 
 
-def _factor(moment: Tensor) -> Tensor:
-    """Return the upper Cholesky factor, float32, of the inverse of a damped moment [K, K]."""
-    factor = damped_cholesky(moment, DAMPING)
-    factor = torch.cholesky_inverse(factor)  # one name: the former, K² float64, is free at once
-    upper: Tensor = torch.linalg.cholesky(factor, upper=True)
-    return upper.float()
+def _columns(
+    rest: Tensor, spread: Tensor, factor: Tensor, cells: tuple[Tensor, Tensor], codes: Tensor
+) -> Tensor:
+    """Choose the codes of a block of columns, as `calr_kernels.native.rounding.choose` does."""
+    errors = torch.empty_like(rest)
+    for i in range(len(rest)):
+        ratios = rest[i] * torch.where(spread[i] == 0, 0.0, 1 / spread[i])
+        codes[i] = nearest(ratios, cells[1])
+        errors[i] = (rest[i] - nearest(ratios, cells[0]) * spread[i]) / factor[i, i]
+        rest[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+    return errors

@@ -10,23 +10,25 @@ from calr.rounding.scales import refit, search
 from calr_kernels import records
 from calr_kernels.forms import Form
 
+PART = 1 << 22  # weights whose rows are rounded together: rows do not know of each other
+
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix [N, K] in a form: codes [N, K] uint8, scales [N, groups] of float16 numbers."""
+    """A matrix [N, K] in a form, as it is stored: records [N, groups, record] uint8."""
 
     form: Form
-    codes: Tensor
-    scales: Tensor
+    records: Tensor
+    columns: int
 
-    @property
-    def records(self) -> Tensor:
-        """The bytes that are stored, [N, groups, record] uint8."""
-        return records.pack(self.codes, self.scales, self.form)
+    @classmethod
+    def of(cls, form: Form, codes: Tensor, scales: Tensor) -> "Rounded":
+        """Make one of codes [N, K] uint8 and scales [N, groups] of float16 numbers."""
+        return cls(form, records.pack(codes, scales, form), codes.shape[1])
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weights that the form holds."""
-        return records.dequantize(self.records, self.form, self.codes.shape[1], dtype)
+        return records.dequantize(self.records, self.form, self.columns, dtype)
 
 
 @torch.no_grad()
@@ -37,12 +39,24 @@ def round_matrix(weight: Tensor, form: Form, moment: Tensor | None = None) -> Ro
     diagonal, the integers chosen by GPTQ, and the scales fitted to them; None rounds to nearest
     with searched scales.
     """
+    parts = weight.split(max(1, PART // weight.shape[1]))
     if moment is None:
-        scales = search(weight, torch.ones(weight.shape[1], device=weight.device), form)
-        spread = scales.repeat_interleave(form.scale_group, 1)[:, : weight.shape[1]]
-        ratios = weight.float() / torch.where(spread == 0, 1.0, spread)
-        cells = records.code_cells(form, ratios.device)
-        return Rounded(form, records.nearest(ratios, cells), scales)
+        found = [_nearest(part, form) for part in parts]
+    else:
+        order = gptq.ordered(moment)
+        found = [_fitted(part, form, moment, order) for part in parts]
+    return Rounded(form, torch.cat([part.records for part in found]), weight.shape[1])
+
+
+def _nearest(weight: Tensor, form: Form) -> Rounded:
+    scales = search(weight, torch.ones(weight.shape[1], device=weight.device), form)
+    spread = scales.repeat_interleave(form.scale_group, 1)[:, : weight.shape[1]]
+    ratios = weight.float() / torch.where(spread == 0, 1.0, spread)
+    codes = records.nearest(ratios, records.code_cells(form, ratios.device))
+    return Rounded.of(form, codes, scales)
+
+
+def _fitted(weight: Tensor, form: Form, moment: Tensor, order: gptq.Ordered) -> Rounded:
     scales = search(weight, moment.diagonal(), form)
-    codes = gptq.choose(weight, scales, moment, form)
-    return Rounded(form, codes, refit(weight, codes, moment, scales, form))
+    codes = gptq.choose(weight, scales, order, form)
+    return Rounded.of(form, codes, refit(weight, codes, moment, scales, form))

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from calr_kernels.forms import Form
+from calr_kernels.native import rounding
 from calr_kernels.records import level_cells, nearest, storable
 
 FRACTIONS = 17  # scales tried of each sign, the one that is exactly 1 among them
@@ -21,12 +22,15 @@ def search(weight: Tensor, importance: Tensor, form: Form) -> Tensor:
     Both signs are tried, since the levels reach farther on one side. Of each scale tried, the
     integers nearest to it get the scale that fits them best; the best of these is taken.
     """
-    weighed = _grouped(importance.float()[None], form)  # [1, G, g]
     tried = torch.linspace(LEAST, MOST, FRACTIONS, dtype=torch.float64).tolist()
     tried.append(abs(form.values[0] / form.values[-1]))  # the largest weight on the other side
     if form.levels == "table":  # or on any level that may be the outermost one used
         most = max(map(abs, form.values))
         tried += [abs(v) / most for v in form.values if LEAST < abs(v) / most < 1]
+    tried = [sign * fraction for fraction in tried for sign in (1.0, -1.0)]
+    if rounding.can_round(weight):
+        return rounding.search(weight, importance.float(), tried, form)
+    weighed = _grouped(importance.float()[None], form)  # [1, G, g]
     cells = level_cells(form, weight.device)
     rows = max(1, CACHED // weight.shape[1])
     parts = (_grouped(part.float(), form) for part in weight.split(rows))
@@ -44,14 +48,13 @@ def _best(groups: Tensor, weighed: Tensor, cells: Tensor, tried: list[float], fo
     best = torch.zeros_like(largest)[..., 0]
     gain = torch.zeros_like(best)  # of the error of scale 0
     for fraction in tried:
-        for sign in (1.0, -1.0):
-            levels = nearest(ratios * (sign / fraction), cells)
-            along = (products * levels).sum(-1)
-            energy = (levels.square_() * weighed).sum(-1).clamp_(min=1e-30)
-            fitted = storable(along / energy, form).float()
-            gained = fitted * (2 * along - fitted * energy)
-            better = (gained > gain) & torch.isfinite(fitted)
-            best, gain = torch.where(better, fitted, best), torch.where(better, gained, gain)
+        levels = nearest(ratios / fraction, cells)
+        along = (products * levels).sum(-1)
+        energy = (levels.square_() * weighed).sum(-1).clamp_(min=1e-30)
+        fitted = storable(along / energy, form).float()
+        gained = fitted * (2 * along - fitted * energy)
+        better = (gained > gain) & torch.isfinite(fitted)
+        best, gain = torch.where(better, fitted, best), torch.where(better, gained, gain)
     return best
 
 

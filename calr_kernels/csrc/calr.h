@@ -142,6 +142,22 @@ void calr_pack(const uint8_t* records, uint8_t* panels, int64_t n, int64_t k, in
 void calr_dequantize(const uint8_t* records, const int8_t* table, void* y, int64_t n, int64_t k,
                      int64_t group, int32_t bits, int32_t type, int32_t threads);
 
+// scales [n, groups] of weights [n, K], numbers of float16 (where `coarse`, of bfloat16, too): for each
+// group of weights along a row, at most 512, the scale under which they err least, weighed by importance
+// [K]. cells [512]: the level nearest to every ratio from -128 in steps of a half; most: the largest
+// level; tried [choices]: scales that are tried, over the one that makes the largest weight the largest
+// level, 0 for none.
+void calr_search(const void* weights, const float* importance, const float* cells, float most,
+                 const float* tried, int64_t choices, float* scales, int64_t n, int64_t k, int64_t group,
+                 int32_t coarse, int32_t type, int32_t threads);
+
+// One block of at most 64 columns of GPTQ, columns by rows: codes and errors [b, n] of rest [b, n], under
+// scales spreads [b, n], along the upper factor [b, b], whose rows lie `stride` apart: errors are what
+// rounding lost, over the diagonal. cells as above, cell_codes [512]: the code of that level.
+void calr_choose(const float* rest, const float* spreads, const float* factor, int64_t stride,
+                 const float* cells, const uint8_t* cell_codes, uint8_t* codes, float* errors, int64_t b,
+                 int64_t n, int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -2,6 +2,7 @@
 // choice between them, made once at run time.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

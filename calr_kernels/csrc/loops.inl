@@ -12,4 +12,5 @@ namespace CALR_NAMESPACE {
 #include "bytes.inl"
 #include "numbers.inl"
 #include "panels.inl"
+#include "rounding.inl"
 }  // namespace CALR_NAMESPACE

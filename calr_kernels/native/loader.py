@@ -42,6 +42,11 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # what they return and take
     "calr_quantized_linear": (None, [_POINTER] * 5 + [_SIZE] * 4 + [_CODE] * 3),
     "calr_pack": (None, [_POINTER] * 2 + [_SIZE] * 3 + [_CODE] * 2),
     "calr_dequantize": (None, [_POINTER] * 3 + [_SIZE] * 3 + [_CODE] * 3),
+    "calr_search": (
+        None,
+        [*[_POINTER] * 3, _FLOAT, _POINTER, _SIZE, _POINTER, *[_SIZE] * 3, *[_CODE] * 3],
+    ),
+    "calr_choose": (None, [_POINTER] * 3 + [_SIZE] + [_POINTER] * 4 + [_SIZE] * 2 + [_CODE]),
     "calr_attend": (None, [_POINTER] * 4 + [_SIZE] * 5 + [_FLOAT] + [_CODE] * 2),
 }
 

@@ -21,6 +21,8 @@ from calr.model import Swapped, analyse, parameter_count, quantize, tensor_bytes
 from calr.quantising import smoothed
 from calr.ranks import byte_budget
 from calr.rounding import round_matrix
+from calr.statistics import Statistics
+from calr.storage import Store
 from calr.testing import byte_tokenizer, tiny_llama
 from calr_kernels import Form, QuantizedEmbedding, QuantizedLinear, records
 from calr_kernels.nn import Corrective
@@ -288,6 +290,26 @@ def test_what_was_not_seen_is_not_free():
     assert float(found.sum()) == pytest.approx(1)
     assert (found > 0).all()
     assert (smoothed(torch.zeros(4)) == 0.25).all()
+
+
+def test_some_rows_tell_the_price_of_all(ids, monkeypatch):
+    model = tiny_llama()
+    structure = analyse(model)
+    budget = byte_budget(model, structure, RECIPE)
+    statistics = Statistics(model, structure, ids, Store(), gradient_ids=ids[:2])
+
+    def prices():
+        quantiser = quantising.Quantiser(model, budget, statistics, Store())
+        form = {m.name: budget.form(4, m.in_features) for m in budget.matrices}
+        return {m.name: quantiser._losses(m, form[m.name]) for m in budget.matrices}
+
+    whole = prices()
+    monkeypatch.setattr(quantising, "ROWS", 48)
+    some = prices()
+    changed = [name for name in whole if not torch.equal(whole[name], some[name])]
+    assert len(changed) == 5  # gate_proj and up_proj of two blocks, of 80 rows, and the embedding
+    for name in changed:
+        assert torch.allclose(whole[name], some[name], rtol=0.35), name
 
 
 @pytest.mark.parametrize("call", [3, 17, 22])  # among the prices, and among what follows them

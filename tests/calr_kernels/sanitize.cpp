@@ -1,6 +1,7 @@
 // Runs the native kernel over awkward shapes in exactly sized heap buffers, for sanitizers to watch,
 // and compares float32 results with sums in double. Prints what differs; exit status 1 then.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -300,6 +301,42 @@ void numbers(int32_t type, int64_t m, int64_t k, int64_t n) {
   for (int64_t i = 0; i < m * n; ++i) expect(other[i], y[i], type == kFloat32 ? 1e-5 : 4e-2, "numbers");
 }
 
+// Scales of a row and one block of columns, of which each code is the level nearest to its ratio.
+void rounding(int32_t type, int64_t n, int64_t k, int64_t group) {
+  Array weights(type, n * k), importance(kFloat32, k);
+  std::vector<float> cells(512), scales(n * ((k + group - 1) / group)), rest(k * n), spreads(k * n);
+  std::vector<uint8_t> cell_codes(512), codes(k * n);
+  std::vector<float> errors(k * n), diagonal(k * (k + 3));
+  for (int i = 0; i < 512; ++i) {  // levels -7 to 7
+    const double middle = (i - 256 + 0.5) / 2;
+    cells[i] = static_cast<float>(std::max(-7.0, std::min(7.0, std::round(middle))));
+    cell_codes[i] = static_cast<uint8_t>(cells[i] + 7);
+  }
+  const float tried[] = {1.0f, -1.0f, 0.9f};
+  const auto* weighed = static_cast<const float*>(importance.data());
+  std::vector<float> positive(k);
+  for (int64_t i = 0; i < k; ++i) positive[i] = std::fabs(weighed[i]);
+  calr_search(weights.data(), positive.data(), cells.data(), 7.0f, tried, 3, scales.data(), n, k, group, 1,
+              type, 3);
+  for (float scale : scales) expect(std::isfinite(scale), 1, 0, "scale");
+  const int64_t b = std::min<int64_t>(k, 64);
+  for (int64_t i = 0; i < b; ++i) {
+    diagonal[i * (k + 3) + i] = 2.0f;
+    for (int64_t row = 0; row < n; ++row) {
+      rest[i * n + row] = static_cast<float>(weights[row * k + i]);
+      spreads[i * n + row] = 0.1f;
+    }
+  }
+  calr_choose(rest.data(), spreads.data(), diagonal.data(), k + 3, cells.data(), cell_codes.data(), codes.data(),
+              errors.data(), b, n, 3);
+  for (int64_t i = 0; i < b * n; ++i) {
+    const double level = std::max(-7.0, std::min(7.0, std::round(rest[i] / 0.1)));
+    const double off = std::fabs(rest[i] / 0.1 - std::floor(rest[i] / 0.1) - 0.5);
+    if (off > 1e-4) expect(codes[i], level + 7, 0, "code");
+    if (off > 1e-4) expect(errors[i], (rest[i] - level * 0.1) / 2, 1e-5, "error");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -319,6 +356,7 @@ int main() {
         for (int32_t bits : {3, 4, 5, 6, 8}) {
           for (int64_t group : {32, 64, 96, 128}) quantized(type, s[0], s[1], s[2], group, bits);
         }
+        for (int64_t group : {32, 64, 96, 128}) rounding(type, s[2], s[1], group);
         attention(type, s[0], 2, 3, s[3], 2 * s[2]);
         for (int low_rank = 0; low_rank < 2; ++low_rank) block(type, s[1] + 8, 70 * s[3], 8, low_rank);
       }
