@@ -142,7 +142,7 @@ class Quantiser:
         if matrix.layer is not None:
             moments = self.statistics.moments(matrix.layer).with_prior()
             assert moments.rows is not None
-            return _Curvature([(moments.rows, moments.input)])
+            return _Curvature([(moments.rows, moments.input.float())])
         known, parts = self.statistics.vocabulary(), []
         if matrix.kind in ("head", "tied"):
             parts.append((known["outputs"], Moments(known["hidden"]).with_prior().input))
@@ -181,7 +181,12 @@ class _Curvature:
 
     @property
     def inputs(self) -> Tensor:
-        """One moment [K, K] for all rows: the parts', each weighted by its mean row."""
+        """One moment [K, K] for all rows: the parts', each weighted by its mean row.
+
+        Of one part its own, since rounding asks for no scale.
+        """
+        if len(self.parts) == 1:
+            return self.parts[0][1]
         total = torch.zeros_like(self.parts[0][1])
         for rows, moment in self.parts:
             total.add_(moment, alpha=float(rows.double().mean()))

@@ -32,8 +32,8 @@ class Moments:
         seem to cost nothing. Where half of the inputs are zero, theirs counts as 1.
         """
         typical = float(self.input.diagonal().double().median()) or 1.0
-        prior = PRIOR * typical * torch.eye(len(self.input), dtype=torch.float64)
-        wide = self.input.double() + prior.to(self.input.device)
+        wide = self.input.to(torch.float64, copy=True)
+        wide.diagonal().add_(PRIOR * typical)
         return replace(self, input=wide)
 
     def to(self, device: torch.device) -> "Moments":

@@ -17,7 +17,7 @@ def truncate(error: Tensor, rows: Tensor, moment: Tensor, rank: int) -> tuple[Te
     a little damped: the SVD of diag(rows)^½ ΔW L, G = L Lᵀ. gains [c]: by how much the terms lower
     that, in falling order.
     """
-    factor = damped_cholesky(moment, DAMPING).to(error)
+    factor = damped_cholesky(moment.to(torch.float64, copy=True), DAMPING).to(error)
     seen = error @ factor
     _, values, right = randomized_svd(rows.clamp(min=0).sqrt().to(error)[:, None] * seen, rank)
     down = torch.linalg.solve_triangular(factor, right, upper=False, left=False)

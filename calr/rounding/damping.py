@@ -5,19 +5,19 @@ from torch import Tensor
 
 
 def damped_cholesky(moment: Tensor, share: float) -> Tensor:
-    """Return the lower Cholesky factor, float64, of a moment [K, K] with more on its diagonal.
+    """Return the lower Cholesky factor of a moment [K, K] float64 with more on its diagonal.
 
     share: of the mean diagonal, how much more; ten times as much, and again, where rounding has
-    left a singular moment with negative eigenvalues. A moment of zeros counts as the identity.
+    left a singular moment with negative eigenvalues. A moment of zeros counts as the identity. The
+    diagonal is changed in place: K² numbers are many.
     """
-    wide = moment.to(torch.float64, copy=True)
-    diagonal, before = wide.diagonal(), wide.diagonal().clone()
+    diagonal, before = moment.diagonal(), moment.diagonal().clone()
     typical = before.mean()
     typical = torch.where(typical > 0, typical, 1.0)
     while True:
         diagonal.copy_(before + share * typical)
         factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(wide)
+        factor, failed = torch.linalg.cholesky_ex(moment)
         if not failed:
             return factor
         share *= 10

@@ -20,10 +20,11 @@ def ordered(moment: Tensor) -> Ordered:
     """Order the columns by falling diagonal of a moment G [K, K]; return the upper Cholesky factor,
     float32, of G⁻¹ in that order. Damping makes a singular moment harmless."""
     order = moment.diagonal().argsort(descending=True, stable=True)
-    factor = damped_cholesky(moment[order[:, None], order], DAMPING)
-    factor = torch.cholesky_inverse(factor)  # one name: the former, K² float64, is free at once
-    upper: Tensor = torch.linalg.cholesky(factor, upper=True)
-    return order, upper.float().contiguous()
+    factor = moment[order[:, None], order].to(torch.float64)  # one name: former ones are free
+    factor = damped_cholesky(factor, DAMPING)
+    factor = torch.cholesky_inverse(factor)
+    factor = torch.linalg.cholesky(factor, upper=True)
+    return order, factor.float().contiguous()
 
 
 def choose(weight: Tensor, scales: Tensor, ordered: Ordered, form: Form) -> Tensor:
