@@ -50,6 +50,7 @@ def plan(arguments: Namespace) -> None:
         _recipe(arguments),
         statistics=arguments.statistics,
         dtype=arguments.dtype,
+        calibration=arguments.calibration,
         trust_remote_code=arguments.trust_remote_code,
     )
     if arguments.json:

@@ -39,11 +39,15 @@ from calr.ranks import (
     uniform,
 )
 from calr.recipe import Recipe
+from calr.statistics import HELD_BYTES, LOGITS
 from calr.storage import Store
+from calr.text import CACHE_BYTES as SAMPLING_BYTES
+from calr.text import parts_of
 from calr.training import PART_TOKENS
+from calr_kernels.forms import LEAST_GROUP
 
 LIBRARY_BYTES = 700_000_000  # resident size of Python with torch and transformers loaded
-ROUND_FLOPS = 80_000  # of a product, in whose time a weight is priced and rounded
+ROUND_FLOPS = 50_000  # of a product, in whose time a weight is priced and rounded
 EIGEN_FLOPS = 25  # eigenvalues and vectors of an n × n matrix cost about 25 n³
 
 
@@ -77,6 +81,7 @@ def plan(
     *,
     statistics: str | Path | None = None,
     dtype: str = "auto",
+    calibration: str = "sampled",
     trust_remote_code: bool = False,
 ) -> Plan:
     """Plan a compression without weights in memory and without writing anything.
@@ -85,14 +90,16 @@ def plan(
     earlier run with the same method, as bits are; otherwise they follow calibration, and what is
     shown are nearly uniform ones, with the same totals to within one rank step.
     """
-    recipe = recipe or Recipe()
+    recipe, sampled = recipe or Recipe(), "sampled" in parts_of(calibration)
     model = load_skeleton(source, trust_remote_code=trust_remote_code)
     structure, stored = analyse(model, recipe.skip), _dtype(source, model, dtype)
     file = gguf_file(source)
     before = tensor_bytes(model, stored) if file is None else file.stat().st_size
     bytes_allowed = byte_budget(model, structure, recipe, stored)
     if bytes_allowed is not None:
-        return _quantised(source, model, structure, recipe, bytes_allowed, before, statistics)
+        return _quantised(
+            source, model, structure, recipe, bytes_allowed, before, statistics, sampled
+        )
     budget = Budget.of(structure, recipe)
     ranks, exact = _ranks(budget, recipe, statistics)
     layers, element = report.stored_at(ranks, recipe.layout), stored.itemsize
@@ -108,7 +115,7 @@ def plan(
         ranks_follow_calibration=not exact,
         feasible_last_k=_feasible_last_k(structure, budget, recipe),
         exports=["dense"],
-        peak_memory_bytes=_peak_memory(structure, recipe, element, _vocabulary(model)),
+        peak_memory_bytes=_peak_memory(structure, recipe, element, _vocabulary(model), sampled),
         seconds=_seconds(structure, recipe),
     )
 
@@ -121,6 +128,7 @@ def _quantised(
     budget: ByteBudget,
     before: int,
     statistics: str | Path | None,
+    sampled: bool,
 ) -> Plan:
     """Plan the forms that statistics lead to, or forms of nearly one width without any."""
     if statistics is None:
@@ -142,7 +150,9 @@ def _quantised(
         ranks_follow_calibration=statistics is None,
         feasible_last_k={},
         exports=["dense", *([] if recipe.target is None else [recipe.target])],
-        peak_memory_bytes=_peak_memory(structure, recipe, budget.element, _vocabulary(model)),
+        peak_memory_bytes=_peak_memory(
+            structure, recipe, budget.element, _vocabulary(model), sampled
+        ),
         seconds=_seconds(structure, recipe),
     )
 
@@ -222,38 +232,44 @@ def _vocabulary(model: Any) -> int:
     return int(model.get_input_embeddings().num_embeddings)
 
 
-def _peak_memory(structure: Structure, recipe: Recipe, element: int, vocabulary: int) -> int:
-    """Estimate bytes: weights, the moments and activations held at once, and decompositions."""
+def _peak_memory(
+    structure: Structure, recipe: Recipe, element: int, vocabulary: int, sampled: bool
+) -> int:
+    """Estimate bytes: the largest of what the phases hold.
+
+    Weights are read block by block; all are in memory only while the model samples text, and those
+    that are trained.
+    """
     layers, tokens = structure.layers, recipe.samples * recipe.window
+    around = structure.model_parameters - structure.block_parameters
+    read = element * max(structure.block_parameters // structure.blocks, around)
     groups = {layer.group: layer.in_features for layer in layers}
     moments = 4 * max(
         sum(groups[g] ** 2 for g in {layer.group for layer in structure.in_block(block)})
         for block in range(structure.blocks)
     )
-    hidden = layers[0].in_features
-    boundary = 2 * tokens * hidden * element
+    boundary = 2 * tokens * layers[0].in_features * element
     features = sum(layer.in_features + layer.out_features for layer in layers)
-    backward, method = 0, resolve(recipe.method, recipe.method_options)
-    if recipe.quantised or method.needs_gradients(recipe):
-        backward = recipe.window * (4 * vocabulary * 4 + features * element)
-        if method.needs_outputs and not recipe.quantised:
-            backward += 4 * sum(min(x.in_features, x.out_features) ** 2 for x in layers)
-    kept = sum(8 * (x.parameters + min(x.in_features, x.out_features) ** 2) for x in layers)
-    decompositions = min(CACHE_BYTES, kept if recipe.allocation != "uniform" else 0)
-    factors = 4 * structure.linear_parameters
-    if recipe.quantised:  # no factors, but dense copies of the rounded weights
-        decompositions, factors = 0, element * structure.model_parameters
-    weights = element * structure.model_parameters
-    training = 0.0
-    if recipe.correction_tokens:  # float32: values, gradients, two moments, start and best
-        trained = 0.0 if recipe.quantised else recipe.fraction
-        training = 6 * 4 * trained * structure.linear_parameters
-        training += factors if recipe.quantised else 0
-        training += 4 * 4 * vocabulary * PART_TOKENS
+    largest = [read + moments + boundary]
+    if sampled:
+        largest.append(element * structure.model_parameters + SAMPLING_BYTES)
+    if recipe.quantised or resolve(recipe.method, recipe.method_options).needs_gradients(recipe):
+        logits = 4 * 4 * min(LOGITS, recipe.window * vocabulary)
+        largest.append(read + HELD_BYTES + logits + 2 * moments)
+    if recipe.quantised:  # two float64 and two float32 matrices of a moment's size
+        widest = max(layer.parameters for layer in layers)
+        largest.append(moments + 24 * max(groups.values()) ** 2 + 3 * 4 * widest)
+        trained = structure.model_parameters + 4 * 6 * structure.model_parameters // LEAST_GROUP
+    else:  # float32: values, gradients, two moments, start and best
+        kept = sum(8 * (x.parameters + min(x.in_features, x.out_features) ** 2) for x in layers)
+        decompositions = min(CACHE_BYTES, kept if recipe.allocation != "uniform" else 0)
+        largest.append(read + decompositions + 4 * structure.linear_parameters)
+        trained = int(6 * 4 * recipe.fraction * structure.linear_parameters) + element * around
+    if recipe.correction_tokens:
         step = max(recipe.window, min(recipe.step_tokens, PART_TOKENS))
-        training += 4 * step * features / (structure.blocks if recipe.gradient_checkpointing else 1)
-    largest = max(moments + boundary, backward, decompositions + factors, training)
-    return int(LIBRARY_BYTES + weights + largest)
+        active = 4 * step * features // (structure.blocks if recipe.gradient_checkpointing else 1)
+        largest.append(trained + 4 * 4 * vocabulary * min(step, PART_TOKENS) + active)
+    return LIBRARY_BYTES + max(largest)
 
 
 def _seconds(structure: Structure, recipe: Recipe) -> float:

@@ -9,19 +9,9 @@ import torch
 from torch import Tensor, nn
 
 Read = Callable[[], Tensor]  # returns values, on the CPU
-
-
-METADATA = {
-    "__get__",
-    "__set__",
-    "detach",
-    "numel",
-    "dim",
-    "size",
-    "element_size",
-    "untyped_storage",
-}
-METADATA |= {"is_floating_point", "requires_grad_", "__hash__", "is_complex", "storage_offset"}
+METADATA = {"__get__", "__set__", "__hash__", "detach", "requires_grad_", "untyped_storage"}
+METADATA |= {"dim", "element_size", "is_complex", "is_floating_point", "numel", "size"}
+METADATA |= {"storage_offset"}  # what may be asked of a tensor without its numbers
 
 
 class Absent(nn.Parameter):

@@ -20,6 +20,7 @@ from calr.model.files import InFile, in_gguf, in_safetensors
 from calr.model.structure import find_blocks
 
 SAFETENSORS = "model.safetensors"
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # several devices' own
 MOVED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # once stored, now computed
 
 
@@ -35,7 +36,7 @@ def lazy_model(
     """
     if dtype == "auto":
         dtype = getattr(config, "dtype", None)
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, torch.dtype) or device in DEVICE_MAPS:
         return None
     model = _empty(config, dtype, trust)
     if getattr(model, "_keep_in_fp32_modules", None) or not _quantisation_is_ours(config):

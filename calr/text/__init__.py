@@ -1,16 +1,18 @@
 """Text for calibration, training and evaluation: from a source to windows of token ids."""
 
-from calr.text.sampling import hard_wrapped, sample_from
-from calr.text.sources import Source, content_of, describe, read_text
+from calr.text.sampling import CACHE_BYTES, hard_wrapped, sample_from
+from calr.text.sources import Source, content_of, describe, parts_of, read_text
 from calr.text.windows import calibration_windows, evaluation_windows, spread, spread_windows
 
 __all__ = [
+    "CACHE_BYTES",
     "Source",
     "calibration_windows",
     "content_of",
     "describe",
     "evaluation_windows",
     "hard_wrapped",
+    "parts_of",
     "read_text",
     "sample_from",
     "spread",

@@ -96,7 +96,7 @@ def test_plan_counts_activations_and_what_checkpointing_saves(source, capsys):
     def memory(*options):
         return json.loads(run(capsys, "plan", source, *options, "--json"))["peak_memory_bytes"]
 
-    forward_only = ["--method", "svd_llm", "--sensitivity", "none", "--samples", 1]
+    forward_only = ["--method", "svd_llm", "--sensitivity", "none", "--samples", 1, *BUILTIN]
     long = [*forward_only, "--window", 8192]
     checkpointed = memory(*long, "--gradient_checkpointing", "true")
     assert memory(*forward_only, "--window", 32) < checkpointed < memory(*long)
