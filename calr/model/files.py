@@ -63,10 +63,10 @@ def in_safetensors(file: Path) -> dict[str, InFile]:
     return found
 
 
-def in_gguf(file: Path) -> dict[str, InFile]:
-    """List the tensors of a GGUF file, which are dequantised to float32 as they are read."""
-    found = {}
-    for tensor in gguf.GGUFReader(file).tensors:
+def in_gguf(file: Path) -> tuple[str, dict[str, InFile]]:
+    """Return a GGUF file's architecture, and its tensors, in float32 when they are read."""
+    reader, found = gguf.GGUFReader(file), {}
+    for tensor in reader.tensors:
         shape = tuple(int(n) for n in reversed(tensor.shape))
         read = partial(
             _dequantised,
@@ -77,7 +77,7 @@ def in_gguf(file: Path) -> dict[str, InFile]:
             shape,
         )
         found[str(tensor.name)] = InFile(shape, read)
-    return found
+    return str(reader.fields["general.architecture"].contents()), found
 
 
 def _numbers(

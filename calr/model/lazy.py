@@ -21,6 +21,7 @@ from calr.model.structure import find_blocks
 
 SAFETENSORS = "model.safetensors"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # several devices' own
+GGUF_ARCHITECTURES = ("llama", "gemma3")  # compared with what transformers loads
 MOVED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # once stored, now computed
 
 
@@ -106,7 +107,7 @@ def _safetensors(model: PreTrainedModel, source: str) -> dict[str, InFile] | Non
 
 
 def _gguf(model: PreTrainedModel, file: Path) -> dict[str, InFile] | None:
-    """List the tensors of a GGUF file by the model's names; None for a family that packs them."""
+    """List the tensors of a GGUF file by the model's names; None for one that was not compared."""
     try:
         from transformers.modeling_gguf_pytorch_utils import (
             TENSOR_PROCESSORS,
@@ -116,8 +117,11 @@ def _gguf(model: PreTrainedModel, file: Path) -> dict[str, InFile] | None:
         )
     except ImportError:
         return None
+    architecture, tensors = in_gguf(file)
+    if architecture not in GGUF_ARCHITECTURES:
+        return None
     stated = load_gguf_checkpoint(str(file), return_tensors=False)["config"]
-    kind: Any = TENSOR_PROCESSORS.get(stated.get("model_type"), TensorProcessor)
+    kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     processor = kind(config=stated)
     names = get_gguf_hf_weights_map(model, processor)
 
@@ -126,7 +130,7 @@ def _gguf(model: PreTrainedModel, file: Path) -> dict[str, InFile] | None:
 
     return {
         names[name]: InFile(tensor.shape, partial(read, name, tensor))
-        for name, tensor in in_gguf(file).items()
+        for name, tensor in tensors.items()
         if name in names
     }
 
