@@ -300,6 +300,15 @@ def test_a_reader_that_stops_early_sees_no_traceback(source):
     assert "BrokenPipe" not in result.stderr
 
 
+@pytest.fixture
+def heeding_interrupts():
+    """As at a terminal: a shell starts what runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_that_became_another_error_is_still_one(number, monkeypatch, capsys):
     def run(_):
