@@ -1,12 +1,14 @@
 """Windows of token ids: sources, seeds, BOS, errors."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
 from calr.errors import CalrError
+from calr.model import load
 from calr.testing import byte_tokenizer, tiny_llama
 from calr.text import (
     calibration_windows,
@@ -14,6 +16,7 @@ from calr.text import (
     hard_wrapped,
     read_text,
     sample_from,
+    sampling,
 )
 from calr.text.sources import held_out_topics
 
@@ -205,3 +208,16 @@ def test_families_that_state_less_sample_text_too(family):
     config = getattr(transformers, family)(**options)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     assert sample_from(model, byte_tokenizer(), 3, 16, 0).shape == (3, 16)
+
+
+def test_a_model_that_does_not_fit_is_not_asked_to_write(source, monkeypatch):
+    monkeypatch.setattr(sampling.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    whole, tokenizer = load(str(source))
+    lazy, _ = load(str(source), lazily=True)
+    with pytest.raises(CalrError, match=r"calibration=sampled.*name a file of text, or builtin"):
+        sample_from(lazy, tokenizer, 2, 16, 0)
+    assert sample_from(whole, tokenizer, 2, 16, 0).shape == (2, 16)  # it is in memory already
+    monkeypatch.undo()
+    assert torch.equal(
+        sample_from(lazy, tokenizer, 2, 16, 0), sample_from(whole, tokenizer, 2, 16, 0)
+    )
