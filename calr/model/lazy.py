@@ -50,11 +50,11 @@ def lazy_model(
         with contextlib.suppress(OSError):
             model.generation_config = GenerationConfig.from_pretrained(source)
     model.eval()
-    read_in_parts(model)
+    _read_in_parts(model)
     return model, report
 
 
-def read_in_parts(model: nn.Module) -> None:
+def _read_in_parts(model: nn.Module) -> None:
     """Have each decoder block, and each module outside of them, read what it lacks when called."""
     blocks = list(find_blocks(model)[1])
     inside = {id(module) for block in blocks for module in block.modules()}
@@ -153,11 +153,8 @@ def _fill(
         _set(model, name, made[id(tensor)])
     for name, buffer in model.named_buffers():
         if name not in expected:
-            _set(
-                model,
-                name,
-                buffer.to(device) if buffer.numel() else buffer.new_empty(0, device=device),
-            )
+            there = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+            _set(model, name, there)  # on the meta device those of no numbers, of our own modules
     ours: Any = model
     report["missing_keys"] = _but(report["missing_keys"], ours._keys_to_ignore_on_load_missing)
     beside = files.keys() - expected.keys()

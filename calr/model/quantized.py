@@ -39,8 +39,7 @@ def _place(module: nn.Module, key: str, tensor: Tensor) -> None:
     there = module.get_parameter(key)
     if isinstance(tensor, Absent):
         inner, _, own = key.rpartition(".")
-        like = torch.empty(there.shape, dtype=there.dtype, device="meta")
-        module.get_submodule(inner)._parameters[own] = Absent.of(like, tensor.read, there.device)
+        module.get_submodule(inner)._parameters[own] = Absent.of(there, tensor.read, there.device)
     else:
         there.data = tensor.to(there.device, there.dtype)
 
