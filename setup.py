@@ -14,13 +14,7 @@ setup(
             sources=sorted(glob(f"{SOURCES}/*.cpp")),
             depends=sorted(glob(f"{SOURCES}/*.h") + glob(f"{SOURCES}/*.inl")),
             language="c++",
-            extra_compile_args=[
-                "-std=c++17",
-                "-O3",
-                "-fno-math-errno",
-                "-fno-trapping-math",
-                "-ffp-contract=off",
-            ],
+            extra_compile_args=FLAGS,
             optional=True,
         )
     ]

@@ -1,7 +1,9 @@
 """Fixtures and the --device option."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -43,34 +45,48 @@ def ids() -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
-def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_gguf() -> Callable[..., None]:
+    """Write a tiny model and the byte tokenizer in Q8_0, in one GGUF file, as llama.cpp would."""
+
+    def write(path: Path, model: Any, architecture: gguf.MODEL_ARCH, norms: int = 0) -> None:
+        """norms: what the file adds to the norms' weights."""
+        tokenizer, config = byte_tokenizer(), model.config
+        writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_vocab_size(config.vocab_size)
+        tokens = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list([*(token for token, _ in tokens), "ab", "abc"])
+        writer.add_token_merges(["a b", "ab c"])  # two: older transformers take one alone for text
+        names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+        for name, tensor in model.state_dict().items():
+            stem, _, kind = name.rpartition(".")
+            data = (tensor + norms if "norm" in stem else tensor).numpy()
+            called = f"{names.get_name(stem)}.{kind}"
+            if data.ndim == 2 and data.shape[1] % 32 == 0:
+                q8 = gguf.GGMLQuantizationType.Q8_0
+                writer.add_tensor(called, gguf.quants.quantize(data, q8), raw_dtype=q8)
+            else:
+                writer.add_tensor(called, data)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory, write_gguf: Callable[..., None]) -> Path:
     """A tiny Llama and its tokenizer in Q8_0, in one GGUF file."""
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    model, tokenizer = tiny_llama(vocab_size=260), byte_tokenizer()
-    config, writer = model.config, gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    tokens = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*(token for token, _ in tokens), "ab", "abc"])
-    writer.add_token_merges(["a b", "ab c"])  # two: older transformers take one alone for text
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        stem, _, kind = name.rpartition(".")
-        data, called = tensor.numpy(), f"{names.get_name(stem)}.{kind}"
-        if data.ndim == 2 and data.shape[1] % 32 == 0:
-            q8 = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(called, gguf.quants.quantize(data, q8), raw_dtype=q8)
-        else:
-            writer.add_tensor(called, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(path, tiny_llama(vocab_size=260), gguf.MODEL_ARCH.LLAMA)
     return path

@@ -67,51 +67,13 @@ def test_every_tensor_and_every_logit_is_the_same(kind, tied, tmp_path):
     assert lazy.generation_config.to_dict() == whole.generation_config.to_dict()
 
 
-def gemma(path):
-    """A tiny Gemma 3 in Q8_0, whose norms count from 1 in the file."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model("gemma3_text", **SMALL, rms_norm_eps=1e-6)
-    model, writer = AutoModelForCausalLM.from_config(config), gguf.GGUFWriter(path, "gemma3")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(1e6)
-    writer.add_sliding_window(32)
-    writer.add_vocab_size(260)
-    tokens = sorted(byte_tokenizer().get_vocab().items(), key=lambda entry: entry[1])
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([*(token for token, _ in tokens), "ab", "abc"])
-    writer.add_token_scores([0.0] * 260)
-    writer.add_token_types([1] * 260)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        stem, _, kind = name.rpartition(".")
-        if stem == "lm_head":
-            continue
-        data = (tensor + 1 if "norm" in stem else tensor).numpy()
-        called = f"{names.get_name(stem)}.{kind}"
-        if data.ndim == 2 and data.shape[1] % 32 == 0:
-            q8 = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(called, gguf.quants.quantize(data, q8), raw_dtype=q8)
-        else:
-            writer.add_tensor(called, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_gguf_file_is_dequantised_as_it_is_read(family, gguf_file, tmp_path):
-    if family == "gemma3":
-        gguf_file = gemma(tmp_path / "gemma.gguf")
+def test_a_gguf_file_is_dequantised_as_it_is_read(family, gguf_file, write_gguf, tmp_path):
+    if family == "gemma3":  # its norms count from 1 in the file
+        config = transformers.AutoConfig.for_model("gemma3_text", **SMALL)
+        gguf_file = tmp_path / "gemma.gguf"
+        model = AutoModelForCausalLM.from_config(config)
+        write_gguf(gguf_file, model, gguf.MODEL_ARCH.GEMMA3, norms=1)
     whole, lazy = (load(str(gguf_file), lazily=lazily)[0] for lazily in (False, True))
     assert absent(lazy)
     found, wanted = lazy.state_dict(keep_vars=True), whole.state_dict()
@@ -198,3 +160,14 @@ def test_a_truncated_file_is_named(keep, source, tmp_path):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CalrError, match=r"model\.safetensors: damaged or truncated"):
         load(str(tmp_path), lazily=True)
+
+
+def test_a_file_that_is_damaged_later_is_named_when_it_is_read(source, gguf_file, tmp_path):
+    for file in [*source.iterdir(), gguf_file]:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for path in (tmp_path / "model.safetensors", tmp_path / "tiny.gguf"):
+        where = tmp_path if path.suffix == ".safetensors" else path
+        model, _ = load(str(where), lazily=True)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(CalrError, match=f"{path.name}: damaged or truncated"):
+            fingerprint(model)
