@@ -68,11 +68,16 @@ def _forward(x: Tensor, weight: Tensor, form: Form, bias: Tensor | None) -> Tens
     return linear(x.to(dtype), numbers, None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
-def dequantize(weight: Tensor, form: Form, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return the weights [N, columns] of records: level · scale in float32, rounded to a dtype."""
+def dequantize(
+    weight: Tensor, form: Form, columns: int, dtype: torch.dtype, scales: Tensor | None = None
+) -> Tensor:
+    """Return the weights [N, columns] of records: level · scale in float32, rounded to a dtype.
+
+    scales [N, groups]: in place of the records' own.
+    """
     if eligible.native_records(weight, dtype):
-        return native.dequantize(weight, form, columns, dtype)
-    return records.dequantize(weight, form, columns, dtype)
+        return native.dequantize(weight, form, columns, dtype, scales)
+    return records.dequantize(weight, form, columns, dtype, scales)
 
 
 def _fake(

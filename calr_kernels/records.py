@@ -50,20 +50,37 @@ def storable(scales: Tensor, form: Form) -> Tensor:
 
 def unpack(records: Tensor, form: Form, columns: int) -> tuple[Tensor, Tensor]:
     """Return codes [N, columns] uint8 and scales [N, groups] float16 of records."""
-    scales = records[..., :SCALE_BYTES].contiguous().view(torch.float16)[..., 0]
-    return _codes(records, form).flatten(1)[:, :columns], scales
+    return _codes(records, form).flatten(1)[:, :columns], scales_of(records)
 
 
-def dequantize(records: Tensor, form: Form, columns: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    records: Tensor, form: Form, columns: int, dtype: torch.dtype, scales: Tensor | None = None
+) -> Tensor:
     """Return the weights [N, columns]: level · scale in float32, rounded once to a dtype.
 
-    For float64 they are the float32 ones.
+    For float64 they are the float32 ones. scales [N, groups]: in place of the records' own.
     """
-    values = torch.tensor(form.values, dtype=torch.float32, device=records.device)
-    levels = values[_codes(records, form).int()]  # [N, groups, group]
-    scales = records[..., :SCALE_BYTES].contiguous().view(torch.float16)
-    weights = (levels * scales.float()).flatten(1)
+    scales = scales_of(records) if scales is None else scales
+    weights = (_levels(records, form) * scales.float()[..., None]).flatten(1)
     return weights[:, :columns].to(dtype)
+
+
+def scale_gradients(records: Tensor, gradients: Tensor, form: Form) -> Tensor:
+    """Return a loss's gradient at scales [N, groups], float32, from that at weights [N, K]."""
+    padding = records.shape[1] * form.scale_group - gradients.shape[1]
+    padded = torch.nn.functional.pad(gradients.float(), (0, padding))
+    return (padded.view(*records.shape[:2], form.scale_group) * _levels(records, form)).sum(-1)
+
+
+def scales_of(records: Tensor) -> Tensor:
+    """Return the scales [N, groups] float16 of records."""
+    return records[..., :SCALE_BYTES].contiguous().view(torch.float16)[..., 0]
+
+
+def rescaled(records: Tensor, scales: Tensor) -> Tensor:
+    """Return records with other scales [N, groups] float16."""
+    bytes_of = scales.contiguous()[..., None].view(torch.uint8)
+    return torch.cat([bytes_of, records[..., SCALE_BYTES:]], -1)
 
 
 def check(records: Tensor, form: Form, rows: int, columns: int) -> None:
@@ -77,7 +94,7 @@ def check(records: Tensor, form: Form, rows: int, columns: int) -> None:
         raise ValueError(
             f"{list(records.shape)} {records.dtype}: must be {list(wanted)} torch.uint8"
         )
-    scales = records[..., :SCALE_BYTES].contiguous().view(torch.float16)
+    scales = scales_of(records)
     if not bool(torch.isfinite(scales).all()):
         raise ValueError("a scale is NaN or infinity")
     if bool((storable(scales, form) != scales).any()):
@@ -113,6 +130,12 @@ def level_cells(form: Form, device: torch.device) -> Tensor:
 def _zero(form: Form) -> int:
     """Return the code of the level nearest to 0."""
     return min(range(len(form.values)), key=lambda code: abs(form.values[code]))
+
+
+def _levels(records: Tensor, form: Form) -> Tensor:
+    """Return levels [N, groups, scale_group] float32, padding included."""
+    values = torch.tensor(form.values, dtype=torch.float32, device=records.device)
+    return values[_codes(records, form).int()]
 
 
 def _codes(records: Tensor, form: Form) -> Tensor:

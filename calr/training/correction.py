@@ -101,7 +101,7 @@ def corrected_students(
     norms = norm_parameters(model)
     own = [p for p in _own_parameters(students) if p.numel()]
     before = [(p, p.data) for p in norms]
-    rates = [1.0] * len(norms) + [float(p.detach().square().mean().sqrt()) for p in own]
+    rates = [1.0] * len(norms) + [float(p.detach().float().square().mean().sqrt()) for p in own]
     blocks = list(find_blocks(model)[1]) if recipe.gradient_checkpointing else []
     try:
         with Swapped(model, students), resident(model), checkpointed(blocks):

@@ -4,41 +4,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from calr_kernels import Form, records
-
-ROWS = 4096  # of a matrix that are converted at once
+from calr_kernels import Form, records, scaled
 
 
 class Primary(nn.Module):
-    """A matrix [N, K] of frozen levels, int8, and trained scales [N, groups], float32.
+    """A matrix [N, K] of frozen integers, in records, and trained scales [N, groups], float16.
 
-    stored: its records. A scale that is 0 stays 0.
+    The scales may be of a wider type while they are trained; what they are rounded to is computed
+    with. One that is 0 stays 0, and none changes its sign.
     """
 
     def __init__(self, stored: Tensor, form: Form, columns: int) -> None:
         super().__init__()
-        self.form, self.columns = form, columns
-        codes, self.before = records.unpack(stored, form, columns)
-        self.values = torch.tensor(form.values, dtype=torch.int8, device=stored.device)
-        self.levels = torch.cat([self.values[part.int()] for part in codes.split(ROWS)])
-        self.scales = nn.Parameter(self.before.float())
-
-    def forward(self, rows: Tensor | None = None) -> Tensor:
-        """Return the weights [N, K], float32, or those of some rows."""
-        levels, scales = self.levels, self.scales * (self.before != 0)
-        if rows is not None:
-            levels, scales = levels[rows], scales[rows]
-        return levels * scales.repeat_interleave(self.form.scale_group, 1)[:, : self.columns]
+        self.form, self.columns, self.stored = form, columns, stored
+        self.scales = nn.Parameter(records.scales_of(stored).clone())
 
     @torch.no_grad()
     def records(self) -> Tensor:
-        """Return the records of the scales as they are now; none changes its sign or becomes 0."""
-        now = records.storable(self.scales, self.form)
-        good = torch.isfinite(now) & (now * self.before > 0)
-        values = self.values.int()
-        codes = [torch.bucketize(part.int(), values) for part in self.levels.split(ROWS)]
-        stored = torch.cat([part.to(torch.uint8) for part in codes])
-        return records.pack(stored, torch.where(good, now, self.before), self.form)
+        """Return the records of the scales as they are now."""
+        now = scaled.stored_scales(self.stored, self.scales, self.form)
+        return records.rescaled(self.stored, now)
 
 
 class StudentLinear(nn.Module):
@@ -61,7 +46,8 @@ class StudentLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer."""
-        y = linear(input, self.primary().to(input.dtype), self.bias)
+        own = self.primary
+        y = scaled.scaled_linear(input, own.stored, own.scales, own.form, self.bias)
         if self.down is None or self.up is None:
             return y
         t = linear(input, self.down.to(input.dtype))
@@ -77,7 +63,9 @@ class StudentEmbedding(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Look ids up."""
-        found = self.primary(input.reshape(-1)).to(self.dtype)
+        own, ids = self.primary, input.reshape(-1)
+        found = scaled.scaled_rows(ids, own.stored, own.scales, own.form, own.columns)
+        found = found.to(self.dtype)
         if self.scale != 1:
             found = found * torch.tensor(self.scale, dtype=self.dtype, device=found.device)
         rows: Tensor = found.view(*input.shape, -1)

@@ -138,9 +138,15 @@ void calr_quantized_linear(const void* x, const uint8_t* records, const int8_t* 
 void calr_pack(const uint8_t* records, uint8_t* panels, int64_t n, int64_t k, int64_t group, int32_t bits,
                int32_t threads);
 
-// y [n, K] = the numbers of records [n, groups]: level * scale in float32, rounded to y's type.
-void calr_dequantize(const uint8_t* records, const int8_t* table, void* y, int64_t n, int64_t k,
-                     int64_t group, int32_t bits, int32_t type, int32_t threads);
+// y [n, K] = the numbers of records [n, groups]: level * scale in float32, rounded to y's type. scales
+// [n, groups] in place of the records' own, or null.
+void calr_dequantize(const uint8_t* records, const float* scales, const int8_t* table, void* y, int64_t n,
+                     int64_t k, int64_t group, int32_t bits, int32_t type, int32_t threads);
+
+// sums [n, groups]: the levels of records [n, groups] times gradients [n, K], summed by scale groups: what
+// a loss's gradient at the numbers is at their scales.
+void calr_scale_gradients(const uint8_t* records, const int8_t* table, const void* gradients, float* sums,
+                          int64_t n, int64_t k, int64_t group, int32_t bits, int32_t type, int32_t threads);
 
 // scales [n, groups] of weights [n, K], numbers of float16 (where `coarse`, of bfloat16, too): for each
 // group of weights along a row, at most 512, the scale under which they err least, weighed by importance

@@ -172,19 +172,40 @@ void quantized_dots(const uint8_t* records, const int8_t* table, const float* x,
   }
 }
 
-// y [k]: one row of records as numbers: level * scale in float32, rounded to Y.
+// y [k]: one row of records as numbers: level * scale in float32, rounded to Y. scales: of its groups,
+// null for the records' own.
 template <int BITS, typename Y>
-void dequantized_row(const uint8_t* row, const int8_t* table, Y* y, int64_t k, int64_t group,
-                     uint8_t* codes) {
+void dequantized_row(const uint8_t* row, const float* scales, const int8_t* table, Y* y, int64_t k,
+                     int64_t group, uint8_t* codes) {
   const int64_t record = kScaleBytes + group * BITS / 8;
   for (int64_t start = 0; start < k; start += group, row += record) {
     const int8_t* levels = unpack<BITS>(row, table, codes, group);
-    const float scale = scale_of(row);
+    const float scale = scales ? scales[start / group] : scale_of(row);
     const int64_t count = k - start < group ? k - start : group;
     int64_t i = 0;
     for (; i + CALR_LANES <= count; i += CALR_LANES) {
       store(multiply(load(levels + i), spread(scale)), y + start + i);
     }
     for (; i < count; ++i) narrow(static_cast<float>(levels[i]) * scale, y + start + i);
+  }
+}
+
+// found [groups]: the levels of one row of records times values [k], summed by groups.
+template <int BITS, typename X>
+void level_sums(const uint8_t* row, const int8_t* table, const X* values, float* found, int64_t k,
+                int64_t group, uint8_t* codes) {
+  const int64_t record = kScaleBytes + group * BITS / 8;
+  for (int64_t start = 0; start < k; start += group, row += record) {
+    const int8_t* levels = unpack<BITS>(row, table, codes, group);
+    const int64_t count = k - start < group ? k - start : group;
+    Vector sum = zero();
+    int64_t i = 0;
+    for (; i + CALR_LANES <= count; i += CALR_LANES) {
+      sum = multiply_add(load(levels + i), load(values + start + i), sum);
+    }
+    float total;
+    sums<1>(&sum, &total);
+    for (; i < count; ++i) total += static_cast<float>(levels[i]) * widen(values[start + i]);
+    found[start / group] = total;
   }
 }

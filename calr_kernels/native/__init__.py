@@ -10,7 +10,7 @@ from calr_kernels.native.decoder import BlockParts, Blocks, attend, rms_norm, ro
 from calr_kernels.native.linears import Bound, interleave, lowrank_linear
 from calr_kernels.native.loader import ISAS, TYPES, library
 from calr_kernels.native.panels import pack, packed_bytes, packs
-from calr_kernels.native.quantized import dequantize, quantized_linear
+from calr_kernels.native.quantized import dequantize, quantized_linear, scale_gradients
 
 __all__ = [
     "ISAS",

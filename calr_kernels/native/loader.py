@@ -41,7 +41,8 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # what they return and take
     "calr_rotate": (None, [_POINTER] * 3 + [_SIZE] * 4 + [_CODE]),
     "calr_quantized_linear": (None, [_POINTER] * 5 + [_SIZE] * 4 + [_CODE] * 3),
     "calr_pack": (None, [_POINTER] * 2 + [_SIZE] * 3 + [_CODE] * 2),
-    "calr_dequantize": (None, [_POINTER] * 3 + [_SIZE] * 3 + [_CODE] * 3),
+    "calr_dequantize": (None, [_POINTER] * 4 + [_SIZE] * 3 + [_CODE] * 3),
+    "calr_scale_gradients": (None, [_POINTER] * 4 + [_SIZE] * 3 + [_CODE] * 3),
     "calr_search": (
         None,
         [*[_POINTER] * 3, _FLOAT, _POINTER, _SIZE, _POINTER, *[_SIZE] * 3, *[_CODE] * 3],

@@ -35,11 +35,15 @@ def quantized_linear(x: Tensor, weight: Tensor, form: Form, bias: Tensor | None)
     return y
 
 
-def dequantize(records: Tensor, form: Form, columns: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    records: Tensor, form: Form, columns: int, dtype: torch.dtype, scales: Tensor | None
+) -> Tensor:
     """Compute `calr_kernels.records.dequantize` of eligible records: the same bits."""
     y = torch.empty(records.shape[0], columns, dtype=dtype)
+    scales = None if scales is None else scales.float().contiguous()
     required().calr_dequantize(
         records.data_ptr(),
+        pointer(scales),
         table(form).data_ptr(),
         y.data_ptr(),
         records.shape[0],
@@ -50,6 +54,24 @@ def dequantize(records: Tensor, form: Form, columns: int, dtype: torch.dtype) ->
         torch.get_num_threads(),
     )
     return y
+
+
+def scale_gradients(records: Tensor, gradients: Tensor, form: Form) -> Tensor:
+    """Compute `calr_kernels.records.scale_gradients` of eligible records."""
+    gradients = gradients.contiguous()
+    sums = torch.empty(records.shape[:2])
+    required().calr_scale_gradients(
+        records.data_ptr(),
+        table(form).data_ptr(),
+        gradients.data_ptr(),
+        sums.data_ptr(),
+        *gradients.shape,
+        form.scale_group,
+        form.bits,
+        TYPES[gradients.dtype],
+        torch.get_num_threads(),
+    )
+    return sums
 
 
 @cache

@@ -261,7 +261,10 @@ void quantized(int32_t type, int64_t m, int64_t k, int64_t n, int64_t group, int
   Array x(type, m * k), bias(type, n), y(type, m * n), numbers(type, n * k);
   calr_quantized_linear(x.data(), records.data(), table.data(), bias.data(), y.data(), m, k, n, group,
                         bits, type, 3);
-  calr_dequantize(records.data(), table.data(), numbers.data(), n, k, group, bits, type, 3);
+  std::vector<float> scales(n * groups, 0.5f);
+  calr_dequantize(records.data(), scales.data(), table.data(), numbers.data(), n, k, group, bits, type, 3);
+  calr_scale_gradients(records.data(), table.data(), numbers.data(), scales.data(), n, k, group, bits, type, 3);
+  calr_dequantize(records.data(), nullptr, table.data(), numbers.data(), n, k, group, bits, type, 3);
   const std::vector<uint8_t> panels = Panels::packed(records, n, k, group, bits);
   Array other(type, m * n);
   calr_layer layer{};

@@ -177,7 +177,7 @@ def test_the_native_kernel_reads_the_same_numbers(form, columns, isa):
     try:
         packed = matrix(form, 37, columns)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            found = native.dequantize(packed, form, columns, dtype)
+            found = native.dequantize(packed, form, columns, dtype, None)
             assert torch.equal(found, records.dequantize(packed, form, columns, dtype))
         for rows in (1, 3, 4, 7):
             x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
