@@ -16,6 +16,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import gguf
 import torch
@@ -128,13 +129,15 @@ def write_gguf(directory: Path, blocks: int, kind: str) -> None:
     writer.close()
 
 
-def compressed(model: Path, output: Path, options: list[str], log: Path) -> dict[str, float]:
+def compressed(model: Path, output: Path, options: list[str], log: Path) -> dict[str, Any]:
     """Compress a model in a process of its own; return what that took."""
     command = [sys.executable, "-m", "calr", "compress", str(model), str(output)]
     command += [*shlex.split(COMPRESS), *options, "--overwrite", "--json"]
     started = time.monotonic()
-    with log.open("w") as out:
-        to = [(os.POSIX_SPAWN_DUP2, out.fileno(), stream) for stream in (1, 2)]
+    printed = log.with_suffix(".json")
+    with log.open("w") as errors, printed.open("w") as out:
+        files = ((1, out), (2, errors))
+        to = [(os.POSIX_SPAWN_DUP2, file.fileno(), stream) for stream, file in files]
         pid = os.posix_spawn(command[0], command, os.environ, file_actions=to)
         _, status, usage = os.wait4(pid, 0)
     if status:
@@ -144,6 +147,7 @@ def compressed(model: Path, output: Path, options: list[str], log: Path) -> dict
         "seconds": round(time.monotonic() - started, 1),
         "peak_bytes": usage.ru_maxrss * 1024,
         "bytes": size,
+        "phases": json.loads(printed.read_text())["phases"],
     }
 
 

@@ -184,6 +184,14 @@ def _recipe(parser: ArgumentParser) -> None:
         help="Windows of held-out built-in text to measure perplexity on, for the card; 0: none.",
     )
 
+    parser.add_argument(
+        "--max_memory",
+        type=str | None,
+        default=None,
+        help="What the process may take, such as 8GB, by the estimates of `calr plan`: text is "
+        "sampled in smaller batches, activations of the training are computed twice.",
+    )
+
 
 def _plan(parser: ArgumentParser) -> None:
     _model(parser)

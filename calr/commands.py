@@ -52,6 +52,7 @@ def plan(arguments: Namespace) -> None:
         dtype=arguments.dtype,
         calibration=arguments.calibration,
         trust_remote_code=arguments.trust_remote_code,
+        max_memory=arguments.max_memory,
     )
     if arguments.json:
         tables.print_json(result.to_dict())
@@ -74,10 +75,9 @@ def plan(arguments: Namespace) -> None:
             "compressible share of the decoder blocks": f"{result.coverage:.2%}",
             "bytes": f"{tables.gigabytes(totals['source_bytes'])} -> "
             f"{tables.gigabytes(totals['tensor_bytes'])}",
-            "peak memory (estimate)": tables.gigabytes(result.peak_memory_bytes),
-            "time (estimate, this machine's CPU)": f"{result.seconds:.0f} s",
         }
     )
+    _print_taken(result)
 
 
 def _print_quantised_plan(result: planning.Plan) -> None:
@@ -95,7 +95,21 @@ def _print_quantised_plan(result: planning.Plan) -> None:
             "share of the model that can be quantised": f"{result.coverage:.2%}",
             "can be exported to": ", ".join(result.exports)
             + (" (others: name a --target)" if len(result.exports) == 1 else ""),
+        }
+    )
+    _print_taken(result)
+
+
+def _print_taken(result: planning.Plan) -> None:
+    expected = {
+        name: {"expected_seconds": phase.seconds, "expected_bytes": phase.peak_bytes}
+        for name, phase in result.phases.items()
+    }
+    tables.print_phases(expected)
+    tables.print_facts(
+        {
             "peak memory (estimate)": tables.gigabytes(result.peak_memory_bytes),
+            "disk (estimate)": tables.gigabytes(result.disk_bytes),
             "time (estimate, this machine's CPU)": f"{result.seconds:.0f} s",
         }
     )
@@ -103,12 +117,12 @@ def _print_quantised_plan(result: planning.Plan) -> None:
 
 def compress(arguments: Namespace) -> None:
     """Compress a model into a directory and print what it became."""
-    names = ("calibration", "statistics", "elastic", "overwrite", "eval_windows", *LOADING)
+    names = ("calibration", "statistics", "elastic", "overwrite", "eval_windows", "max_memory")
     results = compress_to(
         arguments.model,
         arguments.directory,
         _recipe(arguments),
-        **{name: arguments[name] for name in names},
+        **{name: arguments[name] for name in (*names, *LOADING)},
     )
     following = f"calr generate {arguments.directory} --prompt 'Once upon a time'"
     if arguments.elastic:
@@ -321,7 +335,10 @@ def _print_written(arguments: Namespace, results: dict[str, Any], following: str
     if arguments.json:
         tables.print_json(results)
         return
-    tables.print_facts({k: v for k, v in results.items() if k not in ("directory", "bytes")})
+    if "phases" in results:
+        tables.print_phases(results["phases"])
+    apart = ("directory", "bytes", "phases")
+    tables.print_facts({k: v for k, v in results.items() if k not in apart})
     megabytes = f"{results['bytes'] / 1e6:.1f} MB"
     where = tables.plain(results["directory"])
     print(f"written to {where} ({megabytes} of weights); next: {tables.plain(following)}")

@@ -34,11 +34,12 @@ def quantised(
     ids: Tensor,
     statistics: Statistics,
     parts: Store,
+    checkpointed: bool = False,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Choose forms, round, train norms, scales and corrective paths, replace the matrices.
 
-    ids [S, T]: text of the training; parts: where what is finished is kept. Returns how each module
-    is stored, and what the training did.
+    ids [S, T]: text of the training; parts: where what is finished is kept; checkpointed: see
+    `corrected`. Returns how each module is stored, and what the training did.
     """
     found: dict[str, Any] = {}
     quantiser = Quantiser(model, budget, statistics, parts.within("rounded"), absent(model))
@@ -47,7 +48,8 @@ def quantised(
     made = quantiser.rounded(chosen)
     if recipe.correction_tokens and made:
         placed = students(model, chosen, made)
-        done = corrected_students(model, placed, ids, recipe, statistics.store, parts)
+        recorded = statistics.store
+        done = corrected_students(model, placed, ids, recipe, recorded, parts, checkpointed)
         found["correction"] = dataclasses.asdict(done)
         kept = parts.within("trained")
         for matrix in made:

@@ -87,8 +87,6 @@ class Recipe:
         cross_entropy: Weight, in [0, 1], of the text's own next tokens beside the dense model's
             outputs in that training. Of use with text that people wrote: text that the model
             sampled holds nothing that its outputs do not.
-        gradient_checkpointing: Train in less memory and a third more time: activations are computed
-            again for the backward pass.
         seed: Seed of sampling and of the order of training.
     """
 
@@ -117,7 +115,6 @@ class Recipe:
     learning_rate: float | None = None
     step_tokens: int = 512
     cross_entropy: float = 0.0
-    gradient_checkpointing: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

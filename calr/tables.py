@@ -45,6 +45,17 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:.3f} GB"
 
 
+def print_phases(phases: dict[str, dict[str, float]]) -> None:
+    """Print what phases took or are expected to take: seconds and peak memory."""
+    table = Table("phase", "time", "expected", "peak memory", "expected")
+    for name, phase in phases.items():
+        seconds = (phase.get(key) for key in ("seconds", "expected_seconds"))
+        sizes = (phase.get(key) for key in ("peak_bytes", "expected_bytes"))
+        cells = [*("" if s is None else f"{s:.0f} s" for s in seconds)]
+        table.add_row(name, *cells, *("" if b is None else gigabytes(b) for b in sizes))
+    _console(110).print(table)
+
+
 def print_layers(layers: list[dict[str, Any]]) -> None:
     """Print what every layer is: rows of `ranks.report`."""
     table = Table("layer", "shape", "layout", "rank", "parameters", "input group")

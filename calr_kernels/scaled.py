@@ -20,7 +20,7 @@ PART = 1 << 23  # weights that are numbers at once
 def scaled_linear(
     x: Tensor, weight: Tensor, scales: Tensor, form: Form, bias: Tensor | None = None
 ) -> Tensor:
-    """Apply `y = ŵ x + bias`, ŵ the levels of records times scales, as `stored_scales` rounds these.
+    """Apply `y = ŵ x + bias`, ŵ the levels of records times scales as `stored_scales` rounds them.
 
     x [..., K], weight [N, groups, record] uint8 of a form, scales [N, groups], bias [N] -> y
     [..., N], in x's dtype or that of autocast. Gradients with respect to x, scales (as if they were
@@ -48,7 +48,7 @@ def stored_scales(weight: Tensor, scales: Tensor, form: Form) -> Tensor:
 
 
 def scale_gradients(weight: Tensor, gradients: Tensor, form: Form) -> Tensor:
-    """Return a loss's gradient at scales [N, groups] from that at weights [N, K]; 0 at a scale 0."""
+    """Return a loss's gradient at scales [N, groups], 0 where one is 0, from that at weights."""
     if eligible.native_records(weight, gradients.dtype):
         found = native.scale_gradients(weight, gradients, form)
     else:
@@ -90,7 +90,8 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, scale_gradients(*ctx.saved_tensors, grad, ctx.form), None, None
+        (weight,) = ctx.saved_tensors
+        return None, scale_gradients(weight, grad, ctx.form), None, None
 
 
 def _numbers(ctx: Any, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:

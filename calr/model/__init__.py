@@ -1,7 +1,7 @@
 """The model to compress: loading it, what it is made of, running it block by block, changing it."""
 
 from calr.model.absent import Absent, absent, present, read_when_called, resident
-from calr.model.blocks import BlockRunner, checkpointed
+from calr.model.blocks import BlockRunner, checkpointing
 from calr.model.loading import (
     GGUF_DTYPE,
     gguf_file,
@@ -44,7 +44,7 @@ __all__ = [
     "check_finite",
     "check_vocabulary",
     "check_window",
-    "checkpointed",
+    "checkpointing",
     "decoder",
     "digest",
     "evaluating",

@@ -102,7 +102,7 @@ class BlockRunner:
 
 
 @contextmanager
-def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
+def checkpointing(blocks: list[nn.Module]) -> Iterator[None]:
     """Keep only the blocks' inputs for the backward pass, which runs each block again.
 
     For a third more time, memory for activations falls to about one block's (Chen et al., arXiv

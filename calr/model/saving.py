@@ -11,9 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calr.model.absent import absent, present, resident
 from calr.model.quantized import tensor_bytes
-from calr.progress import progress
+from calr.progress import begin_phase, progress
 
 SHARD_BYTES = 1_000_000_000
+PHASE = "writing"
 INDEX = "model.safetensors.index.json"
 
 
@@ -21,6 +22,7 @@ def saver(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callabl
     """Return what saves a model and its tokenizer in a directory."""
 
     def save(directory: Path) -> None:
+        begin_phase(PHASE)
         if not absent(model) or tensor_bytes(model) <= SHARD_BYTES:
             with resident(model):
                 model.save_pretrained(directory)
@@ -40,7 +42,8 @@ def _save_in_shards(model: PreTrainedModel, directory: Path) -> None:
     tensors = {name: every[name] for name in every if first[id(every[name])] == name}
     sizes = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in tensors.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
-    for file, names in progress(split.filename_to_tensors.items(), desc="shards", unit="file"):
+    files = split.filename_to_tensors.items()
+    for file, names in progress(files, desc="shards", unit="file", phase=PHASE):
         shard = {name: present(tensors[name]).cpu().contiguous() for name in names}
         save_file(shard, directory / file, metadata={"format": "pt"})
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

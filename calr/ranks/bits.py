@@ -233,8 +233,10 @@ def even(budget: ByteBudget) -> Forms:
     return least_loss(budget, {m.name: [float(m.parameters)] * size for m in budget.matrices})
 
 
-def parse_size(size: str) -> int:
+def parse_size(size: str, name: str = "size") -> int:
     """Read "90MB" or "1.5GB" (powers of ten), or a plain number of bytes.
+
+    name: of the argument, for the CalrError that refuses another.
 
     >>> parse_size("90MB"), parse_size("1.5 GB")
     (90000000, 1500000000)
@@ -249,5 +251,5 @@ def parse_size(size: str) -> int:
     except ValueError:
         count = math.nan
     if not 0 < count < math.inf:
-        raise CalrError(f"size={size!r}: must be like 90MB or 1.5GB")
+        raise CalrError(f"{name}={size!r}: must be like 90MB or 1.5GB")
     return int(count)

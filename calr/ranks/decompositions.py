@@ -74,7 +74,8 @@ class Decompositions:
     def _curves(self) -> dict[str, Tensor]:
         """Return each layer's expected increase of the loss (or output error) at every rank."""
         curves, influence = {}, None
-        for layer in progress(self.structure.layers, desc="error curves", unit="layer"):
+        layers = self.structure.layers
+        for layer in progress(layers, desc="error curves", unit="layer", phase="factors"):
             result = self.of(layer)
             curve = result.errors
             if result.unit == "output" and self.recipe.sensitivity == "gradient":

@@ -17,6 +17,7 @@ from calr.storage import Store
 VOCABULARY = "vocabulary"  # the file of what is known of embeddings and lm_head
 HELD_BYTES = 256 << 20  # of the blocks' inputs, above which they are kept in files
 LOGITS = 1 << 24  # numbers of logits held at once
+PHASE = "gradients"
 
 
 def gradient_moments(
@@ -46,7 +47,7 @@ def gradient_moments(
     vocabulary: dict[str, Tensor] = {}
     with requiring(model, []), hooked(_watch_vocabulary(vocabulary, model)):
         gradients = _to_the_end(runner, kept, vocabulary, seed)
-        for block in progress(reversed(range(structure.blocks)), desc="gradients", unit="block"):
+        for block in progress(reversed(range(structure.blocks)), desc=PHASE, unit="block"):
             sums: dict[str, Tensor] = {}
             layers = structure.in_block(block)
             hooks = [
@@ -71,14 +72,14 @@ def _to_the_end(
     """Run all blocks, keeping their inputs; return the loss's gradients [1, T, H] behind the last,
     a window at a time, and add up what is known of the logits."""
     hidden = runner.hidden
-    for block in progress(range(len(runner.blocks)), desc="forward", unit="block"):
+    for block in progress(range(len(runner.blocks)), desc="forward", unit="block", phase=PHASE):
         kept.save(f"{block:04d}", {f"{i:04d}": x for i, x in enumerate(hidden)})
         hidden = runner.run(block, hidden)
     generator = torch.Generator().manual_seed(seed)
     with resident(*runner.around):
         return [
             _loss_gradient(runner, x, torch.rand(x.shape[1], 1, generator=generator), vocabulary)
-            for x in progress(hidden, desc="loss", unit="window")
+            for x in progress(hidden, desc="loss", unit="window", phase=PHASE)
         ]
 
 

@@ -1,12 +1,13 @@
 """Text for calibration, training and evaluation: from a source to windows of token ids."""
 
-from calr.text.sampling import CACHE_BYTES, hard_wrapped, sample_from
+from calr.text.sampling import CACHE_BYTES, cache_row, hard_wrapped, sample_from
 from calr.text.sources import Source, content_of, describe, parts_of, read_text
 from calr.text.windows import calibration_windows, evaluation_windows, spread, spread_windows
 
 __all__ = [
     "CACHE_BYTES",
     "Source",
+    "cache_row",
     "calibration_windows",
     "content_of",
     "describe",

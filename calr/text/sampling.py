@@ -21,12 +21,18 @@ LINES = (60, 80)  # shortest and longest lines, in characters, of hard-wrapped t
 
 
 def sample_from(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: int, window: int, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    window: int,
+    seed: int,
+    cache_bytes: int = CACHE_BYTES,
 ) -> Tensor:
     """Let the model write its own calibration text: [samples, window] ids, at temperature 1.
 
     Each window starts with BOS where the tokenizer adds it, then a token drawn uniformly
-    (as in LLM-QAT, arXiv 2305.17888).
+    (as in LLM-QAT, arXiv 2305.17888). cache_bytes: of keys and values, of at least one window; with
+    fewer the text may be another, since products of fewer rows round otherwise.
     """
     _require_memory(model)
     generator = torch.Generator().manual_seed(seed)
@@ -54,7 +60,7 @@ def sample_from(
                 pad_token_id=0,
             )
             for batch in progress(
-                start.split(_sampling_batch(model, samples, window)),
+                start.split(_sampling_batch(model, samples, window, cache_bytes)),
                 desc="sampling text",
                 unit="batch",
             ):
@@ -106,9 +112,16 @@ def _require_memory(model: PreTrainedModel) -> None:
         )
 
 
-def _sampling_batch(model: PreTrainedModel, samples: int, window: int) -> int:
+def _sampling_batch(model: PreTrainedModel, samples: int, window: int, cache_bytes: int) -> int:
     """Return how many of some windows to sample at once: batches of one size, of at most MOST, and
-    a key-value cache of at most 2 GiB."""
+    so many bytes of keys and values."""
+    row = max(1, cache_row(model, window, model.dtype.itemsize))
+    most = max(1, min(MOST, cache_bytes // row))
+    return math.ceil(samples / math.ceil(samples / most))
+
+
+def cache_row(model: PreTrainedModel, window: int, element: int) -> int:
+    """Return the bytes of keys and values of one window of tokens, of so many bytes a number."""
     config = model.config.get_text_config()
 
     def stated(name: str) -> int:  # 0: not every family states it, nor for all layers
@@ -122,6 +135,4 @@ def _sampling_batch(model: PreTrainedModel, samples: int, window: int) -> int:
     width, heads = int(embeddings.weight.shape[1]), stated("num_attention_heads") or 1
     row = (stated("num_key_value_heads") or heads) * (stated("head_dim") or width // heads)
     layers = stated("num_hidden_layers") or len(find_blocks(model)[1])
-    cache = 2 * layers * row * window * model.dtype.itemsize
-    most = max(1, min(MOST, CACHE_BYTES // max(1, cache)))
-    return math.ceil(samples / math.ceil(samples / most))
+    return 2 * layers * row * window * element

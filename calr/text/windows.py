@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from calr.errors import CalrError
-from calr.text.sampling import hard_wrapped, sample_from
+from calr.text.sampling import CACHE_BYTES, hard_wrapped, sample_from
 from calr.text.sources import Source, held_out_topics, name_of, parts_of, read_text
 from calr.text.tokens import adds_bos, cut, encode, tokenizer_of
 
@@ -27,14 +27,15 @@ def calibration_windows(
     samples: int,
     window: int,
     seed: int,
+    cache_bytes: int = CACHE_BYTES,
 ) -> Tensor:
     """Return [samples, window] int64 token ids, the same for the same arguments.
 
     source: a source string or path (see the module), a list of texts, or ids [S, T], which are used
-    as they are. None is "sampled". Windows are spread evenly over the text, each at a seeded offset
-    in its part, and shuffled, so that any few of them are of all sources; no padding; each starts
-    with BOS where the tokenizer adds it. Raises CalrError when there is no window's worth of text;
-    warns when there are fewer windows than samples.
+    as they are. None is "sampled"; cache_bytes: see `sample_from`. Windows are spread evenly over
+    the text, each at a seeded offset in its part, and shuffled, so that any few of them are of all
+    sources; no padding; each starts with BOS where the tokenizer adds it. Raises CalrError when
+    there is no window's worth of text; warns when there are fewer windows than samples.
     """
     if isinstance(source, Tensor):
         shaped = source.dim() == 2 and source.shape[0] >= 1 and source.shape[1] >= 2
@@ -52,7 +53,7 @@ def calibration_windows(
         if not count:
             continue
         if part == "sampled":
-            rows = sample_from(model, tokenizer, count, window, seed + i)
+            rows = sample_from(model, tokenizer, count, window, seed + i, cache_bytes)
             wrapped = count // 4
             windows.append(torch.cat([hard_wrapped(rows[:wrapped], tokenizer), rows[wrapped:]]))
         else:

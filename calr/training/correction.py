@@ -8,13 +8,14 @@ what truncation cannot see: the model's output distribution, by KL divergence fr
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from calr.errors import CalrError
-from calr.model import Swapped, checkpointed, find_blocks, pack, resident
+from calr.model import Swapped, checkpointing, find_blocks, pack, resident
 from calr.recipe import Recipe
 from calr.storage import Store
 from calr.training.loop import Trained, train
@@ -60,11 +61,13 @@ def corrected(
     recipe: Recipe,
     recorded: Store,
     work: Store,
+    checkpointed: bool = False,
 ) -> tuple[Trained, dict[str, LowRankLinear]]:
     """Train two-factor layers in their places in a dense model; return them packed.
 
     ids [S, T]: text to train and to measure on. recorded: where the dense model's outputs are kept,
-    work: where an interrupted training continues. The dense layers are back afterwards; the norms,
+    work: where an interrupted training continues. checkpointed: activations are computed again for
+    the backward pass, for a third more time. The dense layers are back afterwards; the norms,
     trained too, stay trained and, on any failure, are as before.
     """
     targets, held_out = (
@@ -73,7 +76,7 @@ def corrected(
     before = [(p, p.data) for p in norm_parameters(model)]
     try:
         with Swapped(model, layers), resident(model):
-            done = correct(model, layers, targets, held_out, recipe, work)
+            done = correct(model, layers, targets, held_out, recipe, work, checkpointed)
         return done, pack(model, layers, recipe.layout)
     except BaseException:
         for p, value in before:
@@ -88,12 +91,13 @@ def corrected_students(
     recipe: Recipe,
     recorded: Store,
     work: Store,
+    checkpointed: bool = False,
 ) -> Trained:
     """Train students in their places in a dense model: scales and factors, and the model's norms.
 
-    ids [S, T], recorded and work: as in `corrected`. The dense modules are back afterwards; the
-    norms stay trained and, on any failure, are as before. Scales and factors move in proportion to
-    their size.
+    ids [S, T], recorded, work and checkpointed: as in `corrected`. The dense modules are back
+    afterwards; the norms stay trained and, on any failure, are as before. Scales and factors move
+    in proportion to their size.
     """
     targets, held_out = (
         collect_targets(model, part, recorded) for part in windows_used(ids, recipe)
@@ -102,9 +106,8 @@ def corrected_students(
     own = [p for p in _own_parameters(students) if p.numel()]
     before = [(p, p.data) for p in norms]
     rates = [1.0] * len(norms) + [float(p.detach().float().square().mean().sqrt()) for p in own]
-    blocks = list(find_blocks(model)[1]) if recipe.gradient_checkpointing else []
     try:
-        with Swapped(model, students), resident(model), checkpointed(blocks):
+        with Swapped(model, students), resident(model), _activations(model, checkpointed):
             return _train(model, norms + own, targets, held_out, recipe, work, rates)
     except BaseException:
         for p, value in before:
@@ -130,13 +133,18 @@ def correct(
     held_out: Targets,
     recipe: Recipe,
     store: Store,
+    checkpointed: bool = False,
 ) -> Trained:
     """Train the two-factor layers of a compressed model, in place, and its norms; see `train`."""
-    blocks = list(find_blocks(model)[1]) if recipe.gradient_checkpointing else []
     parameters = [p for layer in layers.values() for p in layer.parameters()]
     parameters += norm_parameters(model)
-    with checkpointed(blocks):
+    with _activations(model, checkpointed):
         return _train(model, parameters, targets, held_out, recipe, store)
+
+
+def _activations(model: nn.Module, again: bool) -> AbstractContextManager[None]:
+    """Have activations kept for the backward pass, or computed again in it."""
+    return checkpointing(list(find_blocks(model)[1]) if again else [])
 
 
 def _train(

@@ -17,7 +17,7 @@ from calr.errors import CalrError
 from calr.model import requiring
 from calr.progress import progress
 from calr.storage import Store
-from calr.training.targets import PART_TOKENS, Targets, divergence
+from calr.training.targets import Targets, divergence, windows_at_once
 
 WARM_UP = 8  # steps, or a quarter of them
 CLIP = 1.0  # largest norm of a step's gradient
@@ -25,7 +25,7 @@ BETAS = (0.9, 0.95)
 FINAL = 0.1  # learning rate at the end over its peak
 MEASURE_TOKENS = 16_384  # between measurements on held-out windows, where the best is kept
 STEP_TOKENS = 512  # of one step, by default
-STATE = "training"
+STATE, BEST = "training", "best"
 OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 
 
@@ -58,7 +58,7 @@ def train(
     """Train parameters of a model, in place, to predict what the targets say; see `divergence`.
 
     Every window once, in an order drawn from seed; a step takes step_tokens, at least a window,
-    accumulated over PART_TOKENS at a time. AdamW with warm-up and cosine, on a float32 copy of the
+    accumulated over some windows at a time. AdamW with warm-up and cosine, on a float32 copy of the
     parameters, which is rounded at the end; nothing else moves. The state that did best on
     held_out is kept, so that the result is never worse there than the start. rates: what each
     parameter's learning rate is, over learning_rate; 1 by default. on_gradients(step,
@@ -115,6 +115,10 @@ class _Training:
     store: Store
     on_gradients: Callable[[int, int], None] | None
 
+    @property
+    def at_once(self) -> int:
+        return windows_at_once(self.model, self.targets.ids.shape[1])
+
     def run(self) -> Trained:
         """Train, continuing where an interrupted run stopped, and leave the best weights."""
         generator = torch.Generator().manual_seed(self.seed)
@@ -127,9 +131,10 @@ class _Training:
         ]
         optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
         every = max(1, MEASURE_TOKENS // batches[0].numel() // self.targets.ids.shape[1])
-        first, losses, best = self._resume(optimizer)
+        first, losses = self._resume(optimizer)
         if not losses:
-            losses, best = [self.measure()], [p.detach().clone() for p in self.parameters]
+            losses = [self.measure()]
+            self._keep()
         tokens = self.targets.ids.shape[1] * sum(map(len, batches[:first]))
         with progress(
             desc="correction",
@@ -145,11 +150,12 @@ class _Training:
                 if (step + 1) % every == 0 or step + 1 == len(batches):
                     losses.append(self.measure())
                     if losses[-1] <= min(losses) or self.on_gradients is not None:
-                        best = [p.detach().clone() for p in self.parameters]
-                    self._save(optimizer, step + 1, losses, best)
+                        self._keep()
+                    self._save(optimizer, step + 1, losses)
+        best = self.store.load(BEST)
         with torch.no_grad():
-            for p, value in zip(self.parameters, best, strict=True):
-                p.copy_(value)
+            for i, p in enumerate(self.parameters):
+                p.copy_(best[f"{i}"])
         last = losses[-1] if self.on_gradients is not None else min(losses)
         return Trained(self.targets.ids.numel(), losses[0], last)
 
@@ -160,7 +166,7 @@ class _Training:
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * self.learning_rate * _schedule(step, len(batches))
         batch, found = self.targets[batches[step]], 0.0
-        for part in batch.split(max(1, PART_TOKENS // batch.ids.shape[1])):
+        for part in batch.split(self.at_once):
             with torch.enable_grad():
                 loss = self._loss(part) * (len(part) / len(batch))
                 loss.backward()
@@ -176,8 +182,7 @@ class _Training:
     @torch.no_grad()
     def measure(self) -> float:
         """Return the mean loss on the held-out windows, nats per token."""
-        size = max(1, PART_TOKENS // self.held_out.ids.shape[1])
-        parts = self.held_out.split(size)
+        parts = self.held_out.split(self.at_once)
         total = sum(float(self._loss(part)) * len(part) for part in parts)
         return self._finite(total / len(self.held_out))
 
@@ -191,33 +196,34 @@ class _Training:
             f"correction: the loss is not finite; lower learning_rate (now {self.learning_rate})"
         )
 
-    def _save(
-        self, optimizer: torch.optim.Optimizer, step: int, losses: list[float], best: list[Tensor]
-    ) -> None:
+    def _keep(self) -> None:
+        """Keep the parameters as the best so far."""
+        in_memory = self.store.directory is None
+        values = (p.detach().clone() if in_memory else p.detach() for p in self.parameters)
+        self.store.save(BEST, {f"{i}": value for i, value in enumerate(values)})
+
+    def _save(self, optimizer: torch.optim.Optimizer, step: int, losses: list[float]) -> None:
         if self.store.directory is None:
             return
         tensors = {"losses": torch.tensor(losses, dtype=torch.float64), "step": torch.tensor(step)}
         for i, p in enumerate(self.parameters):
-            state = optimizer.state[p]
-            tensors |= {f"{i}.value": p.data, f"{i}.best": best[i]}
-            tensors |= {f"{i}.{name}": value for name, value in state.items()}
+            tensors[f"{i}.value"] = p.data
+            tensors |= {f"{i}.{name}": value for name, value in optimizer.state[p].items()}
         self.store.save(STATE, tensors)
 
-    def _resume(self, optimizer: torch.optim.Optimizer) -> tuple[int, list[float], list[Tensor]]:
-        """Return the next step, the losses so far and the best weights; nothing to start anew."""
-        if STATE not in self.store:
-            return 0, [], []
+    def _resume(self, optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
+        """Return the next step and the losses so far; nothing to start anew."""
+        if STATE not in self.store or BEST not in self.store:
+            return 0, []
         tensors = self.store.load(STATE)
-        best = []
         for i, p in enumerate(self.parameters):
             p.data.copy_(tensors[f"{i}.value"])
             optimizer.state[p] = {
-                name: tensors[f"{i}.{name}"].to(p.device)
+                name: tensors[f"{i}.{name}"].to(p.device, copy=True)
                 for name in OPTIMIZER_STATE
                 if f"{i}.{name}" in tensors  # a parameter without a gradient has none
             }
-            best.append(tensors[f"{i}.best"].to(p.device))
-        return int(tensors["step"]), tensors["losses"].tolist(), best
+        return int(tensors["step"]), tensors["losses"].tolist()
 
 
 def _schedule(step: int, steps: int) -> float:

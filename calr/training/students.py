@@ -60,6 +60,7 @@ class StudentEmbedding(nn.Module):
     def __init__(self, primary: Primary, scale: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.primary, self.scale, self.dtype = primary, scale, dtype
+        self.num_embeddings = len(primary.stored)
 
     def forward(self, input: Tensor) -> Tensor:
         """Look ids up."""

@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 
 from calr.model import BlockRunner, Structure, analyse, resident
 from calr.progress import progress
+from calr.statistics import LOGITS
 from calr.storage import Store
 from calr.training.precision import in_sixteen_bits, mixed
 
 TOP = 128  # next tokens kept per position, 768 bytes; the others count as one
 CHUNK = 16  # windows of one saved file
-PART_TOKENS = 1024  # tokens whose logits are held at once
+PART_TOKENS = 1024  # tokens that run together
 ROWS = 32  # of the logits that are worked on at once: they stay in the cache of a CPU
 LEAST_MASS = 1e-6  # of the others: below it float32 sums are noise
 
@@ -88,6 +89,12 @@ def divergence(model: PreTrainedModel, targets: Targets, *, cross_entropy: float
     return loss
 
 
+def windows_at_once(model: PreTrainedModel, window: int) -> int:
+    """Return how many windows of that many tokens a student runs on together: where a vocabulary is
+    large fewer, since their logits and the gradients of these are held whole."""
+    return max(1, min(PART_TOKENS, 4 * LOGITS // _vocabulary(model)) // window)
+
+
 def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Return the logits [S T, vocabulary] of windows [S, T], in 16-bit products where they pay."""
     with mixed(model):
@@ -143,16 +150,16 @@ def _rest(log_probabilities: Tensor) -> Tensor:
 
 
 def _most_probable(model: PreTrainedModel, structure: Structure, ids: Tensor) -> dict[str, Tensor]:
-    embeddings: Any = model.get_input_embeddings()
-    found, top = [], min(TOP, int(embeddings.num_embeddings) - 1)
+    found, top = [], min(TOP, _vocabulary(model) - 1)
+    positions = max(1, LOGITS // _vocabulary(model))
     with mixed(model):
         runner = BlockRunner(model, structure, ids, PART_TOKENS)
         hidden = runner.hidden
         for block in range(structure.blocks):
             hidden = runner.run(block, hidden)
         with resident(*runner.around):
-            for part in hidden:
-                logits = runner.logits(part).flatten(0, 1).float()
+            for part in torch.cat(hidden).flatten(0, 1).split(positions):
+                logits = runner.logits(part[None])[0].float()
                 values, tokens = logits.topk(top)
                 values -= logits.logsumexp(-1, keepdim=True)
                 found.append((values.half().cpu(), tokens.int().cpu()))
@@ -160,3 +167,8 @@ def _most_probable(model: PreTrainedModel, structure: Structure, ids: Tensor) ->
         "log_probabilities": torch.cat([v for v, _ in found]).view(*ids.shape, top),
         "tokens": torch.cat([t for _, t in found]).view(*ids.shape, top),
     }
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.num_embeddings)

@@ -29,4 +29,5 @@ __all__ = [
     "quantized_linear",
     "rms_norm",
     "rotate",
+    "scale_gradients",
 ]

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import calr
+from calr import job
 from calr.errors import CalrError
 from calr.model import analyse, load, lowrank, saving
 from calr.statistics import collection
@@ -87,13 +88,13 @@ def test_skipped_layers_stay_dense_and_count_in_keep(ids):
 
 @pytest.mark.parametrize("allocation", ["global", "uniform", "last_k"])
 def test_an_unreachable_keep_is_refused_before_text_is_sampled(monkeypatch, allocation):
-    monkeypatch.setattr(calr.compression, "calibration_windows", None)
+    monkeypatch.setattr(job, "calibration_windows", None)
     with pytest.raises(CalrError, match=r"unreachable: the smallest ranks .* keep 0\.\d+"):
         calr.compress(tiny_llama(), calr.Recipe(keep=0.01, allocation=allocation))
 
 
 def test_uniform_ranks_that_cannot_be_are_refused_before_text_is_sampled(monkeypatch):
-    monkeypatch.setattr(calr.compression, "calibration_windows", None)
+    monkeypatch.setattr(job, "calibration_windows", None)
     heads = {"num_attention_heads": 8, "num_key_value_heads": 1}
     model = tiny_llama(hidden_size=64, intermediate_size=160, **heads)
     recipe = calr.Recipe(keep=0.47, allocation="uniform")

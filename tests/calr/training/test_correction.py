@@ -33,13 +33,13 @@ def students(ids, device="cpu", **recipe):
     return model.eval(), layers, calr.Recipe(**(RECIPE | recipe))
 
 
-def corrected(model, layers, text, recipe, store=None):
+def corrected(model, layers, text, recipe, store=None, **options):
     """Train on the text as compress does."""
     used = windows_used(text, recipe)
     targets, held_out = (
         collect_targets(tiny_llama().to(model.device), part, Store()) for part in used
     )
-    return correct(model, layers, targets, held_out, recipe, store or Store())
+    return correct(model, layers, targets, held_out, recipe, store or Store(), **options)
 
 
 def kl(model, ids):
@@ -144,7 +144,7 @@ def test_a_step_accumulates_the_gradient_of_all_its_windows(tokens, steps, text,
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # in float32 on every machine
     gradients = []
     for at_once in (10**6, 40):
-        monkeypatch.setattr(loop, "PART_TOKENS", at_once)
+        monkeypatch.setattr(targets_, "PART_TOKENS", at_once)
         model, layers, _ = students(text)
         parameters = [p for layer in layers.values() for p in layer.parameters()]
         targets = collect_targets(tiny_llama(), text[:6], Store())
@@ -283,8 +283,7 @@ def test_gradient_checkpointing_saves_activations_and_changes_no_bit(text):
     """Counts what autograd keeps of one step, then compares whole runs."""
     kept, results = [], []
     for again in (False, True):
-        options = {"gradient_checkpointing": again, "correction_tokens": 32 * 64}
-        model, layers, recipe = students(text, **options)
+        model, layers, recipe = students(text, correction_tokens=32 * 64)
         forward, sizes = loop.divergence, []
 
         def counted(*arguments, forward=forward, sizes=sizes, **options):
@@ -295,7 +294,7 @@ def test_gradient_checkpointing_saves_activations_and_changes_no_bit(text):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "divergence", counted)
-            corrected(model, layers, text, recipe)
+            corrected(model, layers, text, recipe, checkpointed=again)
         kept.append(sum(sizes))
         results.append([p.clone() for p in model.parameters()])
         assert not any("forward" in block.__dict__ for block in model.model.layers)

@@ -1,0 +1,267 @@
+"""What every phase of a compression takes in memory and time, from shapes; and how to take less.
+
+Modelled, not measured: counts of numbers and of operations, and the speed of short matrix products.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from calr.errors import CalrError
+from calr.methods import resolve
+from calr.model import Structure
+from calr.progress import Phase
+from calr.ranks import CACHE_BYTES as DECOMPOSITION_BYTES
+from calr.ranks import PRICED, parse_size
+from calr.recipe import Recipe
+from calr.statistics import HELD_BYTES, LOGITS
+from calr.text import CACHE_BYTES, cache_row
+from calr.training import PART_TOKENS, windows_needed
+from calr_kernels.eligible import cpu_multiplies_bfloat16
+
+LIBRARY_BYTES = 600_000_000  # resident size of Python with torch and transformers loaded
+ACTIVATIONS = 1 << 30  # of the training, above which they are computed twice
+SAMPLED = 2.3  # times a prefill's of as many tokens: text that is sampled
+GROWING = 1.25  # times what it holds: a cache that is made larger
+ROUNDED = 15_000  # operations, of a product, in whose time a weight is rounded
+DEARER = 1.5  # times a rounding: its price
+EIGEN = 25  # eigenvalues and vectors of an n × n matrix cost about 25 n³
+USUAL_RANK = 8  # of a corrective path, over all matrices
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a compression stays within memory, at the cost of time.
+
+    cache_bytes: of keys and values while text is sampled. checkpointed: the training computes
+    activations again for its backward pass.
+    """
+
+    cache_bytes: int = CACHE_BYTES
+    checkpointed: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to do: how large a model, in memory or in files, and by which recipe.
+
+    dtype: of the model's numbers. tied: lm_head is the embedding. row: bytes of keys and values of
+    one window. sampled: the model writes its own text. held: bytes of the model that are in memory
+    all the time.
+    """
+
+    structure: Structure
+    recipe: Recipe
+    dtype: torch.dtype
+    vocabulary: int
+    tied: bool
+    row: int
+    sampled: bool
+    held: int
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        structure: Structure,
+        recipe: Recipe,
+        dtype: torch.dtype,
+        sampled: bool,
+        held: int = 0,
+    ) -> "Work":
+        """Describe the work on a model, which may be without weights."""
+        embeddings: Any = model.get_input_embeddings()
+        head: Any = model.get_output_embeddings()
+        tied = head is not None and head.weight is embeddings.weight
+        row = cache_row(model, recipe.window, dtype.itemsize)
+        count = int(embeddings.num_embeddings)
+        return cls(structure, recipe, dtype, count, tied, row, sampled, held)
+
+    def phases(self, ways: Ways) -> dict[str, Phase]:
+        """Estimate seconds and peak bytes of every phase, in the order in which they come."""
+        found = {"sampling text": self._sampling(ways)} if self.sampled else {}
+        found["second moments"] = self._moments
+        method = resolve(self.recipe.method, self.recipe.method_options)
+        if self.recipe.quantised or method.needs_gradients(self.recipe):
+            found["gradients"] = self._gradients
+        if self.recipe.quantised:
+            found["prices"] = self._rounding(DEARER)
+            found["rounding"] = self._rounding(1.0)
+        else:
+            found["factors"] = self._factors
+        if self.recipe.correction_tokens:
+            found["dense outputs"] = self._outputs
+            found["correction"] = self._correction(ways)
+        return {name: Phase(p.seconds, p.peak_bytes + LIBRARY_BYTES) for name, p in found.items()}
+
+    def disk(self, result: int) -> int:
+        """Estimate the bytes of all that is written, for a result of so many bytes."""
+        parameters, recipe = self.structure.model_parameters, self.recipe
+        statistics = 4 * sum(x**2 for x in self._groups.values())
+        if not recipe.quantised:
+            return statistics + result + 4 * int(recipe.fraction * self.structure.linear_parameters)
+        rotated = self.dtype.itemsize * parameters if recipe.rotate and not self.tied else 0
+        rounded = result * (2 + bool(recipe.correction_tokens))
+        return statistics + rotated + rounded + parameters * PRICED // 8
+
+    def within(self, limit: str | None) -> Ways:
+        """Choose the fastest ways that stay within a limit, such as 8GB; None: what costs no time.
+
+        Raises CalrError naming the phase that cannot.
+        """
+        if limit is None:
+            return Ways(checkpointed=self._activations > ACTIVATIONS)
+        most = parse_size(limit, "max_memory")
+        least = self.phases(Ways(self.row, checkpointed=True))
+        name, phase = max(least.items(), key=lambda item: item[1].peak_bytes)
+        if phase.peak_bytes > most:
+            raise CalrError(
+                f"max_memory={limit}: {name} takes about {phase.peak_bytes / 1e9:.1f} GB at least; "
+                f"{_remedy(name)}"
+            )
+        spare = most - least["sampling text"].peak_bytes if self.sampled else 0
+        room = self.row + int(spare / GROWING)
+        plain = self.phases(Ways())
+        fits = "correction" not in plain or plain["correction"].peak_bytes <= most
+        return Ways(min(CACHE_BYTES, max(self.row, room)), checkpointed=not fits)
+
+    @cached_property
+    def _speeds(self) -> tuple[float, float]:
+        """Operations per second of products in the model's type, and in that of the training."""
+        own = torch.float32 if self.dtype is torch.float16 else self.dtype
+        fast = cpu_multiplies_bfloat16() or own is not torch.float32
+        return _speed(own), _speed(torch.bfloat16 if fast else torch.float32)
+
+    @property
+    def _read(self) -> int:
+        """Bytes that are read of the model at once."""
+        structure = self.structure
+        around = structure.model_parameters - structure.block_parameters
+        most = max(structure.block_parameters // structure.blocks, around)
+        return self.held or self.dtype.itemsize * most
+
+    @property
+    def _tokens(self) -> int:
+        return self.recipe.samples * self.recipe.window
+
+    @cached_property
+    def _groups(self) -> dict[str, int]:
+        return {layer.group: layer.in_features for layer in self.structure.layers}
+
+    @cached_property
+    def _moment_bytes(self) -> int:
+        """Bytes of one block's second moments."""
+        blocks = (self.structure.in_block(block) for block in range(self.structure.blocks))
+        return 4 * max(sum(self._groups[g] ** 2 for g in {x.group for x in b}) for b in blocks)
+
+    def _sampling(self, ways: Ways) -> Phase:
+        windows = max(self.recipe.samples, windows_needed(self.recipe))
+        tokens = windows * self.recipe.window
+        seconds = SAMPLED * 2 * self.structure.model_parameters * tokens / self._speeds[0]
+        weights = self.held or self.dtype.itemsize * self.structure.model_parameters
+        cache = max(self.row, min(ways.cache_bytes, windows * self.row))
+        return Phase(seconds, weights + int(GROWING * cache))
+
+    @property
+    def _moments(self) -> Phase:
+        products = 2 * self.structure.block_parameters + 2 * sum(
+            x**2 for x in self._groups.values()
+        )
+        boundary = 2 * self._tokens * self.structure.layers[0].in_features * self.dtype.itemsize
+        return Phase(
+            products * self._tokens / self._speeds[0], self._read + self._moment_bytes + boundary
+        )
+
+    @property
+    def _gradients(self) -> Phase:
+        windows = min(self.recipe.gradient_samples, self.recipe.samples)
+        operations = 8 * self.structure.model_parameters * windows * self.recipe.window
+        logits = 4 * 4 * min(LOGITS, self.recipe.window * self.vocabulary)
+        boundaries = windows * self.recipe.window * self.structure.layers[0].in_features * 4
+        kept = min(HELD_BYTES, boundaries * self.structure.blocks)
+        size = self._read + kept + boundaries + logits + 2 * self._moment_bytes
+        return Phase(operations / self._speeds[0], size)
+
+    def _rounding(self, times: float) -> Phase:
+        """Two float64 and two float32 matrices of a moment's size, and parts of a weight."""
+        widest, parts = max(x.parameters for x in self.structure.layers), 3 * 4
+        operations = ROUNDED * self.structure.model_parameters + sum(
+            x.parameters * x.in_features + 8 * x.in_features**3 for x in self.structure.layers
+        )
+        size = self.held + self._moment_bytes + 24 * max(self._groups.values()) ** 2
+        return Phase(times * operations / _speed(torch.float32), size + parts * widest)
+
+    @property
+    def _factors(self) -> Phase:
+        layers, recipe = self.structure.layers, self.recipe
+        kept = sum(8 * (x.parameters + min(x.in_features, x.out_features) ** 2) for x in layers)
+        held = min(DECOMPOSITION_BYTES, kept if recipe.allocation != "uniform" else 0)
+        passes = 5 * recipe.shifted_inputs + 3 * recipe.block_epochs  # through the blocks
+        operations = passes * 2 * self.structure.block_parameters * self._tokens + 4 * sum(
+            2 * EIGEN * min(x.in_features, x.out_features) ** 3 + 12 * x.parameters * 1000
+            for x in layers
+        )
+        size = self._read + held + 4 * self.structure.linear_parameters
+        return Phase(operations / _speed(torch.float32), size)
+
+    @property
+    def _outputs(self) -> Phase:
+        operations = 2 * self.structure.model_parameters * self.recipe.correction_tokens
+        logits = 3 * 4 * min(LOGITS, self.recipe.window * self.vocabulary)
+        return Phase(operations / self._speeds[1], self._read + logits)
+
+    @property
+    def _part(self) -> int:
+        """Tokens that are trained on at once."""
+        most = min(self.recipe.step_tokens, PART_TOKENS, 4 * LOGITS // self.vocabulary)
+        return max(self.recipe.window, most)
+
+    @property
+    def _activations(self) -> int:
+        features = sum(x.in_features + x.out_features for x in self.structure.layers)
+        return 4 * self._part * features if self.recipe.correction_tokens else 0
+
+    def _correction(self, ways: Ways) -> Phase:
+        structure, recipe = self.structure, self.recipe
+        around = structure.model_parameters - structure.block_parameters
+        if recipe.quantised:  # records; of scales and factors value, gradient, two moments, start
+            bits = 8 * parse_size(recipe.size) if recipe.size else 0
+            student = (bits or (recipe.bits or 0) * structure.model_parameters) / 8
+            factors = USUAL_RANK * sum(x.in_features + x.out_features for x in structure.layers)
+            trained = 18 * structure.model_parameters / (recipe.scale_group or 1) + 20 * factors
+        else:
+            student = self.dtype.itemsize * around
+            trained = 5 * 4 * recipe.fraction * structure.linear_parameters
+        active = self._activations // (structure.blocks if ways.checkpointed else 1)
+        logits = 2 * 4 * self.vocabulary * self._part
+        left = structure.model_parameters - (1 - recipe.fraction) * structure.linear_parameters
+        operations = (8 if ways.checkpointed else 6) * left * recipe.correction_tokens
+        size = self.held + int(student + trained) + active + logits
+        return Phase(operations / self._speeds[1], size)
+
+
+def _remedy(phase: str) -> str:
+    if phase == "sampling text":
+        return "name a file of text or builtin as --calibration"
+    if phase == "correction":
+        return "leave the correction out (correction_tokens=0), or give it more"
+    return "give it more"
+
+
+def _speed(dtype: torch.dtype) -> float:
+    """Return how many operations per second a product of 1024 x 1024 numbers makes."""
+    if dtype not in _SPEEDS:
+        a = torch.ones(1024, 1024, dtype=dtype)
+        a @ a
+        start = time.perf_counter()
+        for _ in range(5):
+            a @ a
+        _SPEEDS[dtype] = 5 * 2 * 1024**3 / (time.perf_counter() - start)
+    return _SPEEDS[dtype]
+
+
+_SPEEDS: dict[torch.dtype, float] = {}

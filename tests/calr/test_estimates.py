@@ -1,0 +1,108 @@
+"""What a compression is estimated to take, and how it is made to take less."""
+
+import re
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import calr
+from calr import estimates
+from calr.errors import CalrError
+from calr.estimates import Ways, Work
+from calr.model import analyse
+from calr.testing import tiny_llama
+
+
+def work(model=None, sampled=True, **recipe):
+    model = model or tiny_llama()
+    made = calr.Recipe(**({"bits": 5} | recipe))
+    return Work.of(model, analyse(model), made, model.dtype, sampled)
+
+
+def large(blocks):
+    """Llama-3.2-3B's shapes, without numbers."""
+    config = LlamaConfig(
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=blocks,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        vocab_size=128_256,
+        tie_word_embeddings=True,
+    )
+    with init_empty_weights():
+        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+
+
+def test_phases_come_in_order():
+    names = ["sampling text", "second moments", "gradients", "prices", "rounding"]
+    assert list(work().phases(Ways())) == [*names, "dense outputs", "correction"]
+    assert list(work(sampled=False, correction_tokens=0).phases(Ways())) == names[1:]
+    plain = work(bits=None, keep=0.5, method="svd_llm", sensitivity="none", correction_tokens=0)
+    assert list(plain.phases(Ways())) == [names[0], names[1], "factors"]
+
+
+def test_what_is_read_block_by_block_does_not_grow_with_the_blocks():
+    few, many = (work(large(blocks), False).phases(Ways(checkpointed=True)) for blocks in (4, 28))
+    for name in ("second moments", "gradients", "prices", "rounding", "dense outputs"):
+        assert many[name].peak_bytes == few[name].peak_bytes
+        assert many[name].seconds > 2.5 * few[name].seconds
+    assert many["correction"].peak_bytes > few["correction"].peak_bytes
+
+
+def test_without_a_limit_only_large_activations_are_computed_twice():
+    assert work().within(None) == Ways()
+    assert work(large(28), False).within(None).checkpointed
+    assert not work(large(28), False, correction_tokens=0).within(None).checkpointed
+
+
+def test_a_limit_makes_batches_smaller_and_activations_be_computed_twice(monkeypatch):
+    monkeypatch.setattr(estimates, "LIBRARY_BYTES", 0)
+    job = work(window=4096, samples=2, correction_tokens=4096 * 40)
+    plain, row = job.phases(Ways()), job.row
+    assert plain["sampling text"].peak_bytes > 32 * row
+    most = plain["correction"].peak_bytes
+    assert not job.within(str(most)).checkpointed
+    limit = most - 1
+    ways = job.within(str(limit))
+    assert ways.checkpointed
+    assert row < ways.cache_bytes < Ways().cache_bytes
+    taken = job.phases(ways)
+    assert taken["sampling text"].peak_bytes <= limit
+    assert taken["correction"].peak_bytes <= limit
+    with pytest.raises(CalrError, match=r"max_memory=1KB: .* takes about .* GB at least"):
+        job.within("1KB")
+    with pytest.raises(CalrError, match=r"max_memory='much': must be like"):
+        job.within("much")
+
+
+def test_disk_counts_statistics_rotation_and_results():
+    tied, untied = tiny_llama(), tiny_llama(tie_word_embeddings=False)
+    rotated = 4 * analyse(untied).model_parameters
+    assert work(untied).disk(0) - work(untied, rotate=False).disk(0) == rotated
+    assert work(tied).disk(0) == work(tied, rotate=False).disk(0)
+    assert work(tied).disk(1000) - work(tied).disk(0) == 3000
+
+
+def test_a_run_says_what_its_phases_took_beside_what_was_expected(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    from calr.testing import byte_tokenizer
+
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = calr.Recipe(
+        bits=6, samples=8, gradient_samples=2, window=32, correction_tokens=128, step_tokens=64
+    )
+    place = tmp_path / "out"
+    found = calr.compress_to(str(tmp_path / "model"), place, recipe, max_memory="4GB")
+    expected = calr.plan(str(tmp_path / "model"), recipe).phases
+    assert found["phases"].keys() >= {"loading", "rotation", "comparison", "writing", *expected}
+    for name, phase in found["phases"].items():
+        assert phase["seconds"] >= 0
+        assert phase["peak_bytes"] > 50e6
+        assert ("expected_seconds" in phase) == (name in expected)
+    assert not re.search("phases|peak", (place / "README.md").read_text())
+    with pytest.raises(CalrError, match=r"max_memory=1MB: .* takes about"):
+        calr.compress_to(str(tmp_path / "model"), tmp_path / "no", recipe, max_memory="1MB")
+    assert not (tmp_path / "no").exists()

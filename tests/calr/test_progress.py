@@ -1,0 +1,38 @@
+"""What phases take, as it is measured."""
+
+import sys
+import time
+
+import pytest
+import torch
+
+from calr.progress import measured_phases, progress
+
+
+def test_a_phase_lasts_until_the_next_begins_and_is_added_to_when_it_comes_again():
+    with measured_phases("loading") as found:
+        time.sleep(0.02)
+        for _ in progress(range(2), desc="first", unit="step"):
+            time.sleep(0.02)
+        for _ in progress(range(1), desc="other", unit="step"):
+            time.sleep(0.01)
+        time.sleep(0.03)  # what comes behind a loop is its own still
+        for _ in progress(range(1), desc="shown", unit="step", phase="first"):
+            time.sleep(0.02)
+    assert list(found) == ["loading", "first", "other"]
+    for name, least in {"loading": 0.02, "first": 0.06, "other": 0.04}.items():
+        assert least <= found[name].seconds < least + 1
+    for _ in progress(range(1), desc="later", unit="step"):
+        pass
+    assert "later" not in found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a phase")
+def test_the_peak_is_that_of_the_phase():
+    with measured_phases("loading") as found:
+        for _ in progress(range(1), desc="large", unit="step"):
+            torch.ones(75_000_000)  # 300 MB, let go of at once
+        for _ in progress(range(1), desc="small", unit="step"):
+            pass
+    assert found["large"].peak_bytes - found["small"].peak_bytes > 250e6
+    assert 50e6 < found["small"].peak_bytes < 20e9
