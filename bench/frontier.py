@@ -34,7 +34,7 @@ from texts import HELD_OUT_PAGES, WINDOW, pages, unseen_windows, write_json
 
 import calr
 from calr.evaluation import compare
-from calr.model import gguf_file, recast, tensor_bytes
+from calr.model import gguf_files, recast, tensor_bytes
 from calr.ranks import bits as ranks_bits
 from calr.text import spread_windows
 
@@ -85,7 +85,7 @@ def main() -> None:
                 rows.append(cell | found)
                 write_json(arguments.output, rows)
         if arguments.ladder:
-            for name, file in rungs(gguf_file(arguments.model), Path(folder)):
+            for name, file in rungs(gguf_files(arguments.model)[0], Path(folder)):
                 cell = {"rung": name, "windows": arguments.windows}
                 if not any(cell.items() <= row.items() for row in rows):
                     rows.append(cell | measure_rung(file, dense, texts))

@@ -1,7 +1,7 @@
 """Memory and time of compressing models larger than one would load: synthetic Llamas, in parts.
 
     python bench/large.py --blocks 7 14 28 --work /tmp/large
-    python bench/large.py --blocks 8 --gguf Q8_0 --work /tmp/large
+    python bench/large.py --blocks 8 --gguf Q8_0 --parts 2 --work /tmp/large
 
 Writes a Llama of Llama-3.2-3B's shapes (vocabulary of 128,256, tied; 28 blocks: 3.2 billion
 parameters, 6.4 GB in bfloat16) with random weights, one block in memory at a time; compresses it in
@@ -96,10 +96,12 @@ def write_safetensors(directory: Path, blocks: int) -> None:
     config(blocks).save_pretrained(directory)  # last: it is a model now
 
 
-def write_gguf(directory: Path, blocks: int, kind: str) -> None:
-    """Write the model in one GGUF file of a quantised type; tokens beyond the bytes are fillers."""
+def write_gguf(directory: Path, blocks: int, kind: str, parts: int) -> None:
+    """Write the model in GGUF files of a quantised type; tokens beyond the bytes are fillers."""
     directory.mkdir(parents=True)
-    described, writer = config(blocks), gguf.GGUFWriter(directory / f"{kind}.gguf", "llama")
+    per_part = 0 if parts == 1 else -(-(9 * blocks + 2) // parts)
+    place, described = directory / f"{kind}.gguf", config(blocks)
+    writer = gguf.GGUFWriter(place, "llama", use_temp_file=True, split_max_tensors=per_part)
     writer.add_context_length(described.max_position_embeddings)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(blocks)
@@ -155,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--blocks", type=int, nargs="+", default=[7, 14, 28])
     parser.add_argument("--gguf", help="a type, such as Q8_0, of the source; else safetensors")
+    parser.add_argument("--parts", type=int, default=1, help="files of a GGUF model")
     parser.add_argument("--correction_tokens", default="0")
     parser.add_argument("--work", type=Path, required=True, help="where models are written, kept")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/large.json")
@@ -162,18 +165,19 @@ def main() -> None:
     known = json.loads(given.output.read_text()) if given.output.exists() else {}
     for blocks in given.blocks:
         kind = given.gguf or "bfloat16"
+        kind += f" in {given.parts} parts" if given.parts > 1 else ""
         name = f"{blocks} blocks, {kind}, {given.correction_tokens} tokens of correction"
-        model = given.work / f"{blocks}-{kind}"
+        model = given.work / f"{blocks}-{kind}".replace(" ", "-")
         if not model.exists():
             if given.gguf:
-                write_gguf(model, blocks, kind)
+                write_gguf(model, blocks, given.gguf, given.parts)
             else:
                 write_safetensors(model, blocks)
         source = sum(file.stat().st_size for file in model.glob("*-of-*.safetensors"))
         source = source or sum(file.stat().st_size for file in model.glob("*.gguf"))
         options = ["--correction_tokens", given.correction_tokens]
-        log = given.work / f"{blocks}-{kind}.log"
-        found = compressed(model, given.work / f"{blocks}-{kind}-out", options, log)
+        output = Path(f"{model}-{given.correction_tokens}")
+        found = compressed(model, output, options, output.with_suffix(".log"))
         known[name] = {"source_bytes": source} | found
         given.output.write_text(json.dumps(known, indent=2) + "\n")
     table = Table("model", "source", "result", "peak memory", "time")

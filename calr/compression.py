@@ -14,7 +14,7 @@ from calr.job import Job
 from calr.model import (
     GGUF_DTYPE,
     check_window,
-    gguf_file,
+    gguf_files,
     load,
     on_grid,
     require_same,
@@ -108,12 +108,12 @@ def compress_to(
     """
     started, recipe = time.monotonic(), recipe or _default(elastic)
     place = destination(directory, source, statistics=statistics, overwrite=overwrite)
-    file = gguf_file(source) if dtype == "auto" else None
+    files = gguf_files(source) if dtype == "auto" else []
     loading: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
-    loading |= {"dtype": dtype if file is None else "float32", "lazily": not elastic}
+    loading |= {"dtype": "float32" if files else dtype, "lazily": not elastic}
     with measured_phases("loading") as phases:
         model, tokenizer = load(source, **loading)
-        stored = None if file is None else GGUF_DTYPE
+        stored = GGUF_DTYPE if files else None
         if recipe.quantised and on_grid(source):
             recipe = dataclasses.replace(recipe, rotate=False)
         job = Job.of(model, recipe, calibration, tokenizer, elastic, stored, max_memory)
@@ -124,7 +124,7 @@ def compress_to(
             done = None if overwrite else finished(place, job.key)
             if done is not None:
                 return done | {"bytes": size(place), "directory": str(place)}
-            before = tensor_bytes(model) if file is None else file.stat().st_size
+            before = sum(file.stat().st_size for file in files) or tensor_bytes(model)
             parts = prepare(place, job.key, summary, overwrite=overwrite)
             job.run(parts, statistics)
             results = job.outcome(before)

@@ -14,7 +14,7 @@ from calr.model import (
     GGUF_DTYPE,
     Structure,
     analyse,
-    gguf_file,
+    gguf_files,
     load_skeleton,
     resolve_dtype,
     tensor_bytes,
@@ -90,10 +90,10 @@ def plan(
     recipe = recipe or Recipe()
     model = load_skeleton(source, trust_remote_code=trust_remote_code)
     structure, stored = analyse(model, recipe.skip), _dtype(source, model, dtype)
-    file = gguf_file(source)
-    before = tensor_bytes(model, stored) if file is None else file.stat().st_size
+    files = gguf_files(source)
+    before = sum(file.stat().st_size for file in files) or tensor_bytes(model, stored)
     bytes_allowed = byte_budget(model, structure, recipe, stored)
-    computed = stored if file is None else torch.float32
+    computed = torch.float32 if files else stored
     work = Work.of(model, structure, recipe, computed, "sampled" in parts_of(calibration))
     phases = work.phases(work.within(max_memory))
     if bytes_allowed is not None:
@@ -226,6 +226,6 @@ def _dtype(source: str, model: torch.nn.Module, dtype: str) -> torch.dtype:
     found = resolve_dtype(dtype)
     if found == "auto":
         own = getattr(model.config, "dtype", None) or torch.float32
-        found = own if gguf_file(source) is None else GGUF_DTYPE
+        found = GGUF_DTYPE if gguf_files(source) else own
     dtype_found: torch.dtype = getattr(torch, found) if isinstance(found, str) else found
     return dtype_found

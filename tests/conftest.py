@@ -48,10 +48,13 @@ def ids() -> torch.Tensor:
 def write_gguf() -> Callable[..., None]:
     """Write a tiny model and the byte tokenizer in Q8_0, in one GGUF file, as llama.cpp would."""
 
-    def write(path: Path, model: Any, architecture: gguf.MODEL_ARCH, norms: int = 0) -> None:
-        """norms: what the file adds to the norms' weights."""
+    def write(
+        path: Path, model: Any, architecture: gguf.MODEL_ARCH, norms: int = 0, per_part: int = 0
+    ) -> None:
+        """norms: what the file adds to the norms' weights. per_part: tensors in a part, 0: all."""
         tokenizer, config = byte_tokenizer(), model.config
-        writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
+        name = gguf.MODEL_ARCH_NAMES[architecture]
+        writer = gguf.GGUFWriter(path, name, split_max_tensors=per_part)
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(config.num_hidden_layers)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from calr.errors import CalrError
 from calr.export.dense import load_compressed
 from calr.integrations.config import CalrConfig
-from calr.model import gguf_file
+from calr.model import gguf_files
 from calr.storage import one_sentence
 from calr_kernels import Form, QuantizedEmbedding, QuantizedLinear, records
 
@@ -82,9 +82,12 @@ def export_gguf(
 
 def _template(like: str | Path) -> gguf.GGUFReader:
     try:
-        found = gguf.GGUFReader(gguf_file(str(like)) or like)
+        files = gguf_files(str(like))
+        found = gguf.GGUFReader(files[0] if files else like)
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise CalrError(f"like={like}: cannot be read as a GGUF file: {error}") from error
+    if len(files) > 1:
+        raise CalrError(f"like={like}: is in {len(files)} parts; merge them first")
     if "general.architecture" not in found.fields:
         raise CalrError(f"like={like}: does not say of what architecture it is")
     return found

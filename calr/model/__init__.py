@@ -4,7 +4,7 @@ from calr.model.absent import Absent, absent, present, read_when_called, residen
 from calr.model.blocks import BlockRunner, checkpointing
 from calr.model.loading import (
     GGUF_DTYPE,
-    gguf_file,
+    gguf_files,
     is_compressed,
     load,
     load_skeleton,
@@ -50,7 +50,7 @@ __all__ = [
     "evaluating",
     "find_blocks",
     "fingerprint",
-    "gguf_file",
+    "gguf_files",
     "hooked",
     "is_compressed",
     "load",

@@ -1,7 +1,7 @@
 """Parameters whose values are in files, read when they are used: a model larger than memory."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,22 +59,42 @@ def absent(module: nn.Module) -> bool:
 @contextmanager
 def resident(*modules: nn.Module) -> Iterator[None]:
     """Have the parameters of modules in memory, frozen; shared ones once."""
-    read: dict[int, nn.Parameter] = {}
-    places: list[tuple[nn.Module, str, Absent]] = []
-    for module in {id(m): m for root in modules for m in root.modules()}.values():
-        for name, p in module._parameters.items():
-            if isinstance(p, Absent):
-                places.append((module, name, p))
+    places, read = _places(modules), dict[int, nn.Parameter]()
     try:
-        for module, name, p in places:
-            if id(p) not in read:
-                read[id(p)] = nn.Parameter(present(p), requires_grad=False)
-            module._parameters[name] = read[id(p)]
+        _fill(places, read, requires_grad=False)
         yield
     finally:
         for module, name, p in places:
             if module._parameters.get(name) is read.get(id(p), p):
                 module._parameters[name] = p
+
+
+def become_resident(model: nn.Module) -> None:
+    """Read the absent parameters of a model for good."""
+    _fill(_places([model]), {}, requires_grad=True)
+
+
+def _places(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Absent]]:
+    """List where parameters of modules are absent."""
+    return [
+        (module, name, p)
+        for module in {id(m): m for root in modules for m in root.modules()}.values()
+        for name, p in module._parameters.items()
+        if isinstance(p, Absent)
+    ]
+
+
+def _fill(
+    places: list[tuple[nn.Module, str, Absent]],
+    read: dict[int, nn.Parameter],
+    *,
+    requires_grad: bool,
+) -> None:
+    """Put values into places, the same where the same was absent; read: by what stood there."""
+    for module, name, p in places:
+        if id(p) not in read:
+            read[id(p)] = nn.Parameter(present(p), requires_grad=requires_grad)
+        module._parameters[name] = read[id(p)]
 
 
 def read_when_called(module: nn.Module) -> None:

@@ -4,6 +4,7 @@ Read, not mapped: pages of mapped files count as the process's memory.
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from calr.errors import CalrError
+
+SPLIT = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")  # of llama.cpp's splitting
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,33 @@ def in_safetensors(file: Path) -> dict[str, InFile]:
     }
 
 
-def in_gguf(file: Path) -> tuple[str, dict[str, InFile]]:
-    """Return a GGUF file's architecture, and its tensors, in float32 when they are read."""
-    reader, found = gguf.GGUFReader(file), {}
-    for tensor in reader.tensors:
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        place = int(tensor.data_offset), int(tensor.n_bytes)
-        read = partial(_dequantised, file, *place, tensor.tensor_type, shape)
-        found[str(tensor.name)] = InFile(shape, read)
-    return str(reader.fields["general.architecture"].contents()), found
+def in_gguf(files: list[Path]) -> tuple[str, dict[str, InFile]]:
+    """Return the architecture that GGUF files state, and their tensors, read in float32."""
+    readers, found = [gguf.GGUFReader(file) for file in files], {}
+    for file, reader in zip(files, readers, strict=True):
+        for tensor in reader.tensors:
+            shape = tuple(int(n) for n in reversed(tensor.shape))
+            place = int(tensor.data_offset), int(tensor.n_bytes)
+            read = partial(_dequantised, file, *place, tensor.tensor_type, shape)
+            found[str(tensor.name)] = InFile(shape, read)
+    return str(readers[0].fields["general.architecture"].contents()), found
+
+
+def all_parts(file: Path) -> list[Path]:
+    """Return all files of a GGUF model of which one is named: llama.cpp splits large ones.
+
+    Raises CalrError naming one that is missing.
+    """
+    found = SPLIT.fullmatch(file.name)
+    if found is None:
+        return [file]
+    stem, count = found.groups()
+    numbers = range(1, int(count) + 1)
+    files = [file.with_name(f"{stem}-{number:05d}-of-{count}.gguf") for number in numbers]
+    for part in files:
+        if not part.exists():
+            raise CalrError(f"{part}: is missing, one of the {int(count)} parts of a GGUF model")
+    return files or [file]
 
 
 def _stored(file: Path, name: str) -> Tensor:

@@ -26,11 +26,12 @@ MOVED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # once stored, now co
 
 
 def lazy_model(
-    config: Any, source: str, gguf_file: Path | None, dtype: Any, device: str, trust: bool
+    config: Any, source: str, gguf: list[Path], dtype: Any, device: str, trust: bool
 ) -> tuple[PreTrainedModel, dict[str, list[str]]] | None:
-    """Build a model whose matrices are read from the files each time they are used.
+    """Build a model whose matrices are absent: in the files.
 
-    dtype: of its numbers; "auto" for the checkpoint's. What is no matrix (norms, biases, buffers)
+    gguf: the files of a GGUF model, empty for another. dtype: of its numbers; "auto" for the
+    checkpoint's. What is no matrix (norms, biases, buffers)
     is in memory. Returns it with what the files lack or have beside it, as transformers reports
     that ("missing_keys", "unexpected_keys", "mismatched_keys"). None where files and model name
     their tensors, or keep them, too differently: then the whole must be loaded.
@@ -42,19 +43,17 @@ def lazy_model(
     model = _empty(config, dtype, trust)
     if getattr(model, "_keep_in_fp32_modules", None) or not _quantisation_is_ours(config):
         return None
-    files = _gguf(model, gguf_file) if gguf_file is not None else _safetensors(model, source)
+    files = _gguf(model, gguf) if gguf else _safetensors(model, source)
     if files is None:
         return None
     report = _fill(model, files, torch.device(device))
-    if gguf_file is None:
+    if not gguf:
         with contextlib.suppress(OSError):
             model.generation_config = GenerationConfig.from_pretrained(source)
-    model.eval()
-    _read_in_parts(model)
-    return model, report
+    return model.eval(), report
 
 
-def _read_in_parts(model: nn.Module) -> None:
+def read_in_parts(model: nn.Module) -> None:
     """Have each decoder block, and each module outside of them, read what it lacks when called."""
     blocks = list(find_blocks(model)[1])
     inside = {id(module) for block in blocks for module in block.modules()}
@@ -106,8 +105,8 @@ def _safetensors(model: PreTrainedModel, source: str) -> dict[str, InFile] | Non
     return found
 
 
-def _gguf(model: PreTrainedModel, file: Path) -> dict[str, InFile] | None:
-    """List the tensors of a GGUF file by the model's names; None for one that was not compared."""
+def _gguf(model: PreTrainedModel, parts: list[Path]) -> dict[str, InFile] | None:
+    """List the tensors of a GGUF model by the model's names; None for one that was not compared."""
     try:
         from transformers.modeling_gguf_pytorch_utils import (
             TENSOR_PROCESSORS,
@@ -117,10 +116,10 @@ def _gguf(model: PreTrainedModel, file: Path) -> dict[str, InFile] | None:
         )
     except ImportError:
         return None
-    architecture, tensors = in_gguf(file)
+    architecture, tensors = in_gguf(parts)
     if architecture not in GGUF_ARCHITECTURES:
         return None
-    stated = load_gguf_checkpoint(str(file), return_tensors=False)["config"]
+    stated = load_gguf_checkpoint(str(parts[0]), return_tensors=False)["config"]
     kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     processor = kind(config=stated)
     names = get_gguf_hf_weights_map(model, processor)

@@ -20,16 +20,17 @@ from transformers import (
 
 from calr.errors import CalrError
 from calr.integrations.config import QUANT_METHOD
-from calr.model.absent import Absent
-from calr.model.lazy import lazy_model
+from calr.model.absent import Absent, become_resident
+from calr.model.files import all_parts, in_gguf
+from calr.model.lazy import lazy_model, read_in_parts
 from calr.model.weights import require_finite
 
 GGUF_DTYPE = torch.bfloat16  # of the numbers of a GGUF file, where no other is asked for
 NUMBERS = {gguf.GGMLQuantizationType[kind] for kind in ("F64", "F32", "F16", "BF16")}
+HEAD = "output.weight"  # of lm_head, in a GGUF file
 LONG = 500  # characters, of a message that says too much
 REPEATED = re.compile(r"(layers|n_layer|experts)$")  # fields that count modules
 MOST_REPEATED = 10_000
-SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # of llama.cpp's splitting
 
 
 def load(
@@ -42,7 +43,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a dense or compressed model, in evaluation mode, and its tokenizer.
 
-    source: hub id, directory, directory with one GGUF file, or that file (dequantised on load).
+    source: hub id, directory, directory with one GGUF model, or a file of that (dequantised on
+    load).
     dtype: "auto" keeps the checkpoint's, bfloat16 for a GGUF file; or a torch dtype's name. lazily:
     leave matrices in the files, where those allow it, and read them whenever they are used; whether
     they are numbers is then for `check_finite` to say. Raises CalrError with the source and the
@@ -58,23 +60,32 @@ def load(
     placed = {"dtype": found, "device_map": None if device == "cpu" else device}
     with _one_sentence(f"{source}: cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments)
-        config = AutoConfig.from_pretrained(**tokenizer_arguments)
-        _require_finite_work(source, config.to_dict())
+        files = gguf_files(source)
+        config = _config(source, tokenizer_arguments, files)
         loaded: Any = None
-        if lazily:
-            file = arguments.get("gguf_file")
-            path = None if file is None else Path(arguments["pretrained_model_name_or_path"]) / file
-            loaded = lazy_model(config, source, path, found, device, trust_remote_code)
+        if lazily or len(files) > 1:
+            loaded = lazy_model(config, source, files, found, device, trust_remote_code)
         if loaded is None:
+            _require_one(source, files)
             loaded = AutoModelForCausalLM.from_pretrained(
                 **arguments, **placed, config=config, output_loading_info=True
             )
+        else:
+            (read_in_parts if lazily else become_resident)(loaded[0])
     model: PreTrainedModel = loaded[0]
     _require_all(source, loaded[1])
     for name, parameter in model.named_parameters():
         if parameter.device.type != "meta" and not isinstance(parameter, Absent):
             require_finite(parameter.detach(), f"{source}: {name}: the values", parameter.dtype)
     return model.eval(), tokenizer
+
+
+def _config(source: str, arguments: dict[str, Any], files: list[Path]) -> Any:
+    config = AutoConfig.from_pretrained(**arguments)
+    if len(files) > 1:  # transformers has looked for a head in the first
+        config.tie_word_embeddings = HEAD not in in_gguf(files)[1]
+    _require_finite_work(source, config.to_dict())
+    return config
 
 
 def _require_finite_work(source: str, config: dict[str, Any]) -> None:
@@ -125,8 +136,7 @@ def load_skeleton(
     arguments = _arguments(source) | {"trust_remote_code": trust_remote_code}
     arguments.pop("quantization_config", None)
     with _one_sentence(f"{source}: its configuration cannot be read"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(**arguments)
-        _require_finite_work(source, config.to_dict())
+        config = _config(source, arguments, gguf_files(source))
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code
         )
@@ -136,20 +146,28 @@ def load_skeleton(
     return model
 
 
-def gguf_file(source: str) -> Path | None:
-    """Return the GGUF file that a source is, or holds; None for a source of another kind."""
+def gguf_files(source: str) -> list[Path]:
+    """Return the GGUF file that a source is or holds, or all of its parts; none for another."""
     found = _arguments(source)
     name = found.get("gguf_file")
-    return None if name is None else Path(found["pretrained_model_name_or_path"]) / name
+    return [] if name is None else all_parts(Path(found["pretrained_model_name_or_path"]) / name)
+
+
+def _require_one(source: str, files: list[Path]) -> None:
+    """Refuse a split GGUF file that only transformers could read."""
+    if len(files) > 1:
+        raise CalrError(
+            f"{source}: is a GGUF model in {len(files)} parts, of an architecture that is read "
+            "from one file alone; merge them with llama-gguf-split --merge first"
+        )
 
 
 def on_grid(source: str) -> bool:
     """Tell whether a source is a GGUF file whose weights are quantised."""
-    file = gguf_file(source)
-    if file is None:
-        return False
-    with _one_sentence(f"{source}: cannot be read"):
-        kinds = {tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors}
+    kinds = set()
+    for file in gguf_files(source):
+        with _one_sentence(f"{source}: cannot be read"):
+            kinds |= {tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors}
     return not kinds <= NUMBERS
 
 
@@ -178,12 +196,7 @@ def _arguments(source: str) -> dict[str, Any]:
         if path.is_dir() and (path / ".calr").exists() and not (path / "config.json").exists():
             raise CalrError(f"{source}: holds an unfinished compression; run it again to finish")
         files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
-    split = [file.name for file in files if SPLIT.search(file.name)]
-    if split:
-        raise CalrError(
-            f"{source}: {split[0]} is one part of a split GGUF file; merge the parts with "
-            "llama-gguf-split --merge first"
-        )
+    files = sorted({all_parts(file)[0] for file in files})
     if not files:
         return {"pretrained_model_name_or_path": source}
     if len(files) > 1:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import calr
 from calr.cli import main
 from calr.errors import CalrError
-from calr.model import load
+from calr.model import absent, load
 from calr.testing import byte_tokenizer, tiny_llama
 
 RECIPE = {"keep": 0.7, "rank_step": 2, "correction_tokens": 0}
@@ -90,12 +91,43 @@ def test_an_adapter_is_no_model(dense):
         load(str(dense))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("lazily", [True, False])
+def test_a_gguf_model_in_parts_is_the_one_in_a_file(lazily, tied, write_gguf, tmp_path, ids):
+    model = tiny_llama(vocab_size=260, tie_word_embeddings=tied)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "other").mkdir()
+    write_gguf(tmp_path / "other" / "x.gguf", model, gguf.MODEL_ARCH.LLAMA)
+    write_gguf(tmp_path / "parts" / "x.gguf", model, gguf.MODEL_ARCH.LLAMA, per_part=9)
+    files = sorted((tmp_path / "parts").iterdir())
+    assert [file.name for file in files] == [f"x-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    whole, tokenizer = load(str(tmp_path / "other"), dtype="float32")
+    for source in (files[1], tmp_path / "parts"):
+        found, its_tokenizer = load(str(source), dtype="float32", lazily=lazily)
+        assert absent(found) == lazily
+        with torch.no_grad():
+            assert torch.equal(found(ids).logits, whole(ids).logits)
+        assert its_tokenizer.get_vocab() == tokenizer.get_vocab()
+        assert calr.plan(str(source)).totals["source_bytes"] == sum(f.stat().st_size for f in files)
+    assert all(p.requires_grad for p in found.parameters()) or lazily
+
+
 @pytest.mark.parametrize("named", [True, False])
-def test_one_part_of_a_split_gguf_file_is_refused(named, tmp_path):
+def test_a_missing_part_of_a_gguf_model_is_named(named, tmp_path):
     part = tmp_path / "model-00001-of-00002.gguf"
     part.write_bytes(b"GGUF")
-    with pytest.raises(CalrError, match="one part of a split GGUF file; merge"):
+    with pytest.raises(CalrError, match=r"model-00002-of-00002\.gguf: is missing, one of the 2"):
         load(str(part if named else tmp_path))
+
+
+def test_parts_that_only_transformers_could_read_are_refused(tmp_path, write_gguf):
+    config = transformers.AutoConfig.for_model("qwen2", **SMALL, head_dim=8, rms_norm_eps=1e-6)
+    model = AutoModelForCausalLM.from_config(config)
+    write_gguf(tmp_path / "x.gguf", model, gguf.MODEL_ARCH.QWEN2, per_part=9)
+    with pytest.raises(CalrError, match=r"in 3 parts, of an architecture .* merge them"):
+        load(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\x00\x00\x00" + bytes(12)])
