@@ -11,7 +11,7 @@ from jinja2.exceptions import TemplateError
 from jsonargparse import Namespace
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from calr import benchmark, planning, tables
+from calr import benchmark, parallel, planning, tables
 from calr.compression import compress_to
 from calr.elastic import resize_to
 from calr.errors import CalrError
@@ -118,16 +118,15 @@ def _print_taken(result: planning.Plan) -> None:
 def compress(arguments: Namespace) -> None:
     """Compress a model into a directory and print what it became."""
     names = ("calibration", "statistics", "elastic", "overwrite", "eval_windows", "max_memory")
-    results = compress_to(
-        arguments.model,
-        arguments.directory,
-        _recipe(arguments),
-        **{name: arguments[name] for name in (*names, *LOADING)},
-    )
-    following = f"calr generate {arguments.directory} --prompt 'Once upon a time'"
-    if arguments.elastic:
-        following = f"calr resize {arguments.directory} OUTPUT --keep 0.7"
-    _print_written(arguments, results, following)
+    with parallel.joined():
+        options = {name: arguments[name] for name in (*names, *LOADING)}
+        options["device"] = parallel.place_of(arguments.device)
+        results = compress_to(arguments.model, arguments.directory, _recipe(arguments), **options)
+        following = f"calr generate {arguments.directory} --prompt 'Once upon a time'"
+        if arguments.elastic:
+            following = f"calr resize {arguments.directory} OUTPUT --keep 0.7"
+        if parallel.first():
+            _print_written(arguments, results, following)
 
 
 def resize(arguments: Namespace) -> None:

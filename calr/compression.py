@@ -2,12 +2,14 @@
 
 import dataclasses
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from calr import parallel
 from calr.errors import CalrError
 from calr.evaluation import measured
 from calr.job import Job
@@ -24,6 +26,7 @@ from calr.model import (
 from calr.progress import Phase, measured_phases
 from calr.recipe import Recipe
 from calr.storage import (
+    WORK,
     Store,
     claim,
     destination,
@@ -111,6 +114,8 @@ def compress_to(
     files = gguf_files(source) if dtype == "auto" else []
     loading: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
     loading |= {"dtype": "float32" if files else dtype, "lazily": not elastic}
+    options = {"calibration": calibration, "elastic": elastic, "eval_windows": eval_windows}
+    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
     with measured_phases("loading") as phases:
         model, tokenizer = load(source, **loading)
         stored = GGUF_DTYPE if files else None
@@ -119,30 +124,51 @@ def compress_to(
         job = Job.of(model, recipe, calibration, tokenizer, elastic, stored, max_memory)
         if eval_windows:
             check_window(model, "window", recipe.window)
-        summary = {"model": source, "budget": recipe.budget, "method": recipe.method}
-        with writing(place):
-            done = None if overwrite else finished(place, job.key)
-            if done is not None:
-                return done | {"bytes": size(place), "directory": str(place)}
-            before = sum(file.stat().st_size for file in files) or tensor_bytes(model)
-            parts = prepare(place, job.key, summary, overwrite=overwrite)
-            job.run(parts, statistics)
-            results = job.outcome(before)
-            if eval_windows:
-                dense, _ = load(source, **loading)
-                results |= measured(model, dense, tokenizer, eval_windows, recipe.window)
-                del dense
-            if elastic:
-                results["cut_it_with"] = "calr resize DIRECTORY OUTPUT --keep 0.7"
-            results["seconds"] = round(time.monotonic() - started, 1)
-            options = {"calibration": calibration, "elastic": elastic, "eval_windows": eval_windows}
-            options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
-            command = "calr compress {model} OUTPUT --config recipe.yaml"
-            card = model_card(source, job.what, command, recipe_yaml(recipe, options), results)
-            check = partial(require_same, model, trust_remote_code=trust_remote_code)
-            write(saver(model, tokenizer), place, card, key=job.key, results=results, check=check)
+        before = sum(file.stat().st_size for file in files) or tensor_bytes(model)
+        key, results = job.key, None
+        with writing(place) if parallel.first() else nullcontext():
+            if parallel.first() and not overwrite:
+                results = finished(place, key)
+            results = parallel.agree(results)
+            if results is not None:
+                return results | {"bytes": size(place), "directory": str(place)}
+            job.run(_parts(place, job, source, overwrite), statistics)
+            if parallel.first():
+                results = job.outcome(before)
+                if eval_windows:
+                    dense, _ = load(source, **loading)
+                    results |= measured(model, dense, tokenizer, eval_windows, recipe.window)
+                    del dense
+                results["seconds"] = round(time.monotonic() - started, 1)
+                _write(job, source, place, results, options)
+            results = parallel.agree(results) or {}
     results |= {"bytes": size(place), "directory": str(place)}
     return results | {"phases": _beside(phases, job.expected)}
+
+
+def _parts(place: Path, job: Job, source: str, overwrite: bool) -> Store:
+    """Open the store of finished parts, which the first process makes ready."""
+    summary = {"model": source, "budget": job.recipe.budget, "method": job.recipe.method}
+    with parallel.first_then_others():
+        if parallel.first():
+            return prepare(place, job.key, summary, overwrite=overwrite)
+        return Store(place / WORK)
+
+
+def _write(
+    job: Job, source: str, place: Path, results: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Write the checkpoint and its card; options: of the card's recipe."""
+    if job.elastic:
+        results["cut_it_with"] = "calr resize DIRECTORY OUTPUT --keep 0.7"
+    command = "calr compress {model} OUTPUT --config recipe.yaml"
+    recipe = recipe_yaml(job.recipe, options)
+    card = model_card(source, job.what, command, recipe, results)
+    trust = options["trust_remote_code"]
+    check = partial(require_same, job.model, trust_remote_code=trust)
+    assert job.tokenizer is not None
+    save = saver(job.model, job.tokenizer)
+    write(save, place, card, key=job.key, results=results, check=check)
 
 
 def _beside(measured: dict[str, Phase], expected: dict[str, Phase]) -> dict[str, dict[str, float]]:

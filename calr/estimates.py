@@ -18,6 +18,7 @@ from calr.progress import Phase
 from calr.ranks import CACHE_BYTES as DECOMPOSITION_BYTES
 from calr.ranks import PRICED, parse_size
 from calr.recipe import Recipe
+from calr.rounding import rounding_operations
 from calr.statistics import HELD_BYTES, LOGITS
 from calr.text import CACHE_BYTES, cache_row
 from calr.training import PART_TOKENS, windows_needed
@@ -27,7 +28,6 @@ LIBRARY_BYTES = 600_000_000  # resident size of Python with torch and transforme
 ACTIVATIONS = 1 << 30  # of the training, above which they are computed twice
 SAMPLED = 2.3  # times a prefill's of as many tokens: text that is sampled
 GROWING = 1.25  # times what it holds: a cache that is made larger
-ROUNDED = 15_000  # operations, of a product, in whose time a weight is rounded
 DEARER = 1.5  # times a rounding: its price
 EIGEN = 25  # eigenvalues and vectors of an n × n matrix cost about 25 n³
 USUAL_RANK = 8  # of a corrective path, over all matrices
@@ -189,9 +189,10 @@ class Work:
     def _rounding(self, times: float) -> Phase:
         """Two float64 and two float32 matrices of a moment's size, and parts of a weight."""
         widest, parts = max(x.parameters for x in self.structure.layers), 3 * 4
-        operations = ROUNDED * self.structure.model_parameters + sum(
-            x.parameters * x.in_features + 8 * x.in_features**3 for x in self.structure.layers
-        )
+        layers, around = self.structure.layers, self.structure.model_parameters
+        around -= sum(x.parameters for x in layers)
+        operations = sum(rounding_operations(x.parameters, x.in_features) for x in layers)
+        operations += rounding_operations(around, layers[0].in_features)
         size = self.held + self._moment_bytes + 24 * max(self._groups.values()) ** 2
         return Phase(times * operations / _speed(torch.float32), size + parts * widest)
 

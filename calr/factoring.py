@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from calr import parallel
 from calr.model import Layer, balance, two_factor
 from calr.progress import progress
 from calr.ranks import Decompositions, Ranks
@@ -36,19 +37,25 @@ def factorise(
     if recipe.shifted_inputs or recipe.block_epochs:
         fit = BlockFit(model, structure, recipe, decompositions.statistics.ids, make)
     built: dict[str, LowRankLinear] = {}
-    for block in progress(range(structure.blocks), desc="factors", unit="block"):
-        layers = [x for x in structure.in_block(block) if ranks.get(x.name) is not None]
+    blocks = range(structure.blocks)
+    wanted = [[x for x in structure.in_block(b) if ranks.get(x.name) is not None] for b in blocks]
+    own = blocks if fit is not None else parallel.mine(blocks)
+    for block in progress(own, desc="factors", unit="block"):
+        layers = wanted[block]
         known = _known(model, layers, finished, f"block-{block:04d}")
         if fit is not None:
             made = fit.fit(block, layers, known)
         else:
             made = known or {layer.name: make(layer, None, None) for layer in layers}
-        if not known and made:
+        if not known and made and (fit is None or parallel.first()):
             tensors = {f"{n}.up": m.weight for n, m in made.items()}
             tensors |= {f"{n}.down": m.down.weight for n, m in made.items()}
             finished.save(f"block-{block:04d}", tensors)
         built |= {layer.name: made[layer.name] for layer in layers}  # however they were found
-    return built
+    parallel.wait()
+    for block in blocks if len(own) < len(blocks) else ():
+        built |= _known(model, wanted[block], finished, f"block-{block:04d}")
+    return {layer.name: built[layer.name] for layers in wanted for layer in layers}
 
 
 def _known(

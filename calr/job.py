@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from calr import parallel
 from calr.elastic import LOW_RANK, complete, every_rank
 from calr.estimates import Ways, Work
 from calr.factoring import factorise
@@ -107,7 +108,7 @@ class Job:
     @cached_property
     def identity(self) -> str:
         """What the weights are: the only time that they are hashed."""
-        return fingerprint(self.model)
+        return parallel.agree(fingerprint(self.model) if parallel.first() else "")
 
     @property
     def key(self) -> str:
@@ -168,7 +169,8 @@ class Job:
             return False
         begin_phase("rotation")
         keep = parts.within("rotated").keep
-        return rotate(self.model, self.structure, self.recipe.seed, keep)
+        with parallel.first_then_others():
+            return rotate(self.model, self.structure, self.recipe.seed, keep)
 
     def _described(self, ids: Tensor) -> dict[str, Any]:
         """State the recipe as it goes into the checkpoint."""
@@ -195,7 +197,7 @@ class Job:
         recipe, given = self.recipe, self.calibration
         if not isinstance(given, Tensor):
             check_window(self.model, "window", recipe.window)
-        if "calibration" not in parts:
+        if not parallel.agree("calibration" in parts):
             windows = calibration_windows(
                 given,
                 self.tokenizer,
@@ -207,7 +209,9 @@ class Job:
             )
             if recipe.correction_tokens:  # says what is too little before anything is kept
                 windows_used(windows, recipe)
-            parts.save("calibration", {"ids": windows})
+            with parallel.first_then_others():
+                if "calibration" not in parts:
+                    parts.save("calibration", {"ids": windows})
         ids = parts.load("calibration")["ids"]
         check_window(self.model, "window", ids.shape[1])
         check_vocabulary(self.model, "calibration ids", ids)

@@ -11,6 +11,8 @@ from typing import Any
 import psutil
 from transformers.utils import logging
 
+from calr import parallel
+
 logger = logging.get_logger(__name__)
 
 
@@ -31,9 +33,10 @@ def progress(
     by default a phase of its own. options: those of tqdm.
     """
     begin_phase(phase or desc)
-    if not sys.stderr.isatty():
-        logger.info(desc)
+    if not sys.stderr.isatty() or not parallel.first():
         options["disable"] = True
+        if parallel.first():
+            logger.info(desc)
     return logging.tqdm(items, desc=desc, unit=unit, **options)
 
 

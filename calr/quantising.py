@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from calr import parallel
 from calr.methods import Moments
 from calr.model import Absent, Matrix, absent, balance, present, quantize, weight_of
 from calr.progress import progress
 from calr.ranks import PRICED, ByteBudget, Forms, corrective_ranks, least_loss
 from calr.recipe import Recipe
-from calr.rounding import round_matrix, truncate
+from calr.rounding import round_matrix, rounding_operations, truncate
 from calr.statistics import Statistics
 from calr.storage import Store
 from calr.training import Primary, StudentEmbedding, StudentLinear, corrected_students
@@ -52,9 +53,10 @@ def quantised(
         done = corrected_students(model, placed, ids, recipe, recorded, parts, checkpointed)
         found["correction"] = dataclasses.asdict(done)
         kept = parts.within("trained")
-        for matrix in made:
-            student, *_ = (placed.pop(name) for name in matrix.names)
-            made[matrix] = quantiser.placed(kept, matrix.name, trained(student))
+        with parallel.first_then_others():
+            for matrix in made:
+                student, *_ = (placed.pop(name) for name in matrix.names)
+                made[matrix] = quantiser.placed(kept, matrix.name, trained(student))
     stored: dict[str, dict[str, Any]] = {}
     for matrix, form in chosen.items():
         quantize(model, matrix.names, form, made[matrix])
@@ -81,19 +83,27 @@ class Quantiser:
         What it costs is kept with the statistics, for other budgets.
         """
         prices, known = {}, self.statistics.store.within(losses_name(self.budget))
-        if any(matrix.name not in known for matrix in self.budget.matrices):
+        if parallel.agree(any(matrix.name not in known for matrix in self.budget.matrices)):
             self.statistics.collect()
-        for matrix in progress(self.budget.matrices, desc="prices", unit="matrix"):
+        own = parallel.share(self.budget.matrices, [operations(m) for m in self.budget.matrices])
+        own = sorted(own, key=self.budget.matrices.index)  # moments are read block by block
+        for matrix in progress(own, desc="prices", unit="matrix"):
             form = self.budget.form(PRICED, matrix.in_features)
             if matrix.name not in known:
                 known.save(matrix.name, {"losses": self._losses(matrix, form)})
+        parallel.wait()
+        for matrix in self.budget.matrices:
             prices[matrix.name] = known.load(matrix.name)["losses"].tolist()
         return least_loss(self.budget, prices, exact=exact)
 
     def rounded(self, forms: dict[Matrix, Form]) -> dict[Matrix, Rounding]:
         """Round matrices to forms: the tensors that are stored of each."""
-        shown = progress(forms.items(), desc="rounding", unit="matrix")
-        return {matrix: self._rounded(matrix, form) for matrix, form in shown}
+        own = set(parallel.share(list(forms), [operations(matrix) for matrix in forms]))
+        shown = progress([m for m in forms if m in own], desc="rounding", unit="matrix")
+        made = {matrix: self._rounded(matrix, forms[matrix]) for matrix in shown}
+        parallel.wait()
+        others = {m: self._rounded(m, form) for m, form in forms.items() if m not in own}
+        return {matrix: (made | others)[matrix] for matrix in forms}
 
     def placed(self, store: Store, name: str, made: Rounding) -> Rounding:
         """Return what is stored of a matrix, in memory or, lazily, in a file of a store."""
@@ -154,6 +164,11 @@ class Quantiser:
             moment = Moments(known["inputs"]).with_prior().input * scale**2
             parts.append((smoothed(known["tokens"]), moment))
         return _Curvature(parts)
+
+
+def operations(matrix: Matrix) -> float:
+    """Estimate how many operations, of a product, take the time of rounding a matrix."""
+    return rounding_operations(matrix.parameters, matrix.in_features)
 
 
 def losses_name(budget: ByteBudget) -> str:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from calr import parallel
 from calr.methods import Decomposition, Moments, resolve
 from calr.model import Layer, Structure, weight_of
 from calr.progress import progress
@@ -63,8 +64,11 @@ class Decompositions:
     def curves(self) -> dict[str, Tensor]:
         """Return each layer's error at every rank, from the statistics' store where it is known."""
         name, store = curves_name(self.recipe), self.statistics.store
-        if name not in store:
-            store.save(name, self._curves())
+        if not parallel.agree(name in store):
+            curves = parallel.gather(self._curves())
+            with parallel.first_then_others():
+                if name not in store:
+                    store.save(name, curves)
         return store.load(name)
 
     def sampled(self, step: int) -> dict[str, list[float]]:
@@ -75,7 +79,10 @@ class Decompositions:
         """Return each layer's expected increase of the loss (or output error) at every rank."""
         curves, influence = {}, None
         layers = self.structure.layers
-        for layer in progress(layers, desc="error curves", unit="layer", phase="factors"):
+        costs = [x.parameters * min(x.in_features, x.out_features) for x in layers]
+        own = parallel.share(layers, costs)
+        own = sorted(own, key=lambda layer: layer.block)  # whose moments are read together
+        for layer in progress(own, desc="error curves", unit="layer", phase="factors"):
             result = self.of(layer)
             curve = result.errors
             if result.unit == "output" and self.recipe.sensitivity == "gradient":

@@ -2,6 +2,6 @@
 and the low-rank path beside it."""
 
 from calr.rounding.corrective import truncate
-from calr.rounding.matrix import Rounded, round_matrix
+from calr.rounding.matrix import Rounded, round_matrix, rounding_operations
 
-__all__ = ["Rounded", "round_matrix", "truncate"]
+__all__ = ["Rounded", "round_matrix", "rounding_operations", "truncate"]

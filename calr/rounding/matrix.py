@@ -11,6 +11,12 @@ from calr_kernels import records
 from calr_kernels.forms import Form
 
 PART = 1 << 22  # weights whose rows are rounded together: rows do not know of each other
+SEARCHED = 15_000  # operations of a product in whose time the scales for a weight are searched
+
+
+def rounding_operations(parameters: int, columns: int) -> float:
+    """Estimate how many operations of a product take the time of rounding a matrix."""
+    return parameters * (SEARCHED + columns) + 8.0 * columns**3
 
 
 @dataclass(frozen=True)

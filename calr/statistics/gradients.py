@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from calr import parallel
 from calr.errors import CalrError
 from calr.model import BlockRunner, Layer, Structure, hooked, require_finite, requiring, resident
 from calr.progress import progress
@@ -39,14 +40,17 @@ def gradient_moments(
     those inputs, windows × tokens × hidden numbers a block, are in files where they are many.
     """
     names = [gradients_name(store, block, outputs) for block in range(structure.blocks)]
-    if all(name in store for name in [*names, VOCABULARY]):
+    if parallel.agree(all(name in store for name in [*names, VOCABULARY])):
         return
-    runner = BlockRunner(model, structure, ids, ids.shape[1])
+    parallel.require(len(ids), "gradient_samples")
+    runner = BlockRunner(model, structure, parallel.mine(ids), ids.shape[1])
     count = sum(hidden.nbytes for hidden in runner.hidden) * structure.blocks
-    kept = store.within("backward") if count > HELD_BYTES else Store()
+    kept = store.within(f"backward-{parallel.rank()}") if count > HELD_BYTES else Store()
     vocabulary: dict[str, Tensor] = {}
     with requiring(model, []), hooked(_watch_vocabulary(vocabulary, model)):
-        gradients = _to_the_end(runner, kept, vocabulary, seed)
+        draw = torch.Generator().manual_seed(seed)
+        uniform = [torch.rand(ids.shape[1], 1, generator=draw) for _ in ids]
+        gradients = _to_the_end(runner, kept, vocabulary, parallel.mine(uniform))
         for block in progress(reversed(range(structure.blocks)), desc=PHASE, unit="block"):
             sums: dict[str, Tensor] = {}
             layers = structure.in_block(block)
@@ -56,30 +60,35 @@ def gradient_moments(
             ]
             with hooked(hooks), resident(runner.blocks[block]):
                 gradients = _back(runner, block, kept.load(f"{block:04d}"), gradients)
+            parallel.add_up(sums[name] for name in sorted(sums))
             for layer in layers:
                 _require_gradient(sums, layer, model)
-            store.save(names[block], {name: s / ids.numel() for name, s in sums.items()})
+            if parallel.first():
+                store.save(names[block], {name: s / ids.numel() for name, s in sums.items()})
         with torch.enable_grad(), resident(*runner.around):
             for batch, gradient in enumerate(gradients):
                 runner.embedded(batch).backward(gradient)
     kept.remove()
-    store.save(VOCABULARY, {name: s / ids.numel() for name, s in vocabulary.items()})
+    parallel.add_up(vocabulary[name] for name in sorted(vocabulary))
+    if parallel.first():
+        store.save(VOCABULARY, {name: s / ids.numel() for name, s in vocabulary.items()})
+    parallel.wait()
 
 
 def _to_the_end(
-    runner: BlockRunner, kept: Store, vocabulary: dict[str, Tensor], seed: int
+    runner: BlockRunner, kept: Store, vocabulary: dict[str, Tensor], uniform: list[Tensor]
 ) -> list[Tensor]:
     """Run all blocks, keeping their inputs; return the loss's gradients [1, T, H] behind the last,
-    a window at a time, and add up what is known of the logits."""
+    a window at a time, and add up what is known of the logits. uniform [T, 1]: of every window."""
     hidden = runner.hidden
     for block in progress(range(len(runner.blocks)), desc="forward", unit="block", phase=PHASE):
         kept.save(f"{block:04d}", {f"{i:04d}": x for i, x in enumerate(hidden)})
         hidden = runner.run(block, hidden)
-    generator = torch.Generator().manual_seed(seed)
+    windows = list(zip(hidden, uniform, strict=True))
     with resident(*runner.around):
         return [
-            _loss_gradient(runner, x, torch.rand(x.shape[1], 1, generator=generator), vocabulary)
-            for x in progress(hidden, desc="loss", unit="window", phase=PHASE)
+            _loss_gradient(runner, x, drawn, vocabulary)
+            for x, drawn in progress(windows, desc="loss", unit="window", phase=PHASE)
         ]
 
 

@@ -9,6 +9,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from calr import parallel
 from calr.model import BlockRunner, Structure, hooked, require_finite
 from calr.progress import progress
 from calr.storage import Store
@@ -20,13 +21,16 @@ logger = logging.get_logger(__name__)
 @torch.no_grad()
 def input_moments(model: PreTrainedModel, structure: Structure, ids: Tensor, store: Store) -> None:
     """Save E[x xᵀ] [K, K] float32 of every input group, block by block, as "inputs-<block>"."""
-    if all(f"inputs-{block:04d}" in store for block in range(structure.blocks)):
+    names = [f"inputs-{block:04d}" for block in range(structure.blocks)]
+    known = parallel.agree([name in store for name in names])
+    if all(known):
         return
     _warn_if_few(structure, ids)
-    runner = BlockRunner(model, structure, ids)
+    parallel.require(len(ids), "samples")
+    runner = BlockRunner(model, structure, parallel.mine(ids))
     hidden = runner.hidden
     for block in progress(range(structure.blocks), desc="second moments", unit="block"):
-        if f"inputs-{block:04d}" in store:
+        if known[block]:
             hidden = runner.run(block, hidden)
             continue
         sums: dict[str, Tensor] = {}
@@ -36,10 +40,13 @@ def input_moments(model: PreTrainedModel, structure: Structure, ids: Tensor, sto
             for group in groups
         ):
             hidden = runner.run(block, hidden)
+        parallel.add_up(sums.values())
         moments = {group: total / ids.numel() for group, total in sums.items()}
         for group, moment in moments.items():
             require_finite(moment, f"{group}: its calibration inputs", model.dtype)
-        store.save(f"inputs-{block:04d}", moments)
+        if parallel.first():
+            store.save(names[block], moments)
+    parallel.wait()
 
 
 def block_influence(model: PreTrainedModel, structure: Structure, ids: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from calr.storage.card import model_card, recipe_yaml
 from calr.storage.checkpoint import (
+    WORK,
     destination,
     finished,
     one_sentence,
@@ -17,6 +18,7 @@ from calr.storage.manifest import read_manifest, verify
 from calr.storage.store import Store
 
 __all__ = [
+    "WORK",
     "Store",
     "claim",
     "destination",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from calr import parallel
 from calr.errors import CalrError
 from calr.inference.cache import grow
 from calr.model import absent, decoder, find_blocks, hooked, resident, tensor_bytes
@@ -17,6 +18,7 @@ from calr.text.tokens import adds_bos, encode
 
 CACHE_BYTES = 2 << 30  # of keys and values while sampling
 MOST = 72  # windows sampled at once
+SEEDS = 1 << 20  # from the seed of a batch to that of the next
 LINES = (60, 80)  # shortest and longest lines, in characters, of hard-wrapped text
 
 
@@ -43,12 +45,11 @@ def sample_from(
     if adds_bos(tokenizer):
         start = torch.cat([torch.full_like(start, tokenizer.bos_token_id), start], 1)
     length = window - start.shape[1]
-    own, generate = model.generation_config, cast(Any, model.generate)
-    rows = []
+    usual, generate = model.generation_config, cast(Any, model.generate)
+    rows: dict[int, Tensor] = {}
     devices = [model.device] if model.device.type == "cuda" else []
     growing = decoder(model).register_forward_pre_hook(_grow, with_kwargs=True)
     with torch.random.fork_rng(devices), torch.no_grad(), resident(model), hooked([growing]):
-        torch.manual_seed(seed)
         try:
             # none of the model's own penalties and filters: plain sampling from its distribution
             model.generation_config = GenerationConfig(
@@ -56,19 +57,19 @@ def sample_from(
                 top_k=0,
                 min_new_tokens=length,
                 max_new_tokens=length,
-                eos_token_id=own.eos_token_id if own else None,
+                eos_token_id=usual.eos_token_id if usual else None,
                 pad_token_id=0,
             )
-            for batch in progress(
-                start.split(_sampling_batch(model, samples, window, cache_bytes)),
-                desc="sampling text",
-                unit="batch",
-            ):
-                mask = torch.ones_like(batch, device=model.device)
-                rows.append(generate(batch.to(model.device), attention_mask=mask).cpu())
+            batches = start.split(_sampling_batch(model, samples, window, cache_bytes))
+            own = parallel.mine(range(len(batches)))
+            for i in progress(own, desc="sampling text", unit="batch"):
+                torch.manual_seed(seed + i * SEEDS)
+                mask = torch.ones_like(batches[i], device=model.device)
+                rows[i] = generate(batches[i].to(model.device), attention_mask=mask).cpu()
         finally:
-            model.generation_config = own
-    return torch.cat(rows)
+            model.generation_config = usual
+    every = parallel.gather(rows)
+    return torch.cat([every[i] for i in sorted(every)])
 
 
 def hard_wrapped(windows: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -116,7 +117,7 @@ def _sampling_batch(model: PreTrainedModel, samples: int, window: int, cache_byt
     """Return how many of some windows to sample at once: batches of one size, of at most MOST, and
     so many bytes of keys and values."""
     row = max(1, cache_row(model, window, model.dtype.itemsize))
-    most = max(1, min(MOST, cache_bytes // row))
+    most = max(1, min(MOST, cache_bytes // row, math.ceil(samples / parallel.size())))
     return math.ceil(samples / math.ceil(samples / most))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from calr import parallel
 from calr.errors import CalrError
 from calr.model import requiring
 from calr.progress import progress
@@ -152,6 +153,7 @@ class _Training:
                     if losses[-1] <= min(losses) or self.on_gradients is not None:
                         self._keep()
                     self._save(optimizer, step + 1, losses)
+        parallel.wait()
         best = self.store.load(BEST)
         with torch.no_grad():
             for i, p in enumerate(self.parameters):
@@ -165,26 +167,35 @@ class _Training:
         """Make one step and return its loss."""
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * self.learning_rate * _schedule(step, len(batches))
-        batch, found = self.targets[batches[step]], 0.0
-        for part in batch.split(self.at_once):
+        whole, found = batches[step], torch.zeros((), dtype=torch.float64)
+        for part in self.targets[parallel.mine(whole)].split(self.at_once):
             with torch.enable_grad():
-                loss = self._loss(part) * (len(part) / len(batch))
+                loss = self._loss(part) * (len(part) / len(whole))
                 loss.backward()
             found += float(loss.detach())
-        self._finite(found)
+        self._add_up(found)
+        self._finite(float(found))
         if self.on_gradients is not None:
             self.on_gradients(step, len(batches))
         nn.utils.clip_grad_norm_(self.parameters, CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        return found
+        return float(found)
+
+    def _add_up(self, loss: Tensor) -> None:
+        """Sum loss and gradients over the processes, each of which had other windows."""
+        parallel.add_up([loss])
+        for p in self.parameters if parallel.size() > 1 else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            parallel.add_up([p.grad])
 
     @torch.no_grad()
     def measure(self) -> float:
         """Return the mean loss on the held-out windows, nats per token."""
-        parts = self.held_out.split(self.at_once)
-        total = sum(float(self._loss(part)) * len(part) for part in parts)
-        return self._finite(total / len(self.held_out))
+        parts = parallel.mine(self.held_out).split(self.at_once)
+        total = torch.tensor(sum(float(self._loss(part)) * len(part) for part in parts)).double()
+        parallel.add_up([total])
+        return self._finite(float(total) / len(self.held_out))
 
     def _loss(self, part: Targets) -> Tensor:
         return divergence(self.model, part, cross_entropy=self.cross_entropy)
@@ -199,11 +210,13 @@ class _Training:
     def _keep(self) -> None:
         """Keep the parameters as the best so far."""
         in_memory = self.store.directory is None
+        if not in_memory and not parallel.first():
+            return
         values = (p.detach().clone() if in_memory else p.detach() for p in self.parameters)
         self.store.save(BEST, {f"{i}": value for i, value in enumerate(values)})
 
     def _save(self, optimizer: torch.optim.Optimizer, step: int, losses: list[float]) -> None:
-        if self.store.directory is None:
+        if self.store.directory is None or not parallel.first():
             return
         tensors = {"losses": torch.tensor(losses, dtype=torch.float64), "step": torch.tensor(step)}
         for i, p in enumerate(self.parameters):
@@ -213,7 +226,7 @@ class _Training:
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
         """Return the next step and the losses so far; nothing to start anew."""
-        if STATE not in self.store or BEST not in self.store:
+        if not parallel.agree(STATE in self.store and BEST in self.store):
             return 0, []
         tensors = self.store.load(STATE)
         for i, p in enumerate(self.parameters):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from calr import parallel
 from calr.model import BlockRunner, Structure, analyse, resident
 from calr.progress import progress
 from calr.statistics import LOGITS
@@ -54,18 +55,22 @@ def collect_targets(model: PreTrainedModel, ids: Tensor, store: Store) -> Target
 
     Files are named after the text and how the model ran; the store must be of one model only.
     """
-    log_probabilities, tokens, structure = [], [], analyse(model)
-    for chunk in progress(ids.split(CHUNK), desc="dense outputs", unit="chunk"):
-        digest = hashlib.sha256(
-            f"{TOP} {in_sixteen_bits(model)} {list(chunk.shape)}".encode() + chunk.numpy().tobytes()
-        )
-        name = f"targets-{digest.hexdigest()[:16]}"
+    structure, kind = analyse(model), f"{TOP} {in_sixteen_bits(model)}"
+    chunks = [(_name(kind, chunk), chunk) for chunk in ids.split(CHUNK)]
+    for name, chunk in progress(parallel.mine(chunks), desc="dense outputs", unit="chunk"):
         if name not in store:
             store.save(name, _most_probable(model, structure, chunk))
-        found = store.load(name)
-        log_probabilities.append(found["log_probabilities"])
-        tokens.append(found["tokens"])
-    return Targets(ids, torch.cat(log_probabilities), torch.cat(tokens))
+    parallel.wait()
+    found = [store.load(name) for name, _ in chunks]
+    log_probabilities, tokens = (
+        torch.cat([part[name] for part in found]) for name in ("log_probabilities", "tokens")
+    )
+    return Targets(ids, log_probabilities, tokens)
+
+
+def _name(kind: str, ids: Tensor) -> str:
+    text = f"{kind} {list(ids.shape)}".encode() + ids.numpy().tobytes()
+    return f"targets-{hashlib.sha256(text).hexdigest()[:16]}"
 
 
 def divergence(model: PreTrainedModel, targets: Targets, *, cross_entropy: float = 0.0) -> Tensor:
