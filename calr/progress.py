@@ -1,6 +1,7 @@
 """Progress on a terminal; elsewhere one line when a phase begins; and what each phase took."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from transformers.utils import logging
 from calr import parallel
 
 logger = logging.get_logger(__name__)
+INTERVAL = 0.02  # seconds between two looks at the memory
 
 
 @dataclass(frozen=True)
@@ -50,45 +52,59 @@ def begin_phase(name: str) -> None:
 def measured_phases(first: str) -> Iterator[dict[str, Phase]]:
     """Measure what is done until the end of the block: each phase lasts until the next begins.
 
-    Yields what is known by name, whole at the end. One that comes again is added to. Linux alone
-    tells a peak; elsewhere it is what is resident when a phase ends.
+    Yields what is known by name, whole at the end. One that comes again is added to. Memory is
+    looked at every few milliseconds, and so is the peak that Linux counts, where that grew.
     """
     watch = _Watch(first)
     _watches.append(watch)
     try:
         yield watch.found
     finally:
-        watch.end()
+        watch.close()
         _watches.remove(watch)
 
 
 class _Watch:
     def __init__(self, name: str) -> None:
         self.found: dict[str, Phase] = {}
+        self._process, self._done = psutil.Process(), threading.Event()
         self._start(name)
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
 
     def begin(self, name: str) -> None:
-        self.end()
+        self._end()
         self._start(name)
 
-    def end(self) -> None:
-        before = self.found.get(self._name, Phase(0.0, 0))
-        seconds = before.seconds + time.monotonic() - self._started
-        self.found[self._name] = Phase(seconds, max(before.peak_bytes, _peak()))
+    def close(self) -> None:
+        self._done.set()
+        self._thread.join()
+        self._end()
 
     def _start(self, name: str) -> None:
-        self._name, self._started = name, time.monotonic()
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+        self._name, self._started, self._before, self._most = name, time.monotonic(), _peak(), 0
 
+    def _end(self) -> None:
+        self._see()
+        now, known = _peak(), self.found.get(self._name, Phase(0.0, 0))
+        most = max(self._most, known.peak_bytes, now if now > self._before else 0)
+        self.found[self._name] = Phase(known.seconds + time.monotonic() - self._started, most)
 
-_watches: list[_Watch] = []
+    def _see(self) -> None:
+        self._most = max(self._most, self._process.memory_info().rss)
+
+    def _look(self) -> None:
+        while not self._done.wait(INTERVAL):
+            self._see()
 
 
 def _peak() -> int:
-    """Return the peak of resident memory since it was last reset."""
+    """Return the peak of the process's resident memory; 0 where the system does not tell it."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)
+    return 0
+
+
+_watches: list[_Watch] = []

@@ -47,6 +47,7 @@ def quantised(
     forms = quantiser.forms(exact=recipe.solver == "exact")
     chosen = {m: form for m in budget.matrices if (form := forms[m.name]) is not None}
     made = quantiser.rounded(chosen)
+    statistics.let_go()
     if recipe.correction_tokens and made:
         placed = students(model, chosen, made)
         recorded = statistics.store

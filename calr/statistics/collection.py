@@ -75,6 +75,10 @@ class Statistics:
             rows=tensors[f"{layer.name}.gradient"] if gradients else None,
         )
 
+    def let_go(self) -> None:
+        """Hold nothing in memory until it is asked for again."""
+        self._block = (-1, {})
+
     def vocabulary(self) -> dict[str, Tensor]:
         """Return what the backward pass found of embeddings and lm_head, and "tokens" [V]: how
         often each occurs in the windows."""
