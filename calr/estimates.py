@@ -4,8 +4,9 @@ Modelled, not measured: counts of numbers and of operations, and the speed of sh
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -33,6 +34,17 @@ EIGEN = 25  # eigenvalues and vectors of an n × n matrix cost about 25 n³
 USUAL_RANK = 8  # of a corrective path, over all matrices
 
 
+@cache
+def product_speed(dtype: torch.dtype) -> float:
+    """Return how many operations per second a product of 1024 x 1024 numbers makes on this CPU."""
+    a = torch.ones(1024, 1024, dtype=dtype)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(5):
+        a @ a
+    return 5 * 2 * 1024**3 / (time.perf_counter() - start)
+
+
 @dataclass(frozen=True)
 class Ways:
     """How a compression stays within memory, at the cost of time.
@@ -51,7 +63,7 @@ class Work:
 
     dtype: of the model's numbers. tied: lm_head is the embedding. row: bytes of keys and values of
     one window. sampled: the model writes its own text. held: bytes of the model that are in memory
-    all the time.
+    all the time. speed: operations per second of products of a type.
     """
 
     structure: Structure
@@ -62,6 +74,7 @@ class Work:
     row: int
     sampled: bool
     held: int
+    speed: Callable[[torch.dtype], float] = product_speed
 
     @classmethod
     def of(
@@ -134,7 +147,7 @@ class Work:
         """Operations per second of products in the model's type, and in that of the training."""
         own = torch.float32 if self.dtype is torch.float16 else self.dtype
         fast = cpu_multiplies_bfloat16() or own is not torch.float32
-        return _speed(own), _speed(torch.bfloat16 if fast else torch.float32)
+        return self.speed(own), self.speed(torch.bfloat16 if fast else torch.float32)
 
     @property
     def _read(self) -> int:
@@ -194,7 +207,7 @@ class Work:
         operations = sum(rounding_operations(x.parameters, x.in_features) for x in layers)
         operations += rounding_operations(around, layers[0].in_features)
         size = self.held + self._moment_bytes + 24 * max(self._groups.values()) ** 2
-        return Phase(times * operations / _speed(torch.float32), size + parts * widest)
+        return Phase(times * operations / self.speed(torch.float32), size + parts * widest)
 
     @property
     def _factors(self) -> Phase:
@@ -207,7 +220,7 @@ class Work:
             for x in layers
         )
         size = self._read + held + 4 * self.structure.linear_parameters
-        return Phase(operations / _speed(torch.float32), size)
+        return Phase(operations / self.speed(torch.float32), size)
 
     @property
     def _outputs(self) -> Phase:
@@ -218,7 +231,7 @@ class Work:
     @property
     def _part(self) -> int:
         """Tokens that are trained on at once."""
-        most = min(self.recipe.step_tokens, PART_TOKENS, 4 * LOGITS // self.vocabulary)
+        most = min(self.recipe.step_tokens, PART_TOKENS, 2 * LOGITS // self.vocabulary)
         return max(self.recipe.window, most)
 
     @property
@@ -251,18 +264,3 @@ def _remedy(phase: str) -> str:
     if phase == "correction":
         return "leave the correction out (correction_tokens=0), or give it more"
     return "give it more"
-
-
-def _speed(dtype: torch.dtype) -> float:
-    """Return how many operations per second a product of 1024 x 1024 numbers makes."""
-    if dtype not in _SPEEDS:
-        a = torch.ones(1024, 1024, dtype=dtype)
-        a @ a
-        start = time.perf_counter()
-        for _ in range(5):
-            a @ a
-        _SPEEDS[dtype] = 5 * 2 * 1024**3 / (time.perf_counter() - start)
-    return _SPEEDS[dtype]
-
-
-_SPEEDS: dict[torch.dtype, float] = {}

@@ -97,7 +97,7 @@ def divergence(model: PreTrainedModel, targets: Targets, *, cross_entropy: float
 def windows_at_once(model: PreTrainedModel, window: int) -> int:
     """Return how many windows of that many tokens a student runs on together: where a vocabulary is
     large fewer, since their logits and the gradients of these are held whole."""
-    return max(1, min(PART_TOKENS, 4 * LOGITS // _vocabulary(model)) // window)
+    return max(1, min(PART_TOKENS, 2 * LOGITS // _vocabulary(model)) // window)
 
 
 def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:

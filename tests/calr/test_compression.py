@@ -11,7 +11,8 @@ import calr
 from calr import job
 from calr.errors import CalrError
 from calr.model import analyse, load, lowrank, saving
-from calr.statistics import collection
+from calr.statistics import collection, gradients
+from calr.storage import store
 from calr.testing import byte_tokenizer, tiny_llama
 
 METHODS = ["svd", "svd_llm", "erc_svd", "calr"]
@@ -361,3 +362,69 @@ def test_a_large_result_is_written_in_shards_that_load_alike(source, tmp_path, m
         assert len(list((tmp_path / name).glob("*.safetensors"))) == {"one": 1, "many": 3}[name]
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+SPREAD = [0.0, 0.15, 0.3, 0.5, 0.65, 0.8, 0.9, 1.0]  # where, among all that is written
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    """A tiny model that can be rotated."""
+    place = tmp_path_factory.mktemp("untied") / "model"
+    tiny_llama(tie_word_embeddings=False).save_pretrained(place)
+    byte_tokenizer().save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def every_write(untied, tmp_path_factory):
+    """Run with all kinds of writes; return what it made, and how many tensor files it wrote."""
+    place, calls = tmp_path_factory.mktemp("whole") / "out", []
+    with pytest.MonkeyPatch.context() as patch:
+        _limit(patch, lambda file: calls.append(file))
+        _run(untied, place)
+    kinds = {file.parent.name if ".calr" in str(file.parent) else file.name for file in calls}
+    assert kinds >= {"statistics", "backward-0", "rotated", "rounded", "trained", "checkpoint"}
+    return {file.name: file.read_bytes() for file in place.glob("*.safetensors")}, len(calls)
+
+
+@pytest.mark.parametrize("share", SPREAD)
+def test_a_disk_that_fills_at_any_write_loses_nothing(share, every_write, untied, tmp_path):
+    wanted, count = every_write
+    left = [round(share * (count - 1))]
+
+    def fill(file):
+        left[0] -= 1
+        if left[0] < 0:
+            file.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        _limit(patch, fill)
+        with pytest.raises(CalrError, match="the disk is full; make room"):
+            _run(untied, tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+    _run(untied, tmp_path / "out")
+    found = {file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.safetensors")}
+    assert found == wanted
+
+
+def _limit(patch, before):
+    """Have something happen before every file of tensors that a run writes; shards are small."""
+    patch.setattr(saving, "SHARD_BYTES", 8_000)
+    for module in (saving, store):
+
+        def save(tensors, file, write=module.save_file, **options):
+            before(file)
+            write(tensors, file, **options)
+
+        patch.setattr(module, "save_file", save)
+
+
+def _run(source, place):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "SHARD_BYTES", 8_000)
+        patch.setattr(gradients, "HELD_BYTES", 0)
+        text = {"samples": 4, "gradient_samples": 2, "window": 16, "correction_tokens": 64}
+        recipe = calr.Recipe(bits=6, **text)
+        calr.compress_to(str(source), place, recipe, calibration="builtin", eval_windows=2)
