@@ -109,22 +109,15 @@ def test_nothing_as_large_as_the_numbers_is_kept_for_the_backward_pass():
     assert sum(kept) == x.nbytes + weight.nbytes + scales.nbytes
 
 
-@pytest.mark.parametrize("isa", [0, 1, 2])
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("columns", [32, 100, 576])
-def test_the_native_kernel_finds_the_same(form, columns, isa):
-    library = native.library()
-    best = library.calr_isa()
-    if library.calr_select_isa(isa):
-        pytest.skip("this machine lacks it")
-    try:
-        weight, scales = matrix(form, 37, columns, "cpu")
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            found = native.dequantize(weight, form, columns, dtype, scales)
-            assert torch.equal(found, records.dequantize(weight, form, columns, dtype, scales))
-            gradients = torch.randn(37, columns).to(dtype)
-            sums = native.scale_gradients(weight, gradients, form)
-            wanted = records.scale_gradients(weight, gradients.double(), form)
-            torch.testing.assert_close(sums, wanted, rtol=1e-4, atol=1e-2)
-    finally:
-        library.calr_select_isa(best)
+def test_the_native_kernel_finds_the_same(form, columns):
+    weight, scales = matrix(form, 37, columns, "cpu")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found = native.dequantize(weight, form, columns, dtype, scales)
+        assert torch.equal(found, records.dequantize(weight, form, columns, dtype, scales))
+        gradients = torch.randn(37, columns).to(dtype)
+        sums = native.scale_gradients(weight, gradients, form)
+        wanted = records.scale_gradients(weight, gradients.double(), form)
+        torch.testing.assert_close(sums, wanted, rtol=1e-4, atol=1e-2)
