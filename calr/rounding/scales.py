@@ -78,13 +78,17 @@ def _fitted(weight: Tensor, levels: Tensor, g: Tensor, form: Form) -> Tensor:
     """Solve for the scales [n, G], float64, of levels [n, K] that fit weight [n, K] best."""
     right = _grouped((weight @ g).mul_(levels), form).sum(-1).double()
     normal = torch.empty(*right.shape, right.shape[1], dtype=torch.float64, device=g.device)
-    for group in range(right.shape[1]):
-        own = slice(group * form.scale_group, (group + 1) * form.scale_group)
-        normal[:, group] = _grouped((levels[:, own] @ g[own]).mul_(levels), form).sum(-1)
+    for group in range(right.shape[1]):  # symmetric: each with those behind it
+        start = group * form.scale_group
+        own = slice(start, start + form.scale_group)
+        products = (levels[:, own] @ g[own, start:]).mul_(levels[:, start:])
+        found = _grouped(products, form).sum(-1)
+        normal[:, group, group:] = found
+        normal[:, group:, group] = found
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     diagonal += DAMPING * diagonal.mean(-1, keepdim=True) + 1e-30
-    found: Tensor = torch.linalg.solve_ex(normal, right)[0]
-    return found
+    fitted: Tensor = torch.linalg.solve_ex(normal, right)[0]
+    return fitted
 
 
 def _grouped(weight: Tensor, form: Form) -> Tensor:

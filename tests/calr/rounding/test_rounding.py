@@ -187,3 +187,14 @@ def test_rows_rounded_in_parts_are_rounded_alike(monkeypatch):
     parts = round_matrix(weight, FORMS[2], moment)
     assert (whole.records != parts.records).sum() <= 4  # sums of another order
     assert error(weight, parts, moment) == pytest.approx(error(weight, whole, moment), rel=1e-2)
+
+
+@pytest.mark.parametrize("columns", [1, 63, 128, 129, 700])
+def test_the_factor_is_that_of_the_inverse(columns):
+    _, moment = problem(columns=columns)
+    order, factor = gptq.ordered(moment)
+    assert torch.equal(factor, factor.triu())
+    damped = moment.double()[order][:, order]
+    damped += gptq.DAMPING * damped.diagonal().mean() * torch.eye(columns)
+    found = factor.double().mT @ factor.double() @ damped
+    torch.testing.assert_close(found, torch.eye(columns).double(), rtol=0, atol=1e-3)
