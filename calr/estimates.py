@@ -21,7 +21,7 @@ from calr.ranks import PRICED, parse_size
 from calr.recipe import Recipe
 from calr.rounding import rounding_operations
 from calr.statistics import HELD_BYTES, LOGITS
-from calr.text import CACHE_BYTES, cache_row
+from calr.text import CACHE_BYTES, cache_row, sampling_batch
 from calr.training import PART_TOKENS, windows_needed
 from calr_kernels.eligible import cpu_multiplies_bfloat16
 
@@ -176,7 +176,7 @@ class Work:
         tokens = windows * self.recipe.window
         seconds = SAMPLED * 2 * self.structure.model_parameters * tokens / self._speeds[0]
         weights = self.held or self.dtype.itemsize * self.structure.model_parameters
-        cache = max(self.row, min(ways.cache_bytes, windows * self.row))
+        cache = self.row * sampling_batch(windows, self.row, ways.cache_bytes)
         return Phase(seconds, weights + int(GROWING * cache))
 
     @property

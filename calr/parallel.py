@@ -141,5 +141,5 @@ def _one_sentence() -> Iterator[None]:
             raise
         raise CalrError(
             f"process {_rank}: another process of this job has ended or cannot be reached (its own "
-            f"message says why): {str(error).splitlines()[0]}"
+            f"message says why): {str(error).split('. ')[0]}"
         ) from error

@@ -1,6 +1,7 @@
 """What the commands print: tables for people, JSON for programs."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,19 @@ def gigabytes(count: float) -> str:
 
 
 def print_phases(phases: dict[str, dict[str, float]]) -> None:
-    """Print what phases took or are expected to take: seconds and peak memory."""
-    table = Table("phase", "time", "expected", "peak memory", "expected")
+    """Print what phases took or are expected to take, whatever of it is known."""
+    shown: dict[str, Callable[[float], str]] = {
+        "seconds": "{:.0f} s".format,
+        "expected_seconds": "{:.0f} s".format,
+        "peak_bytes": gigabytes,
+        "expected_bytes": gigabytes,
+    }
+    titles = ("time", "time expected", "peak memory", "memory expected")
+    known = [key for key in shown if any(key in phase for phase in phases.values())]
+    names = dict(zip(shown, titles, strict=True))
+    table = Table("phase", *(names[key] for key in known))
     for name, phase in phases.items():
-        seconds = (phase.get(key) for key in ("seconds", "expected_seconds"))
-        sizes = (phase.get(key) for key in ("peak_bytes", "expected_bytes"))
-        cells = [*("" if s is None else f"{s:.0f} s" for s in seconds)]
-        table.add_row(name, *cells, *("" if b is None else gigabytes(b) for b in sizes))
+        table.add_row(name, *(shown[key](phase[key]) if key in phase else "" for key in known))
     _console(110).print(table)
 
 

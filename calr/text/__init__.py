@@ -1,6 +1,6 @@
 """Text for calibration, training and evaluation: from a source to windows of token ids."""
 
-from calr.text.sampling import CACHE_BYTES, cache_row, hard_wrapped, sample_from
+from calr.text.sampling import CACHE_BYTES, cache_row, hard_wrapped, sample_from, sampling_batch
 from calr.text.sources import Source, content_of, describe, parts_of, read_text
 from calr.text.windows import calibration_windows, evaluation_windows, spread, spread_windows
 
@@ -16,6 +16,7 @@ __all__ = [
     "parts_of",
     "read_text",
     "sample_from",
+    "sampling_batch",
     "spread",
     "spread_windows",
 ]

@@ -60,7 +60,8 @@ def sample_from(
                 eos_token_id=usual.eos_token_id if usual else None,
                 pad_token_id=0,
             )
-            batches = start.split(_sampling_batch(model, samples, window, cache_bytes))
+            row = cache_row(model, window, model.dtype.itemsize)
+            batches = start.split(sampling_batch(samples, row, cache_bytes))
             own = parallel.mine(range(len(batches)))
             for i in progress(own, desc="sampling text", unit="batch"):
                 torch.manual_seed(seed + i * SEEDS)
@@ -113,11 +114,10 @@ def _require_memory(model: PreTrainedModel) -> None:
         )
 
 
-def _sampling_batch(model: PreTrainedModel, samples: int, window: int, cache_bytes: int) -> int:
+def sampling_batch(samples: int, row: int, cache_bytes: int) -> int:
     """Return how many of some windows to sample at once: batches of one size, of at most MOST, and
-    so many bytes of keys and values."""
-    row = max(1, cache_row(model, window, model.dtype.itemsize))
-    most = max(1, min(MOST, cache_bytes // row, math.ceil(samples / parallel.size())))
+    so many bytes of keys and values, of which a window has row."""
+    most = max(1, min(MOST, cache_bytes // max(1, row), math.ceil(samples / parallel.size())))
     return math.ceil(samples / math.ceil(samples / most))
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import calr
 from calr import parallel
+from calr.errors import CalrError
 from calr.model import load
 from calr.testing import byte_tokenizer, tiny_llama
 
@@ -97,6 +98,14 @@ def test_a_killed_process_ends_the_job_and_the_same_command_finishes_it(model, t
     assert not (tmp_path / "out" / "config.json").exists()
     _, again = compressed(2, model, tmp_path / "out", *BITS)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_what_the_network_says_of_a_dead_process_is_one_sentence():
+    said = r"process 0: another process .*: \[x\] gloo: closed$"
+    with pytest.raises(CalrError, match=said), parallel._one_sentence():
+        raise RuntimeError("[x] gloo: closed. This is typically caused by a crash.")
+    with pytest.raises(RuntimeError, match="of our own"), parallel._one_sentence():
+        raise RuntimeError("of our own")
 
 
 def test_work_is_shared_by_cost(monkeypatch):
