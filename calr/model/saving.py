@@ -44,7 +44,12 @@ def _save_in_shards(model: PreTrainedModel, directory: Path) -> None:
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
     files = split.filename_to_tensors.items()
     for file, names in progress(files, desc="shards", unit="file", phase=PHASE):
-        shard = {name: present(tensors[name]).cpu().contiguous() for name in names}
-        save_file(shard, directory / file, metadata={"format": "pt"})
+        _save_shard({name: tensors[name] for name in names}, directory / file)
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     (directory / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _save_shard(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Save tensors, whose values are let go of before those of the next shard are read."""
+    shard = {name: present(tensor).cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(shard, file, metadata={"format": "pt"})

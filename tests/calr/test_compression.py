@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 
 import pytest
 import torch
@@ -349,7 +350,19 @@ def test_read_from_its_files_or_in_memory_the_bits_are_the_same(options, tied, t
 
 def test_a_large_result_is_written_in_shards_that_load_alike(source, tmp_path, monkeypatch):
     recipe = calr.Recipe(bits=6, correction_tokens=0, samples=4, gradient_samples=2, window=16)
-    found = []
+    found, before, write, read = [], [], saving.save_file, saving.present
+
+    def save(shard, *arguments, **options):
+        matrices = [tensor for tensor in shard.values() if tensor.dtype == torch.uint8]
+        before[:] = map(weakref.ref, matrices)
+        write(shard, *arguments, **options)
+
+    def present(tensor):
+        assert all(reference() is None for reference in before), "what was written is still there"
+        return read(tensor)
+
+    monkeypatch.setattr(saving, "present", present)
+    monkeypatch.setattr(saving, "save_file", save)
     for name, shard in {"one": saving.SHARD_BYTES, "many": 8_000}.items():
         monkeypatch.setattr(saving, "SHARD_BYTES", shard)
         calr.compress_to(
