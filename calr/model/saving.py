@@ -1,8 +1,10 @@
 """Save a model, one shard in memory at a time where its weights are in files."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -35,7 +37,8 @@ def saver(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callabl
 
 def _save_in_shards(model: PreTrainedModel, directory: Path) -> None:
     """Save configurations as `save_pretrained` does, and tensors shared ones once."""
-    model.save_pretrained(directory, state_dict={})
+    with _without_quantizer(model):
+        model.save_pretrained(directory, state_dict={})
     (directory / "model.safetensors").unlink(missing_ok=True)  # of no tensors
     every: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in reversed(every.items())}
@@ -47,6 +50,17 @@ def _save_in_shards(model: PreTrainedModel, directory: Path) -> None:
         _save_shard({name: tensors[name] for name in names}, directory / file)
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     (directory / INDEX).write_text(json.dumps(index, indent=2))
+
+
+@contextmanager
+def _without_quantizer(model: PreTrainedModel) -> Iterator[None]:
+    """Have transformers save what it is given: a quantizer makes it take the model's tensors."""
+    owner: Any = model
+    before, owner.hf_quantizer = getattr(owner, "hf_quantizer", None), None
+    try:
+        yield
+    finally:
+        owner.hf_quantizer = before
 
 
 def _save_shard(tensors: dict[str, torch.Tensor], file: Path) -> None:
