@@ -111,7 +111,7 @@ def write_gguf(directory: Path, blocks: int, kind: str, parts: int) -> None:
     writer.add_layer_norm_rms_eps(described.rms_norm_eps)
     writer.add_vocab_size(VOCABULARY)
     tokens = sorted(byte_tokenizer().get_vocab().items(), key=lambda entry: entry[1])
-    known = [token for token, _ in tokens]
+    known = [*(token for token, _ in tokens), "ab", "cd"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(known + [f"<{i}>" for i in range(VOCABULARY - len(known))])
     writer.add_token_merges(["a b", "c d"])
