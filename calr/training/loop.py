@@ -193,7 +193,8 @@ class _Training:
     def measure(self) -> float:
         """Return the mean loss on the held-out windows, nats per token."""
         parts = parallel.mine(self.held_out).split(self.at_once)
-        total = torch.tensor(sum(float(self._loss(part)) * len(part) for part in parts)).double()
+        summed = sum(float(self._loss(part)) * len(part) for part in parts)
+        total = torch.tensor(summed, dtype=torch.float64)
         parallel.add_up([total])
         return self._finite(float(total) / len(self.held_out))
 
