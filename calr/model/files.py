@@ -18,6 +18,7 @@ from torch import Tensor
 
 from calr.errors import CalrError
 
+PART = 1 << 22  # numbers of a GGUF file that are made at once
 SPLIT = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")  # of llama.cpp's splitting
 
 
@@ -82,13 +83,21 @@ def _dequantised(
     kind: gguf.GGMLQuantizationType,
     shape: tuple[int, ...],
 ) -> Tensor:
+    """Read a tensor of a GGUF file, some rows at a time: numbers are made in several copies."""
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    with _one_sentence(file):
-        raw = np.fromfile(file, dtype=np.uint8, count=length, offset=offset)
-        if len(raw) < length:
-            raise ValueError(f"ends after {offset + len(raw)} bytes")
-    numbers = gguf.quants.dequantize(raw.reshape(-1, shape[-1] // block * block_bytes), kind)
-    return torch.from_numpy(numbers.astype(np.float32, copy=False)).view(shape)
+    row = shape[-1] // block * block_bytes
+    found = torch.empty(length // row, shape[-1])
+    rows = max(1, PART // shape[-1])
+    for start in range(0, len(found), rows):
+        count = min(rows, len(found) - start)
+        with _one_sentence(file):
+            place = offset + start * row
+            raw = np.fromfile(file, dtype=np.uint8, count=count * row, offset=place)
+            if len(raw) < count * row:
+                raise ValueError(f"ends after {place + len(raw)} bytes")
+        numbers = gguf.quants.dequantize(raw.reshape(count, row), kind)
+        found[start : start + count] = torch.from_numpy(numbers)
+    return found.view(shape)
 
 
 @contextlib.contextmanager
