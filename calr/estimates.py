@@ -28,7 +28,6 @@ from calr_kernels.eligible import cpu_multiplies_bfloat16
 LIBRARY_BYTES = 600_000_000  # resident size of Python with torch and transformers loaded
 ACTIVATIONS = 1 << 30  # of the training, above which they are computed twice
 SAMPLED = 2.3  # times a prefill's of as many tokens: text that is sampled
-GROWING = 1.25  # times what it holds: a cache that is made larger
 DEARER = 1.5  # times a rounding: its price
 EIGEN = 25  # eigenvalues and vectors of an n × n matrix cost about 25 n³
 USUAL_RANK = 8  # of a corrective path, over all matrices
@@ -137,7 +136,7 @@ class Work:
                 f"{_remedy(name)}"
             )
         spare = most - least["sampling text"].peak_bytes if self.sampled else 0
-        room = self.row + int(spare / GROWING)
+        room = self.row + spare
         plain = self.phases(Ways())
         fits = "correction" not in plain or plain["correction"].peak_bytes <= most
         return Ways(min(CACHE_BYTES, max(self.row, room)), checkpointed=not fits)
@@ -177,7 +176,7 @@ class Work:
         seconds = SAMPLED * 2 * self.structure.model_parameters * tokens / self._speeds[0]
         weights = self.held or self.dtype.itemsize * self.structure.model_parameters
         cache = self.row * sampling_batch(windows, self.row, ways.cache_bytes)
-        return Phase(seconds, weights + int(GROWING * cache))
+        return Phase(seconds, weights + cache)
 
     @property
     def _moments(self) -> Phase:

@@ -14,6 +14,7 @@ class _Buffer:
     def __init__(self) -> None:
         self.tensor: Tensor | None = None
         self.length = 0
+        self.least = LEAST  # positions that room is made for
         self._capacity = 0  # positions that fit, 0 where what is held is not contiguous
 
     def get(self, skipped: int = 0) -> Tensor | None:
@@ -42,7 +43,7 @@ class _Buffer:
         own, needed = self.tensor, self.length + more
         assert own is not None
         if needed > self._capacity:
-            room = max(LEAST, int(GROWTH * needed))
+            room = max(self.least, int(GROWTH * needed))
             grown = own.new_empty(*own.shape[:-2], room, own.shape[-1])
             grown.narrow(-2, 0, self.length).copy_(own.narrow(-2, 0, self.length))
             self._hold(grown)
@@ -95,6 +96,10 @@ class _Growing:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
         self.is_initialized = True
+
+    def expect(self, positions: int) -> None:
+        """Make room for so many positions at once, when room is made."""
+        self._keys.least = self._values.least = positions
 
     def room(self, more: int) -> tuple[Tensor, Tensor]:
         """Return keys and values with room for more positions, [B, heads, capacity, d]."""
@@ -178,6 +183,10 @@ class GrowingSlidingLayer(_Growing, DynamicSlidingWindowLayer):
         seen = before + key_states.shape[-2]
         hidden = self.held - seen
         return self._keys.get(hidden), self._values.get(hidden)  # type: ignore[return-value]
+
+    def expect(self, positions: int) -> None:
+        """Make room for so many positions at once, when room is made."""
+        self._keys.least = self._values.least = positions
 
     def room(self, more: int) -> tuple[Tensor, Tensor]:
         """Return keys and values with room for more positions; let those go that nobody sees."""

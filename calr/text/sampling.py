@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from functools import partial
 from typing import Any, cast
 
 import psutil
@@ -11,7 +12,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 
 from calr import parallel
 from calr.errors import CalrError
-from calr.inference.cache import grow
+from calr.inference.cache import GrowingLayer, grow
 from calr.model import absent, decoder, find_blocks, hooked, resident, tensor_bytes
 from calr.progress import progress
 from calr.text.tokens import adds_bos, encode
@@ -48,7 +49,8 @@ def sample_from(
     usual, generate = model.generation_config, cast(Any, model.generate)
     rows: dict[int, Tensor] = {}
     devices = [model.device] if model.device.type == "cuda" else []
-    growing = decoder(model).register_forward_pre_hook(_grow, with_kwargs=True)
+    grown = partial(_grow, window)
+    growing = decoder(model).register_forward_pre_hook(grown, with_kwargs=True)
     with torch.random.fork_rng(devices), torch.no_grad(), resident(model), hooked([growing]):
         try:
             # none of the model's own penalties and filters: plain sampling from its distribution
@@ -96,11 +98,14 @@ def hard_wrapped(windows: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return result
 
 
-def _grow(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Have a decoder's cache grow in place: a third of the time went into copying it."""
+def _grow(window: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Have a decoder's cache hold a window in place: a third of the time went into copying it."""
     cache = kwargs.get("past_key_values")
     if type(cache) is DynamicCache and not cache.offloading:
         grow(cache.layers)
+        for layer in cache.layers:
+            if type(layer) is GrowingLayer:
+                layer.expect(window)
 
 
 def _require_memory(model: PreTrainedModel) -> None:

@@ -43,3 +43,14 @@ def test_a_growing_layer_is_the_layer_it_stands_for(kind):
             assert torch.equal(own.values, grown.values)
         grown = copy.deepcopy(grown)
     assert type(grown).of(own).get_seq_length() == own.get_seq_length()
+
+
+def test_room_is_made_at_once_for_what_is_expected():
+    layer = GrowingLayer.of(DynamicLayer())
+    layer.expect(100)
+    for _ in range(100):
+        layer.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4))
+    assert layer.room(0)[0].shape == (1, 2, 100, 4)
+    layer.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4))
+    assert layer.keys.shape[-2] == 101
+    assert layer.room(0)[0].shape[-2] > 101
