@@ -101,7 +101,7 @@ def write_gguf(directory: Path, blocks: int, kind: str, parts: int) -> None:
     directory.mkdir(parents=True)
     per_part = 0 if parts == 1 else -(-(9 * blocks + 2) // parts)
     place, described = directory / f"{kind}.gguf", config(blocks)
-    writer = gguf.GGUFWriter(place, "llama", use_temp_file=True, split_max_tensors=per_part)
+    writer = gguf.GGUFWriter(place, "llama", split_max_tensors=per_part)
     writer.add_context_length(described.max_position_embeddings)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(blocks)
