@@ -53,7 +53,7 @@ def main() -> None:
     default = Path(__file__).parent / "results/planning.json"
     parser.add_argument("--output", type=Path, default=default)
     given = parser.parse_args()
-    table, rows = Table("model", "largest phases", "disk", "time", *GPUS), {}
+    table, rows = Table("model", "largest phases", "disk", "time", *GPUS, title="modelled"), {}
     for name in MODELS:
         made = work(name, given.correction_tokens)
         phases = made.phases(Ways(checkpointed=True))

@@ -127,7 +127,7 @@ class Work:
         """
         if limit is None:
             return Ways(checkpointed=self._activations > ACTIVATIONS)
-        most = parse_size(limit, "max_memory")
+        most = parse_size(str(limit), "max_memory")
         least = self.phases(Ways(self.row, checkpointed=True))
         name, phase = max(least.items(), key=lambda item: item[1].peak_bytes)
         if phase.peak_bytes > most:

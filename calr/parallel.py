@@ -45,14 +45,13 @@ def joined() -> Iterator[None]:
     Raises CalrError when another process ends before this one is done.
     """
     global _size, _rank
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _one_sentence():
         dist.init_process_group(backend, timeout=PATIENCE)
-        _size, _rank = count, dist.get_rank()
+        _size, _rank = dist.get_world_size(), dist.get_rank()
         try:
             yield
         finally:
@@ -72,17 +71,19 @@ def mine(items: Any) -> Any:
 
 
 def share(items: Sequence[T], costs: Sequence[float]) -> list[T]:
-    """Return what of some items is this process's: the dearest first, each to the idlest.
+    """Return what of some items is this process's, in their order: the dearest go first, each to
+    the process that is idlest.
 
     >>> share(["a", "b"], [1, 2])
-    ['b', 'a']
+    ['a', 'b']
     """
-    loads, own = [0.0] * _size, []
+    loads, own = [0.0] * _size, set()
     for i in sorted(range(len(items)), key=lambda i: -costs[i]):
         idlest = min(range(_size), key=lambda process: loads[process])
         loads[idlest] += costs[i]
-        own += [items[i]] if idlest == _rank else []
-    return own
+        if idlest == _rank:
+            own.add(i)
+    return [item for i, item in enumerate(items) if i in own]
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:

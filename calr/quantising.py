@@ -87,7 +87,6 @@ class Quantiser:
         if parallel.agree(any(matrix.name not in known for matrix in self.budget.matrices)):
             self.statistics.collect()
         own = parallel.share(self.budget.matrices, [operations(m) for m in self.budget.matrices])
-        own = sorted(own, key=self.budget.matrices.index)  # moments are read block by block
         for matrix in progress(own, desc="prices", unit="matrix"):
             form = self.budget.form(PRICED, matrix.in_features)
             if matrix.name not in known:
@@ -99,12 +98,11 @@ class Quantiser:
 
     def rounded(self, forms: dict[Matrix, Form]) -> dict[Matrix, Rounding]:
         """Round matrices to forms: the tensors that are stored of each."""
-        own = set(parallel.share(list(forms), [operations(matrix) for matrix in forms]))
-        shown = progress([m for m in forms if m in own], desc="rounding", unit="matrix")
+        own = parallel.share(list(forms), [operations(matrix) for matrix in forms])
+        shown = progress(own, desc="rounding", unit="matrix")
         made = {matrix: self._rounded(matrix, forms[matrix]) for matrix in shown}
         parallel.wait()
-        others = {m: self._rounded(m, form) for m, form in forms.items() if m not in own}
-        return {matrix: (made | others)[matrix] for matrix in forms}
+        return {m: made[m] if m in made else self._rounded(m, form) for m, form in forms.items()}
 
     def placed(self, store: Store, name: str, made: Rounding) -> Rounding:
         """Return what is stored of a matrix, in memory or, lazily, in a file of a store."""

@@ -31,10 +31,10 @@ def lazy_model(
     """Build a model whose matrices are absent: in the files.
 
     gguf: the files of a GGUF model, empty for another. dtype: of its numbers; "auto" for the
-    checkpoint's. What is no matrix (norms, biases, buffers)
-    is in memory. Returns it with what the files lack or have beside it, as transformers reports
-    that ("missing_keys", "unexpected_keys", "mismatched_keys"). None where files and model name
-    their tensors, or keep them, too differently: then the whole must be loaded.
+    checkpoint's. What is no matrix (norms, biases, buffers) is in memory. Returns it with what the
+    files lack or have beside it, as transformers reports that ("missing_keys", "unexpected_keys",
+    "mismatched_keys"). None where files and model name their tensors, or keep them, too
+    differently: then the whole must be loaded.
     """
     if dtype == "auto":
         dtype = getattr(config, "dtype", None)

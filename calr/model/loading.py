@@ -44,13 +44,12 @@ def load(
     """Load a dense or compressed model, in evaluation mode, and its tokenizer.
 
     source: hub id, directory, directory with one GGUF model, or a file of that (dequantised on
-    load).
-    dtype: "auto" keeps the checkpoint's, bfloat16 for a GGUF file; or a torch dtype's name. lazily:
-    leave matrices in the files, where those allow it, and read them whenever they are used; whether
-    they are numbers is then for `check_finite` to say. Raises CalrError with the source and the
-    cause when it cannot be loaded, and naming a tensor that the files lack, that is left over, that
-    does not fit (transformers itself would put random numbers in its place) or that holds NaN or
-    infinity.
+    load). dtype: "auto" keeps the checkpoint's, bfloat16 for a GGUF file; or a torch dtype's name.
+    lazily: leave matrices in the files, where those allow it, and read them whenever they are used;
+    whether they are numbers is then for `check_finite` to say. Raises CalrError with the source and
+    the cause when it cannot be loaded, and naming a tensor that the files lack, that is left over,
+    that does not fit (transformers itself would put random numbers in its place) or that holds NaN
+    or infinity.
     """
     arguments = _arguments(source) | {"trust_remote_code": trust_remote_code}
     tokenizer_arguments = {k: v for k, v in arguments.items() if k != "quantization_config"}

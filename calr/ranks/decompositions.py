@@ -81,7 +81,6 @@ class Decompositions:
         layers = self.structure.layers
         costs = [x.parameters * min(x.in_features, x.out_features) for x in layers]
         own = parallel.share(layers, costs)
-        own = sorted(own, key=lambda layer: layer.block)  # whose moments are read together
         for layer in progress(own, desc="error curves", unit="layer", phase="factors"):
             result = self.of(layer)
             curve = result.errors

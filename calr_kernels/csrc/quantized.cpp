@@ -35,20 +35,25 @@ void calr_quantized_linear(const void* x, const uint8_t* records, const int8_t* 
   });
 }
 
+// Run(bits, row, codes) for every row of records [n, groups]: bits a constant, codes room for a group's.
+template <typename Run>
+static void by_rows(int64_t n, int64_t k, int64_t group, int32_t bits, int32_t threads, const Run& run) {
+  calr::parallel(threads, n, k, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> codes(group);
+    of_bits(bits, [&](auto constant) {
+      for (int64_t row = begin; row < end; ++row) run(constant, row, codes.data());
+    });
+  });
+}
+
 void calr_dequantize(const uint8_t* records, const float* scales, const int8_t* table, void* y, int64_t n,
                      int64_t k, int64_t group, int32_t bits, int32_t type, int32_t threads) {
   const int64_t groups = (k + group - 1) / group, bytes = groups * (2 + group * bits / 8);
   typed(type, [&](auto value) {
     using Y = decltype(value);
-    calr::parallel(threads, n, k, [&](int64_t begin, int64_t end) {
-      std::vector<uint8_t> codes(group);
-      of_bits(bits, [&](auto constant) {
-        for (int64_t row = begin; row < end; ++row) {
-          CALR_BY_ISA(dequantized_row<decltype(constant)::value>, records + row * bytes,
-                      scales ? scales + row * groups : nullptr, table, static_cast<Y*>(y) + row * k, k, group,
-                      codes.data());
-        }
-      });
+    by_rows(n, k, group, bits, threads, [&](auto constant, int64_t row, uint8_t* codes) {
+      CALR_BY_ISA(dequantized_row<decltype(constant)::value>, records + row * bytes,
+                  scales ? scales + row * groups : nullptr, table, static_cast<Y*>(y) + row * k, k, group, codes);
     });
   });
 }
@@ -58,14 +63,9 @@ void calr_scale_gradients(const uint8_t* records, const int8_t* table, const voi
   const int64_t groups = (k + group - 1) / group, bytes = groups * (2 + group * bits / 8);
   typed(type, [&](auto value) {
     using G = decltype(value);
-    calr::parallel(threads, n, k, [&](int64_t begin, int64_t end) {
-      std::vector<uint8_t> codes(group);
-      of_bits(bits, [&](auto constant) {
-        for (int64_t row = begin; row < end; ++row) {
-          CALR_BY_ISA(level_sums<decltype(constant)::value>, records + row * bytes, table,
-                      static_cast<const G*>(gradients) + row * k, sums + row * groups, k, group, codes.data());
-        }
-      });
+    by_rows(n, k, group, bits, threads, [&](auto constant, int64_t row, uint8_t* codes) {
+      CALR_BY_ISA(level_sums<decltype(constant)::value>, records + row * bytes, table,
+                  static_cast<const G*>(gradients) + row * k, sums + row * groups, k, group, codes);
     });
   });
 }

@@ -65,6 +65,7 @@ def test_a_limit_makes_batches_smaller_and_activations_be_computed_twice(monkeyp
     assert plain["sampling text"].peak_bytes > 32 * row
     most = plain["correction"].peak_bytes
     assert not job.within(str(most)).checkpointed
+    assert job.within(most) == job.within(str(most))  # a number, from Python
     limit = most - 1
     ways = job.within(str(limit))
     assert ways.checkpointed
