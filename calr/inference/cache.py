@@ -184,10 +184,6 @@ class GrowingSlidingLayer(_Growing, DynamicSlidingWindowLayer):
         hidden = self.held - seen
         return self._keys.get(hidden), self._values.get(hidden)  # type: ignore[return-value]
 
-    def expect(self, positions: int) -> None:
-        """Make room for so many positions at once, when room is made."""
-        self._keys.least = self._values.least = positions
-
     def room(self, more: int) -> tuple[Tensor, Tensor]:
         """Return keys and values with room for more positions; let those go that nobody sees."""
         buffer, hidden = self._keys.tensor, self._hidden(self.held)
