@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calr import parallel
 from calr.errors import CalrError
 from calr.evaluation import measured
+from calr.integrations.experts import as_it_was
 from calr.job import Job
 from calr.model import (
     GGUF_DTYPE,
@@ -73,14 +74,15 @@ def compress(
     'LowRankLinear'
     """
     recipe = recipe or _default(elastic)
-    job = Job.of(model, recipe, calibration, tokenizer, elastic, max_memory=max_memory)
-    if work is None:
-        return job.run(Store(), statistics)
-    if Path(work).is_file():
+    if work is not None and Path(work).is_file():
         raise CalrError(f"{work}: is a file; name a directory")
-    with locked(Path(work) / "lock", str(work)):
-        refusal = "holds parts of another run; name another directory or delete it"
-        return job.run(claim(Path(work), job.key, refusal), statistics)
+    with as_it_was(model):
+        job = Job.of(model, recipe, calibration, tokenizer, elastic, max_memory=max_memory)
+        if work is None:
+            return job.run(Store(), statistics)
+        with locked(Path(work) / "lock", str(work)):
+            refusal = "holds parts of another run; name another directory or delete it"
+            return job.run(claim(Path(work), job.key, refusal), statistics)
 
 
 def compress_to(

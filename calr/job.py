@@ -10,12 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from calr import parallel
 from calr.elastic import LOW_RANK, complete, every_rank
 from calr.estimates import Ways, Work
 from calr.factoring import factorise
 from calr.integrations.config import CalrConfig
+from calr.integrations.experts import take_apart
 from calr.integrations.transformers import attach
 from calr.methods import resolve
 from calr.model import (
@@ -56,6 +58,8 @@ from calr.storage import Store
 from calr.text import Source, calibration_windows, content_of, describe, parts_of, spread
 from calr.training import corrected, windows_needed, windows_used
 
+logger = logging.get_logger(__name__)
+
 
 @dataclass
 class Job:
@@ -72,6 +76,7 @@ class Job:
     ways: Ways
     stored: torch.dtype | None  # of the result, where it is another than the dense model's
     rotated: bool = False
+    rare: int = 0  # experts' layers that few calibration tokens reached
 
     @classmethod
     def of(
@@ -86,6 +91,7 @@ class Job:
     ) -> "Job":
         """Check a recipe against a model; CalrError says what does not fit."""
         recipe = every_rank(recipe) if elastic else recipe
+        take_apart(model)
         structure = analyse(model, recipe.skip)
         budget = byte_budget(model, structure, recipe, stored) or Budget.of(structure, recipe)
         if isinstance(budget, Budget) and recipe.allocation == "uniform":
@@ -138,6 +144,7 @@ class Job:
             ids = self._windows(parts)
             self.rotated = self._rotated(parts)
             collected = self._statistics(spread(ids, recipe.samples), parts, statistics)
+            self._say_what_is_rare(collected)
             if isinstance(self.budget, ByteBudget):
                 again = self.ways.checkpointed
                 stored, found = quantised(model, self.budget, recipe, ids, collected, parts, again)
@@ -162,6 +169,17 @@ class Job:
         attach(model, CalrConfig(layers=stored, recipe=self._described(ids) | found, errors=errors))
         return model
 
+    def _say_what_is_rare(self, statistics: Statistics) -> None:
+        if not any(layer.routed for layer in self.structure.layers):
+            return
+        rare = statistics.rarely_chosen
+        self.rare = len(rare)
+        if rare:
+            logger.warning(
+                f"{rare[0]}: few calibration tokens were routed to it, as to {len(rare) - 1} other "
+                "layers of experts; their block's average stands in (raise samples)"
+            )
+
     def _rotated(self, parts: Store) -> bool:
         """Rotate a model that is going to be quantised, if it can be; its function stays."""
         _ = self.identity  # of the weights as they came
@@ -182,6 +200,8 @@ class Job:
         config: CalrConfig = cast(Any, self.model.config).quantization_config
         found: dict[str, Any] = {"source_bytes": before}
         found |= report.byte_totals(self.structure, tensor_bytes(self.model))
+        if any(layer.routed for layer in self.structure.layers):
+            found["rarely_chosen_layers"] = self.rare
         if isinstance(self.budget, ByteBudget):
             rows = report.quantised_rows(self.budget.matrices, config.layers, self.budget.element)
             widths = Counter(row["bits"] or 8 * self.budget.element for row in rows)

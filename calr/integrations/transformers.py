@@ -24,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from calr.errors import CalrError
 from calr.integrations.config import QUANT_METHOD, CalrConfig, is_quantised
+from calr.integrations.experts import all_experts, put_together, take_apart
 from calr.integrations.modules import replace
 from calr_kernels import LowRankLinear, QuantizedEmbedding, QuantizedLinear, records
 from calr_kernels.forms import CORRECTIVE
@@ -46,6 +47,7 @@ class CalrQuantizer(HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
+        take_apart(model)
         try:
             for name, layer in self.quantization_config.layers.items():
                 replace(model, name, layer)
@@ -97,6 +99,7 @@ class CalrQuantizer(HfQuantizer):
                 dense.weight = made[id(layer.weight)].weight
             made[id(layer.weight)] = dense
             model.set_submodule(name, dense)
+        put_together(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -126,6 +129,7 @@ def prepare(model: PreTrainedModel) -> None:
     if found is None:
         return
     config = found if isinstance(found, CalrConfig) else CalrConfig(**found)
+    take_apart(model)
     for name, layer in config.layers.items():
         replace(model, name, layer)
     attach(model, config)
@@ -212,6 +216,12 @@ def _check_loaded(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> 
                 raise CalrError(f"{name}.{factor}: holds NaN or infinity; the file is damaged")
     _check_shared(model)
     parallel = any(type(p).__name__ == "DTensor" for p in model.parameters())
+    mixtures = [name for name, _ in all_experts(model)]
+    if parallel and mixtures:
+        raise CalrError(
+            f"{mixtures[0]}: experts cannot be sharded by tensor parallelism; load the model on "
+            "one device"
+        )
     pivoted = [name for name, layer in layers.items() if layer.get("layout") == "pivoted"]
     quantised = [name for name, layer in layers.items() if is_quantised(layer)]
     if parallel and quantised:

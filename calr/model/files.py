@@ -24,10 +24,13 @@ SPLIT = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")  # of llama.cpp's splitting
 
 @dataclass(frozen=True)
 class InFile:
-    """A tensor in a file: its shape, and what reads it; CalrError, then, for a damaged file."""
+    """A tensor in a file: its shape, and what reads it; CalrError, then, for a damaged file.
+
+    Of a tensor in a safetensors file read(i) reads the i-th along the first dimension alone.
+    """
 
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    read: Callable[..., Tensor]
 
 
 def in_safetensors(file: Path) -> dict[str, InFile]:
@@ -70,9 +73,12 @@ def all_parts(file: Path) -> list[Path]:
     return files or [file]
 
 
-def _stored(file: Path, name: str) -> Tensor:
+def _stored(file: Path, name: str, index: int | None = None) -> Tensor:
     with _one_sentence(file), safe_open(file, framework="pt", backend="pread") as opened:
-        found: Tensor = opened.get_tensor(name)
+        if index is None:
+            found: Tensor = opened.get_tensor(name)
+        else:
+            found = opened.get_slice(name)[index]
     return found
 
 

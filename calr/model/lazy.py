@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from calr.integrations.config import QUANT_METHOD
+from calr.integrations.experts import take_apart
 from calr.integrations.transformers import naming, prepare
 from calr.model.absent import Absent, absent, read_when_called
 from calr.model.files import InFile, in_gguf, in_safetensors
+from calr.model.stacked import Pieces, experts_in_files, stacked_names
 from calr.model.structure import find_blocks
 
 SAFETENSORS = "model.safetensors"
@@ -75,6 +77,7 @@ def _empty(config: Any, dtype: torch.dtype, trust: bool) -> PreTrainedModel:
             config, dtype=dtype, trust_remote_code=trust
         )
         prepare(model)
+        take_apart(model)
     model.tie_weights()
     return model
 
@@ -94,14 +97,19 @@ def _safetensors(model: PreTrainedModel, source: str) -> dict[str, InFile] | Non
     if one is None and index is None:
         return None
     shards = [one] if one is not None else get_checkpoint_shard_files(source, index)[0]
-    expected = model.state_dict()
-    named, found = naming(model, expected), {}
+    named, found = naming(model, model.state_dict()), dict[str, InFile]()
+    pieces: dict[str, Pieces] = {name: {} for name in stacked_names(model)}
     for shard in shards:
         for key, tensor in in_safetensors(Path(str(shard))).items():
             name, converted = named(key)
-            if converted or (name != key and name in expected):
-                return None  # saving, too, would have to rename
-            found[name] = tensor
+            if name in pieces:
+                pieces[name].setdefault(converted, {})[key] = tensor
+            elif converted:
+                return None  # saving, too, would have to convert
+            else:
+                found[name] = tensor
+    for name, known in pieces.items():
+        found |= experts_in_files(model, name, known)
     return found
 
 

@@ -20,6 +20,7 @@ from transformers import (
 
 from calr.errors import CalrError
 from calr.integrations.config import QUANT_METHOD
+from calr.integrations.experts import take_apart
 from calr.model.absent import Absent, become_resident
 from calr.model.files import all_parts, in_gguf
 from calr.model.lazy import lazy_model, read_in_parts
@@ -128,7 +129,7 @@ def _one_sentence(what: str) -> Iterator[None]:
 def load_skeleton(
     source: str, *, trust_remote_code: bool = False, dense: bool = False
 ) -> PreTrainedModel:
-    """Build a model's modules on the meta device, without its weights.
+    """Build a model's modules on the meta device, without its weights; experts taken apart.
 
     dense: take a compressed model for the dense one that it came from.
     """
@@ -141,6 +142,7 @@ def load_skeleton(
         )
         if dense and hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
+        take_apart(model)
         model.eval()
     return model
 

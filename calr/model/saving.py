@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from calr.model.absent import absent, present, resident
 from calr.model.quantized import tensor_bytes
@@ -42,7 +43,8 @@ def _save_in_shards(model: PreTrainedModel, directory: Path) -> None:
     (directory / "model.safetensors").unlink(missing_ok=True)  # of no tensors
     every: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in reversed(every.items())}
-    tensors = {name: every[name] for name in every if first[id(every[name])] == name}
+    once = {name: every[name] for name in every if first[id(every[name])] == name}
+    tensors = revert_weight_conversion(model, once)
     sizes = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in tensors.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
     files = split.filename_to_tensors.items()

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from calr.errors import CalrError
+from calr.integrations.experts import all_experts, every_expert
 from calr.model.swapping import evaluating, hooked
 from calr_kernels import LowRankLinear, QuantizedLinear
 
@@ -24,7 +25,10 @@ UNCOVERED_LIMIT = 0.1  # share of stacked expert weights above which a model is 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of a decoder block. Layers of one group read the same input."""
+    """A linear layer of a decoder block. Layers of one group read the same input.
+
+    share: of the tokens, that reach it; below 1 for an expert's, which are routed to it.
+    """
 
     name: str
     block: int
@@ -32,11 +36,22 @@ class Layer:
     in_features: int
     out_features: int
     skipped: bool = False
+    share: float = 1.0
 
     @property
     def parameters(self) -> int:
         """Numbers in its dense weight."""
         return self.out_features * self.in_features
+
+    @property
+    def routed(self) -> bool:
+        """Tell whether only tokens that are routed to it reach it."""
+        return self.share < 1
+
+    @property
+    def stack(self) -> str:
+        """Name of the list that holds it: of an expert, all experts' layers of its kind."""
+        return self.name.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,12 @@ class Structure:
         """Share of the blocks' parameters that can be compressed."""
         return sum(s.parameters for s in self.layers if not s.skipped) / self.block_parameters
 
+    @property
+    def active_parameters(self) -> float:
+        """Parameters that the mean token meets."""
+        idle = sum((1 - layer.share) * layer.parameters for layer in self.layers)
+        return self.model_parameters - idle
+
     def in_block(self, block: int) -> list[Layer]:
         """List the layers of one block, in order of execution."""
         return [layer for layer in self.layers if layer.block == block]
@@ -74,7 +95,7 @@ def analyse(model: PreTrainedModel, skip: Sequence[str] = ()) -> Structure:
 
     skip: fnmatch patterns of layer names that stay dense. Raises CalrError for a model that is
     compressed or quantised already, shares linear layers, keeps its weights elsewhere (Conv1D,
-    stacked experts), or whose layers a pattern does not match.
+    experts that were not taken apart), or whose layers a pattern does not match.
     """
     _refuse_compressed(model)
     _refuse_adapters(model)
@@ -85,6 +106,7 @@ def analyse(model: PreTrainedModel, skip: Sequence[str] = ()) -> Structure:
     name, blocks = find_blocks(model)
     linears = _linears(name, blocks)
     groups, tuple_output = _trace(model, blocks, linears)
+    shares = _shares(model)
     unmatched = [p for p in skip if not any(fnmatch.fnmatch(n, p) for n in linears)]
     if unmatched:
         raise CalrError(
@@ -99,6 +121,7 @@ def analyse(model: PreTrainedModel, skip: Sequence[str] = ()) -> Structure:
             in_features=linears[linear].in_features,
             out_features=linears[linear].out_features,
             skipped=any(fnmatch.fnmatch(linear, pattern) for pattern in skip),
+            share=shares.get(linear.rpartition(".")[0], 1.0),
         )
         for linear, group in groups.items()
     )
@@ -193,7 +216,7 @@ def _linears(name: str, blocks: nn.ModuleList) -> dict[str, nn.Linear]:
         first, parameter = next(iter(stacked.items()))
         raise CalrError(
             f"{name}.{first} {list(parameter.shape)}: {share:.0%} of the blocks' parameters are "
-            "stacked expert weights, not linear layers; mixtures of experts are not supported yet"
+            "stacked weights of experts in a form that calr does not know"
         )
     found = {f"{name}.{n}": m for n, m in blocks.named_modules() if type(m) is nn.Linear}
     derived = {
@@ -236,7 +259,7 @@ def _trace(
     hooks.append(
         blocks[0].register_forward_hook(lambda m, a, out: outputs.append(isinstance(out, tuple)))
     )
-    with hooked(hooks), evaluating(model):
+    with hooked(hooks), evaluating(model), every_expert(model):
         device = next(blocks.parameters()).device
         with _values_unread(device):
             ids = torch.ones(1, 8, dtype=torch.long, device=device)
@@ -249,6 +272,15 @@ def _trace(
         )
     first: dict[int, str] = {}
     return {n: first.setdefault(id(x), n) for n, x in inputs.items()}, outputs[0]
+
+
+def _shares(model: nn.Module) -> dict[str, float]:
+    """Return the share of tokens that reach each expert, by the name of a list of its layers."""
+    return {
+        f"{name}.{part}": experts.chosen / experts.count
+        for name, experts in all_experts(model)
+        for part, _ in experts.named_children()
+    }
 
 
 def _values_unread(device: torch.device) -> AbstractContextManager[object]:

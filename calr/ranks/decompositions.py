@@ -94,6 +94,8 @@ class Decompositions:
                     influence = block_influence(self.model, self.structure, probes)
                 energy = curve[0].clamp(min=torch.finfo(curve.dtype).tiny)
                 curve = curve / energy * influence[layer.block]
+            if result.unit == "output" and self.recipe.sensitivity != "gradient":
+                curve = curve * layer.share  # of the tokens, that reach it
             curves[layer.name] = curve
         return curves
 

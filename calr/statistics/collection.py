@@ -10,6 +10,7 @@ from calr.methods import Moments
 from calr.model import Layer, Structure
 from calr.statistics.gradients import VOCABULARY, gradient_moments, gradients_name
 from calr.statistics.inputs import input_moments
+from calr.statistics.routed import rarely_chosen
 from calr.storage import Store, claim
 
 
@@ -55,6 +56,13 @@ class Statistics:
             )
         self._collected = True
         return self
+
+    @property
+    def rarely_chosen(self) -> list[str]:
+        """Names of experts' layers that few tokens reached: mostly their block's average counts."""
+        if not self._collected:
+            self.collect()
+        return rarely_chosen(self.store, self.structure)
 
     def moments(self, layer: Layer) -> Moments:
         """Return the statistics of a layer."""

@@ -13,6 +13,7 @@ from calr import parallel
 from calr.errors import CalrError
 from calr.model import BlockRunner, Layer, Structure, hooked, require_finite, requiring, resident
 from calr.progress import progress
+from calr.statistics.routed import tokens_of, with_average_gradients, zeros
 from calr.storage import Store
 
 VOCABULARY = "vocabulary"  # the file of what is known of embeddings and lm_head
@@ -52,8 +53,8 @@ def gradient_moments(
         uniform = [torch.rand(ids.shape[1], 1, generator=draw) for _ in ids]
         gradients = _to_the_end(runner, kept, vocabulary, parallel.mine(uniform))
         for block in progress(reversed(range(structure.blocks)), desc=PHASE, unit="block"):
-            sums: dict[str, Tensor] = {}
             layers = structure.in_block(block)
+            sums = zeros(layers, outputs, runner.device)
             hooks = [
                 model.get_submodule(layer.name).register_forward_hook(_watch(sums, layer, outputs))
                 for layer in layers
@@ -61,6 +62,7 @@ def gradient_moments(
             with hooked(hooks), resident(runner.blocks[block]):
                 gradients = _back(runner, block, kept.load(f"{block:04d}"), gradients)
             parallel.add_up(sums[name] for name in sorted(sums))
+            with_average_gradients(sums, layers)
             for layer in layers:
                 _require_gradient(sums, layer, model)
             if parallel.first():
@@ -152,6 +154,8 @@ def _watch(
     def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         def receive(gradient: Tensor) -> None:
             g = gradient.reshape(-1, gradient.shape[-1]).float()  # [tokens, N]
+            if layer.routed:
+                sums[tokens_of(layer.name)] += len(g)
             _add(sums, f"{layer.name}.gradient", g.square().sum(0))
             if outputs:
                 if layer.out_features > layer.in_features:

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from calr import parallel
 from calr.model import BlockRunner, Structure, hooked, require_finite
 from calr.progress import progress
+from calr.statistics.routed import save_counts, tokens_of, with_average_inputs, zeros
 from calr.storage import Store
 from calr_kernels import gram
 
@@ -20,7 +21,11 @@ logger = logging.get_logger(__name__)
 
 @torch.no_grad()
 def input_moments(model: PreTrainedModel, structure: Structure, ids: Tensor, store: Store) -> None:
-    """Save E[x xᵀ] [K, K] float32 of every input group, block by block, as "inputs-<block>"."""
+    """Save E[x xᵀ] [K, K] float32 of every input group, block by block, as "inputs-<block>".
+
+    An expert's is over the tokens that were routed to it, "<layer>.tokens" with those that it
+    counts of its block's average.
+    """
     names = [f"inputs-{block:04d}" for block in range(structure.blocks)]
     known = parallel.agree([name in store for name in names])
     if all(known):
@@ -33,19 +38,23 @@ def input_moments(model: PreTrainedModel, structure: Structure, ids: Tensor, sto
         if known[block]:
             hidden = runner.run(block, hidden)
             continue
-        sums: dict[str, Tensor] = {}
-        groups = dict.fromkeys(layer.group for layer in structure.in_block(block))
+        layers = structure.in_block(block)
+        sums = zeros(layers, None, runner.device)
+        groups = dict.fromkeys(layer.group for layer in layers)
         with hooked(
             model.get_submodule(group).register_forward_pre_hook(_accumulate(sums, group))
             for group in groups
         ):
             hidden = runner.run(block, hidden)
-        parallel.add_up(sums.values())
-        moments = {group: total / ids.numel() for group, total in sums.items()}
-        for group, moment in moments.items():
-            require_finite(moment, f"{group}: its calibration inputs", model.dtype)
+        parallel.add_up(sums[name] for name in sorted(sums))
         if parallel.first():
-            store.save(names[block], moments)
+            save_counts(store, block, sums, layers)
+        with_average_inputs(sums, layers)
+        for group in groups:
+            require_finite(sums[group], f"{group}: its calibration inputs", model.dtype)
+            sums[group] /= sums[tokens_of(group)]
+        if parallel.first():
+            store.save(names[block], sums)
     parallel.wait()
 
 
@@ -71,6 +80,8 @@ def _accumulate(
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].reshape(-1, args[0].shape[-1])  # [tokens, K]
         sums[group] = gram(x.float() if x.dtype == torch.float64 else x, sums.get(group))
+        count = torch.tensor(len(x), dtype=torch.float64, device=x.device)
+        sums[tokens_of(group)] = sums.get(tokens_of(group), 0) + count
 
     return hook
 

@@ -50,7 +50,7 @@ class BlockFit:
         The model itself is as before when this returns or fails.
         """
         wanted = self.recipe.shifted_inputs and not known
-        groups = {layer.group for layer in layers} if wanted else set()
+        groups = {layer.group for layer in layers if not layer.routed} if wanted else set()
         dense, after = self._inputs(block, self.dense, groups)
         with Swapped[LowRankLinear](self.model) as places:
             for name, module in known.items():

@@ -1,0 +1,154 @@
+"""Mixtures of experts with every expert's matrices as linear layers of their own.
+
+transformers keeps all experts of a block as one tensor of three dimensions. Taken apart, each has
+its own second moment, form and records, and only those that tokens are routed to are computed with.
+"""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PARTS = {"gate_up": "gate_up_proj", "up": "up_proj", "down": "down_proj"}  # ours: transformers'
+
+INNER = ".down"  # ends the name of layers that read what each expert makes by itself
+
+
+class Experts(nn.Module):
+    """The experts of one block: `gate_up` (or `up`) and `down`, lists of linear layers.
+
+    Names of their own, so that transformers does not take them for parts of the tensors that it
+    would stack when it loads, or split when it saves. Call: hidden states [tokens, H], the experts
+    chosen for each token [tokens, k] and their weights [tokens, k] -> [tokens, H].
+    """
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__()
+        self.count = int(fused.down_proj.shape[0])
+        self.chosen = 0  # experts a token, once it was seen
+        self.every = False  # run each on all tokens, as a trace wants it
+        for own, name in PARTS.items():
+            if name in fused._parameters:
+                self.add_module(own, nn.ModuleList(_apart(fused, name)))
+        vars(self)["fused"] = fused  # without its tensors: its activation, and to be put together
+
+    def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Add up the outputs of the experts that were chosen."""
+        self.chosen = index.shape[-1]
+        total = torch.zeros_like(hidden_states)
+        if self.every:
+            for expert in range(self.count):
+                total = total + self._one(expert, hidden_states.view_as(hidden_states))
+            return total
+        order = index.reshape(-1).argsort(stable=True)
+        counts = index.reshape(-1).bincount(minlength=self.count).tolist()
+        for expert, places in enumerate(order.split(counts)):
+            if len(places):
+                tokens = places // self.chosen
+                found = self._one(expert, hidden_states[tokens])
+                found = found * weights.reshape(-1)[places, None]
+                total.index_add_(0, tokens, found.to(total.dtype))
+        return total
+
+    def _one(self, expert: int, x: Tensor) -> Tensor:
+        fused: Any = self.fused
+        if fused.has_gate:
+            inner = fused._apply_gate(self.get_submodule(f"gate_up.{expert}")(x))
+        else:
+            inner = fused.act_fn(self.get_submodule(f"up.{expert}")(x))
+        found: Tensor = self.get_submodule(f"down.{expert}")(inner)
+        return found
+
+
+def all_experts(model: nn.Module) -> Iterator[tuple[str, Experts]]:
+    """Find the mixtures of a model that were taken apart, by name."""
+    return ((name, module) for name, module in model.named_modules() if type(module) is Experts)
+
+
+def take_apart(model: nn.Module) -> None:
+    """Give every expert layers of its own, in place: the same function."""
+    for name, module in list(model.named_modules()):
+        if _is_fused(module):
+            model.set_submodule(name, Experts(module).train(module.training))
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put experts together again that were taken apart in the block, if it fails."""
+    try:
+        yield
+    except BaseException:
+        put_together(model)
+        raise
+
+
+def put_together(model: nn.Module) -> None:
+    """Stack experts again, in place, whose layers are all dense."""
+    for name, module in list(all_experts(model)):
+        if all(type(layer) is nn.Linear for layer in _layers(module)):
+            fused: Any = module.fused
+            for own, part in PARTS.items():
+                if hasattr(module, own):
+                    _stack(fused, part, list(module.get_submodule(own).children()))
+            model.set_submodule(name, fused.train(module.training))
+
+
+@contextmanager
+def every_expert(model: nn.Module) -> Iterator[None]:
+    """Have all experts run on all tokens, in the block; what comes out is no model's output."""
+    found = [module for _, module in all_experts(model)]
+    for module in found:
+        module.every = True
+    try:
+        yield
+    finally:
+        for module in found:
+            module.every = False
+
+
+def _is_fused(module: Any) -> bool:
+    """Tell whether a module holds experts in the form that transformers documents, and no more."""
+    if not hasattr(module, "is_transposed") or getattr(module, "has_post_expert_norm", False):
+        return False
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    names = {first, "down_proj"}
+    if module.has_bias:
+        names |= {f"{name}_bias" for name in names}
+    held = {name for name, _ in itertools.chain(module.named_parameters(), module.named_buffers())}
+    return held == names and module.down_proj.dim() == 3
+
+
+def _layers(experts: Experts) -> Iterator[nn.Module]:
+    return (layer for part in experts.children() for layer in part.children())
+
+
+def _apart(fused: Any, name: str) -> list[nn.Linear]:
+    """Take one tensor, and its biases, out of a module: a linear layer for each expert."""
+    stacked, bias = fused._parameters.pop(name), fused._parameters.pop(f"{name}_bias", None)
+    made = []
+    for expert in range(len(stacked)):
+        weight = stacked.detach()[expert]
+        weight = (weight.mT if fused.is_transposed else weight).clone(
+            memory_format=torch.contiguous_format
+        )
+        rows, columns = weight.shape
+        layer = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=stacked.requires_grad)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach()[expert].clone(), bias.requires_grad)
+        made.append(layer)
+    return made
+
+
+def _stack(fused: Any, name: str, layers: list[Any]) -> None:
+    """Give a module one tensor, and its biases, of linear layers."""
+    weights = [layer.weight.detach() for layer in layers]
+    if fused.is_transposed:
+        weights = [weight.mT for weight in weights]
+    fused.register_parameter(name, nn.Parameter(torch.stack(weights)))
+    if layers[0].bias is not None:
+        biases = torch.stack([layer.bias.detach() for layer in layers])
+        fused.register_parameter(f"{name}_bias", nn.Parameter(biases))
