@@ -20,12 +20,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 import calr
+from calr.integrations.experts import put_together, take_apart
 
 SMALL = {  # names that configurations know, each family some of them
     "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -58,6 +60,8 @@ def outcome(kind: str) -> str:
     recipe = calr.Recipe(keep=0.7, rank_step=2, correction_tokens=0)
     with tempfile.TemporaryDirectory() as folder:
         try:
+            if not apart_is_alike(model, ids):
+                return "FAULT: gives other logits when its experts are taken apart"
             model = calr.compress(model, recipe, calibration=ids)
             model.save_pretrained(folder)
             loaded = AutoModelForCausalLM.from_pretrained(folder)
@@ -69,6 +73,16 @@ def outcome(kind: str) -> str:
         except Exception as error:
             return f"FAULT: {type(error).__name__}: {str(error)[:200]}"
     return "loads" if same else "FAULT: gives other logits when it is loaded again"
+
+
+@torch.no_grad()
+def apart_is_alike(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Take a model's experts apart and put them together; tell whether its function stays."""
+    wanted = model(input_ids=ids, use_cache=False).logits
+    take_apart(model)
+    found = model(input_ids=ids, use_cache=False).logits
+    put_together(model)
+    return bool((found - wanted).norm() <= 1e-4 * wanted.norm())
 
 
 def main() -> int:

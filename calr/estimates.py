@@ -165,6 +165,13 @@ class Work:
         return {layer.group: layer.in_features for layer in self.structure.layers}
 
     @cached_property
+    def _active_in_blocks(self) -> float:
+        """Parameters of the blocks that the mean token meets."""
+        structure = self.structure
+        idle = structure.model_parameters - structure.active_parameters
+        return structure.block_parameters - idle
+
+    @cached_property
     def _moment_bytes(self) -> int:
         """Bytes of one block's second moments."""
         blocks = (self.structure.in_block(block) for block in range(self.structure.blocks))
@@ -173,16 +180,15 @@ class Work:
     def _sampling(self, ways: Ways) -> Phase:
         windows = max(self.recipe.samples, windows_needed(self.recipe))
         tokens = windows * self.recipe.window
-        seconds = SAMPLED * 2 * self.structure.model_parameters * tokens / self._speeds[0]
+        seconds = SAMPLED * 2 * self.structure.active_parameters * tokens / self._speeds[0]
         weights = self.held or self.dtype.itemsize * self.structure.model_parameters
         cache = self.row * sampling_batch(windows, self.row, ways.cache_bytes)
         return Phase(seconds, weights + cache)
 
     @property
     def _moments(self) -> Phase:
-        products = 2 * self.structure.block_parameters + 2 * sum(
-            x**2 for x in self._groups.values()
-        )
+        read = {x.group: x.share * x.in_features**2 for x in self.structure.layers}
+        products = 2 * self._active_in_blocks + 2 * sum(read.values())
         boundary = 2 * self._tokens * self.structure.layers[0].in_features * self.dtype.itemsize
         return Phase(
             products * self._tokens / self._speeds[0], self._read + self._moment_bytes + boundary
@@ -191,7 +197,7 @@ class Work:
     @property
     def _gradients(self) -> Phase:
         windows = min(self.recipe.gradient_samples, self.recipe.samples)
-        operations = 8 * self.structure.model_parameters * windows * self.recipe.window
+        operations = 8 * self.structure.active_parameters * windows * self.recipe.window
         logits = 4 * 4 * min(LOGITS, self.recipe.window * self.vocabulary)
         boundaries = windows * self.recipe.window * self.structure.layers[0].in_features * 4
         kept = min(HELD_BYTES, boundaries * self.structure.blocks)
@@ -214,7 +220,7 @@ class Work:
         kept = sum(8 * (x.parameters + min(x.in_features, x.out_features) ** 2) for x in layers)
         held = min(DECOMPOSITION_BYTES, kept if recipe.allocation != "uniform" else 0)
         passes = 5 * recipe.shifted_inputs + 3 * recipe.block_epochs  # through the blocks
-        operations = passes * 2 * self.structure.block_parameters * self._tokens + 4 * sum(
+        operations = passes * 2 * self._active_in_blocks * self._tokens + 4 * sum(
             2 * EIGEN * min(x.in_features, x.out_features) ** 3 + 12 * x.parameters * 1000
             for x in layers
         )
@@ -223,7 +229,7 @@ class Work:
 
     @property
     def _outputs(self) -> Phase:
-        operations = 2 * self.structure.model_parameters * self.recipe.correction_tokens
+        operations = 2 * self.structure.active_parameters * self.recipe.correction_tokens
         logits = 3 * 4 * min(LOGITS, self.recipe.window * self.vocabulary)
         return Phase(operations / self._speeds[1], self._read + logits)
 
@@ -235,8 +241,9 @@ class Work:
 
     @property
     def _activations(self) -> int:
-        features = sum(x.in_features + x.out_features for x in self.structure.layers)
-        return 4 * self._part * features if self.recipe.correction_tokens else 0
+        layers = self.structure.layers
+        features = sum(x.share * (x.in_features + x.out_features) for x in layers)
+        return int(4 * self._part * features) if self.recipe.correction_tokens else 0
 
     def _correction(self, ways: Ways) -> Phase:
         structure, recipe = self.structure, self.recipe
@@ -249,11 +256,12 @@ class Work:
         else:
             student = self.dtype.itemsize * around
             trained = 5 * 4 * recipe.fraction * structure.linear_parameters
-        active = self._activations // (structure.blocks if ways.checkpointed else 1)
+        activations = self._activations // (structure.blocks if ways.checkpointed else 1)
         logits = 2 * 4 * self.vocabulary * self._part
-        left = structure.model_parameters - (1 - recipe.fraction) * structure.linear_parameters
+        active = sum(x.share * x.parameters for x in structure.layers)
+        left = structure.active_parameters - (1 - recipe.fraction) * active
         operations = (8 if ways.checkpointed else 6) * left * recipe.correction_tokens
-        size = self.held + int(student + trained) + active + logits
+        size = self.held + int(student + trained) + activations + logits
         return Phase(operations / self._speeds[1], size)
 
 

@@ -1,36 +1,62 @@
 """Tiny models of real classes and a byte tokenizer, for examples and tests: no downloads."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 258  # <bos>, <eos>, then one token per byte
 
 
+SETTINGS = {
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.2,
+}
+
+
 def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     """Build a randomly initialised Llama of two blocks and hidden size 32."""
-    settings: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 128,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.2,
+    return _built(LlamaForCausalLM, LlamaConfig(**(SETTINGS | overrides)), seed)
+
+
+def tiny_mixtral(seed: int = 0, **overrides: Any) -> MixtralForCausalLM:
+    """Build a randomly initialised Mixtral of two blocks, four experts and hidden size 32."""
+    settings: dict[str, Any] = SETTINGS | {
+        "intermediate_size": 64,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
     }
+    return _built(MixtralForCausalLM, MixtralConfig(**(settings | overrides)), seed)
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def _built(kind: Callable[[Any], M], config: Any, seed: int) -> M:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**(settings | overrides)))
-    model.eval()
-    return model
+        return kind(config).eval()
 
 
 def byte_tokenizer(add_bos: bool = False) -> PreTrainedTokenizerFast:

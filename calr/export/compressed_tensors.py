@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calr.errors import CalrError
-from calr.export.dense import load_compressed
+from calr.export.dense import load_compressed, require_no_experts
 from calr.model import digest, fingerprint, load_skeleton, tensor_bytes
 from calr.storage import destination, model_card, size, write_at_once
 from calr_kernels import LowRankLinear, QuantizedEmbedding, QuantizedLinear, records
@@ -48,6 +48,7 @@ def export_compressed_tensors(
         raise CalrError(f"compressed-tensors: {error}; pip install 'calr[export]'") from error
     place = destination(directory, source, statistics=None, overwrite=overwrite)
     model, tokenizer = load_compressed(source, trust_remote_code=trust_remote_code)
+    require_no_experts(model, "compressed-tensors")
     key = digest(fingerprint(model), "compressed-tensors")
     base, adapter, config = _base(model), _adapter(model), _config(model)
     results: dict[str, Any] = {

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from calr.errors import CalrError
+from calr.integrations.experts import all_experts
 from calr.model import (
     digest,
     fingerprint,
@@ -67,3 +69,12 @@ def load_compressed(source: str, *, trust_remote_code: bool) -> Any:
     if read_manifest(Path(source)) is not None:
         verify(Path(source))
     return load(source, trust_remote_code=trust_remote_code)
+
+
+def require_no_experts(model: nn.Module, target: str) -> None:
+    """Refuse a mixture, whose experts have forms of their own."""
+    for name, _ in all_experts(model):
+        raise CalrError(
+            f"{name}: {target} keeps all experts of a block in one form, which calr does not "
+            "write; --to dense"
+        )

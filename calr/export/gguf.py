@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from calr.errors import CalrError
-from calr.export.dense import load_compressed
+from calr.export.dense import load_compressed, require_no_experts
 from calr.integrations.config import CalrConfig
 from calr.model import gguf_files
 from calr.storage import one_sentence
@@ -63,6 +63,7 @@ def export_gguf(
         if path.exists() and not overwrite:
             raise CalrError(f"{path}: exists; name another file or pass --overwrite")
     model, _ = load_compressed(source, trust_remote_code=trust_remote_code)
+    require_no_experts(model, "GGUF")
     tensors, terms = _tensors(model, template), _terms(model, template)
     with one_sentence(place.parent):
         with _whole(place) as unfinished:

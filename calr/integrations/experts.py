@@ -25,6 +25,8 @@ class Experts(nn.Module):
     chosen for each token [tokens, k] and their weights [tokens, k] -> [tokens, H].
     """
 
+    fused: Any  # transformers' module, without its tensors
+
     def __init__(self, fused: Any) -> None:
         super().__init__()
         self.count = int(fused.down_proj.shape[0])
@@ -33,7 +35,7 @@ class Experts(nn.Module):
         for own, name in PARTS.items():
             if name in fused._parameters:
                 self.add_module(own, nn.ModuleList(_apart(fused, name)))
-        vars(self)["fused"] = fused  # without its tensors: its activation, and to be put together
+        vars(self)["fused"] = fused  # no submodule: kept for its activation, and to be filled again
 
     def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Add up the outputs of the experts that were chosen."""
@@ -53,12 +55,15 @@ class Experts(nn.Module):
                 total.index_add_(0, tokens, found.to(total.dtype))
         return total
 
+    def readers(self) -> list[nn.Module]:
+        """List the layers that read the hidden states."""
+        return list(self.get_submodule("gate_up" if self.fused.has_gate else "up").children())
+
     def _one(self, expert: int, x: Tensor) -> Tensor:
-        fused: Any = self.fused
-        if fused.has_gate:
-            inner = fused._apply_gate(self.get_submodule(f"gate_up.{expert}")(x))
+        if self.fused.has_gate:
+            inner = self.fused._apply_gate(self.get_submodule(f"gate_up.{expert}")(x))
         else:
-            inner = fused.act_fn(self.get_submodule(f"up.{expert}")(x))
+            inner = self.fused.act_fn(self.get_submodule(f"up.{expert}")(x))
         found: Tensor = self.get_submodule(f"down.{expert}")(inner)
         return found
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from calr.integrations.experts import Experts
 from calr.model.absent import Absent, Read, present
 from calr.model.structure import Structure
 from calr.model.support import alike
@@ -80,29 +81,35 @@ def _logits(model: Any) -> Tensor:
     return logits
 
 
-def _traced(model: PreTrainedModel) -> tuple[Tensor, dict[nn.Module, list[nn.Linear]]]:
-    """Return the logits of a few tokens, and of each norm the layers that read what it gives."""
+def _traced(model: PreTrainedModel) -> tuple[Tensor, dict[nn.Module, list[nn.Module]]]:
+    """Return the logits of a few tokens, and of each norm the layers that read what it gives.
+
+    Beside linear layers these are routers of experts, and the experts' first layers.
+    """
     given: dict[int, nn.Module] = {}
     alive: list[Any] = []  # so that an address means sameness
-    readers: dict[nn.Module, list[nn.Linear]] = {}
+    readers: dict[nn.Module, list[nn.Module]] = {}
 
     def of_norm(module: nn.Module, args: Any, output: Tensor) -> None:
         alive.append(output)
         given[output.data_ptr()] = module
 
-    def of_linear(module: nn.Linear, args: tuple[Any, ...]) -> None:
+    def of_reader(module: nn.Module, args: tuple[Any, ...]) -> None:
         norm = given.get(args[0].data_ptr())
         if norm is not None:
-            readers.setdefault(norm, []).append(module)
+            layers = module.readers() if isinstance(module, Experts) else [module]
+            readers.setdefault(norm, []).extend(layers)
 
     hidden, hooks = model.get_input_embeddings().get_parameter("weight").shape[1], []
     for module in model.modules():
         weight = module._parameters.get("weight")
-        if "norm" in type(module).__name__.lower() and weight is not None:
-            if list(weight.shape) == [hidden]:
-                hooks.append(module.register_forward_hook(of_norm))
-        elif type(module) is nn.Linear and module.in_features == hidden:
-            hooks.append(module.register_forward_pre_hook(of_linear))
+        shape = [] if weight is None else list(weight.shape)
+        if "norm" in type(module).__name__.lower() and shape == [hidden]:
+            hooks.append(module.register_forward_hook(of_norm))
+        elif isinstance(module, Experts) or (
+            shape[1:] == [hidden] and not isinstance(module, nn.Embedding)
+        ):
+            hooks.append(module.register_forward_pre_hook(of_reader))
     with hooked(hooks):
         return _logits(model), readers
 
@@ -125,7 +132,7 @@ class _Turn:
     def all(
         self,
         embedding: nn.Embedding,
-        readers: dict[nn.Module, list[nn.Linear]],
+        readers: dict[nn.Module, list[nn.Module]],
         writers: list[nn.Linear],
     ) -> None:
         """Turn whatever reads or writes the residual stream."""

@@ -216,7 +216,8 @@ def _linears(name: str, blocks: nn.ModuleList) -> dict[str, nn.Linear]:
         first, parameter = next(iter(stacked.items()))
         raise CalrError(
             f"{name}.{first} {list(parameter.shape)}: {share:.0%} of the blocks' parameters are "
-            "stacked weights of experts in a form that calr does not know"
+            "stacked weights of experts; calr.compress takes apart those of the form that "
+            "transformers documents, and no others"
         )
     found = {f"{name}.{n}": m for n, m in blocks.named_modules() if type(m) is nn.Linear}
     derived = {

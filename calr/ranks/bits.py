@@ -178,8 +178,15 @@ def byte_budget(
 ) -> ByteBudget | None:
     """Return what a recipe's bits or size allow a model; None under a budget of parameters.
 
-    dtype: what is stored of the tensors that are not quantised; by default their own.
+    dtype: what is stored of the tensors that are not quantised; by default their own. Raises
+    CalrError for a target that has no form for the model's experts.
     """
+    routed = next((layer.name for layer in structure.layers if layer.routed), None)
+    if recipe.target is not None and routed is not None:
+        raise CalrError(
+            f"target={recipe.target}: has one form for all experts of a block, which calr does not "
+            f"write ({routed}); leave the target out"
+        )
     if recipe.bits is not None:
         total = math.floor(recipe.bits * structure.model_parameters / 8)
     elif recipe.size is not None:

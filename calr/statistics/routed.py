@@ -44,7 +44,7 @@ def zeros(layers: Iterable[Layer], outputs: bool | None, device: torch.device) -
 
 def save_counts(store: Store, block: int, sums: dict[str, Tensor], layers: list[Layer]) -> None:
     """Keep how many tokens reached each expert of a block."""
-    counts = {layer.name: sums[tokens_of(layer.name)] for layer in layers if layer.routed}
+    counts = {x.name: sums[tokens_of(x.name)].clone() for x in layers if x.routed}
     if counts:
         store.save(f"tokens-{block:04d}", counts)
 

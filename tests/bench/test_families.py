@@ -22,7 +22,9 @@ KINDS = {
     "rwkv": "refused: .* run one by one",
     "falcon": "refused: .*FalconLinear is not nn.Linear",
     "gpt2": "refused: .*Conv1D",
-    "qwen3_moe": "refused: .*stacked expert weights",
+    "qwen3_moe": "loads",
+    "gpt_oss": "loads",
+    "jetmoe": "refused: .*stacked weights of experts",
 }
 
 

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import calr
@@ -15,7 +16,7 @@ from calr.errors import CalrError
 from calr.model import analyse, load, lowrank, saving
 from calr.statistics import collection, gradients
 from calr.storage import store
-from calr.testing import byte_tokenizer, tiny_llama
+from calr.testing import byte_tokenizer, tiny_llama, tiny_mixtral
 
 METHODS = ["svd", "svd_llm", "erc_svd", "calr"]
 
@@ -333,9 +334,16 @@ def test_a_work_directory_serves_one_run_at_a_time(ids, tmp_path):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("tied", [True, False])
-def test_read_from_its_files_or_in_memory_the_bits_are_the_same(options, tied, tmp_path):
-    tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "dense")
+@pytest.mark.parametrize("kind", ["tied", "untied", "mixture"])
+def test_read_from_its_files_or_in_memory_the_bits_are_the_same(
+    options, kind, tmp_path, monkeypatch
+):
+    if kind == "mixture":
+        monkeypatch.setattr(saving, "SHARD_BYTES", 40_000)  # whose names are those of one file
+        dense = tiny_mixtral()
+    else:
+        dense = tiny_llama(tie_word_embeddings=kind == "tied")
+    dense.save_pretrained(tmp_path / "dense", max_shard_size="50KB")
     byte_tokenizer().save_pretrained(tmp_path / "dense")
     recipe = calr.Recipe(samples=4, gradient_samples=2, window=16, **options)
     model, tokenizer = load(str(tmp_path / "dense"))
@@ -347,6 +355,12 @@ def test_read_from_its_files_or_in_memory_the_bits_are_the_same(options, tied, t
     assert read.state_dict().keys() == whole.state_dict().keys()
     for name, tensor in whole.state_dict().items():
         assert torch.equal(read.state_dict()[name], tensor), name
+    whole.save_pretrained(tmp_path / "whole")
+    found, wanted = (
+        set().union(*(load_file(f) for f in (tmp_path / place).glob("*.safetensors")))
+        for place in ("made", "whole")
+    )
+    assert found == wanted
 
 
 def test_a_large_result_is_written_in_shards_that_load_alike(source, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import calr
 from calr import parallel
 from calr.errors import CalrError
 from calr.model import load
-from calr.testing import byte_tokenizer, tiny_llama
+from calr.testing import byte_tokenizer, tiny_llama, tiny_mixtral
 
 BITS = ["--bits", "6", "--correction_tokens", "256", "--step_tokens", "96"]
 KEEP = ["--keep", "0.6", "--rank_step", "2", "--correction_tokens", "0"]
@@ -64,6 +64,16 @@ def test_the_result_is_one_processs_within_rounding_and_the_same_every_time(
             logits.append(load(str(tmp_path / place))[0](ids).logits)
     assert (logits[0] - logits[1]).norm() < 0.05 * logits[0].norm()
     assert {"second moments", "gradients", "writing"} <= two["phases"].keys()
+
+
+def test_experts_that_are_chosen_in_one_process_alone(tmp_path, ids):
+    tiny_mixtral(num_local_experts=8).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    one, _ = compressed(1, tmp_path / "model", tmp_path / "one", *BITS)
+    two, _ = compressed(3, tmp_path / "model", tmp_path / "two", *BITS)
+    assert one["tensor_bytes"] == two["tensor_bytes"]
+    assert two["kl_from_dense"] == pytest.approx(one["kl_from_dense"], rel=0.1)
+    assert two["rarely_chosen_layers"] == one["rarely_chosen_layers"] > 0
 
 
 def test_sampled_text_and_more_processes_than_batches(model, tmp_path):

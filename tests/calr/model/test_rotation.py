@@ -10,18 +10,29 @@ from transformers import (
     GPTNeoXForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import calr
+from calr.integrations.experts import take_apart
 from calr.model import analyse, load, present, rotate, rotation
 from calr.storage import Store
 from calr.testing import byte_tokenizer, tiny_llama
+
+
+def apart(model):
+    take_apart(model)
+    return model
+
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -32,6 +43,14 @@ SUITED = {
     "Mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES)),
     "Qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
     "Qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)),
+    "Mixtral": lambda: apart(MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))),
+    "Qwen3Moe": lambda: apart(
+        Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                **SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+            )
+        )
+    ),
     "Phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
 }
 OTHERS = {

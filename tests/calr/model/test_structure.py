@@ -37,12 +37,11 @@ SUPPORTED = {
 }
 REFUSED = {
     "GPT2Config": ({"n_embd": 32, "n_layer": 2, "n_head": 4}, r"c_attn: is a Conv1D"),
-    "Qwen3MoeConfig": (
-        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8},
-        r"mlp\.experts\.gate_up_proj.*79% .* stacked expert weights",
-    ),
     "Gemma3Config": ({}, "is multimodal"),
-    "MixtralConfig": ({"num_local_experts": 4}, "stacked expert weights"),
+    "Llama4TextConfig": (
+        {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 80},
+        r"feed_forward\.experts\.gate_up_proj.*% .* stacked weights of experts",
+    ),
 }
 
 
