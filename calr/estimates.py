@@ -189,7 +189,8 @@ class Work:
     def _moments(self) -> Phase:
         read = {x.group: x.share * x.in_features**2 for x in self.structure.layers}
         products = 2 * self._active_in_blocks + 2 * sum(read.values())
-        boundary = 2 * self._tokens * self.structure.layers[0].in_features * self.dtype.itemsize
+        states = self._tokens * self.structure.layers[0].in_features * self.dtype.itemsize
+        boundary = min(HELD_BYTES, states)
         return Phase(
             products * self._tokens / self._speeds[0], self._read + self._moment_bytes + boundary
         )

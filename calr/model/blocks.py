@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,21 @@ class Call:
     kwargs: dict[str, Any]
 
 
+class Batches(Protocol):
+    """Hidden states [B, T, H] by batch: a list, or what holds less in memory."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, batch: int, /) -> Tensor: ...
+    def __setitem__(self, batch: int, hidden: Tensor, /) -> None: ...
+    def append(self, hidden: Tensor, /) -> None:
+        """Add the next batch's."""
+
+
 class BlockRunner:
     """The blocks of a model over a fixed set of token windows.
 
-    ids [S, T]. `hidden` holds, per batch, the inputs [B, T, H] of block 0. Masks, positions and
+    ids [S, T]. The inputs [B, T, H] of block 0 are, batch by batch, in `hidden`, or where `first`
+    says. Masks, positions and
     whatever else the model passes to each block are recorded once, in a pass in which the blocks
     themselves do nothing.
     """
@@ -39,6 +50,7 @@ class BlockRunner:
         structure: Structure,
         ids: Tensor,
         batch_tokens: int = BATCH_TOKENS,
+        first: Batches | None = None,
     ) -> None:
         self.model = model
         self.blocks = list(model.get_submodule(structure.blocks_name).children())
@@ -51,16 +63,26 @@ class BlockRunner:
         self.tuple_output = structure.tuple_output
         self.device = next(self.blocks[0].parameters()).device
         self.batches = ids.split(max(1, batch_tokens // ids.shape[1]))
-        with torch.no_grad():
-            found = [self._begun(batch) for batch in self.batches]
-        self.hidden = [hidden for hidden, _ in found]
-        self._calls = [calls for _, calls in found]
+        self.hidden: list[Tensor] = []
+        self._calls: list[list[Call]] = []
+        for batch in self.batches:
+            with torch.no_grad():
+                hidden, calls = self._begun(batch)
+            (self.hidden if first is None else first).append(hidden)
+            self._calls.append(calls)
 
     @torch.no_grad()
     def run(self, block: int, hidden: list[Tensor]) -> list[Tensor]:
         """Run one block on every batch: inputs [B, T, H] each -> outputs [B, T, H] each."""
         with resident(self.blocks[block]):
             return [self.run_one(block, batch, x) for batch, x in enumerate(hidden)]
+
+    @torch.no_grad()
+    def advance(self, block: int, hidden: Batches) -> None:
+        """Put a block's outputs in the place of its inputs, batch by batch."""
+        with resident(self.blocks[block]):
+            for batch in range(len(hidden)):
+                hidden[batch] = self.run_one(block, batch, hidden[batch])
 
     def run_one(self, block: int, batch: int, hidden: Tensor) -> Tensor:
         """Run one block on one batch [B, T, H], with gradients where they are enabled."""

@@ -1,7 +1,7 @@
 """Calibration statistics: second moments of inputs, and of the loss's gradients at the outputs."""
 
 from calr.statistics.collection import Statistics, open_statistics
-from calr.statistics.gradients import HELD_BYTES, LOGITS
-from calr.statistics.inputs import block_influence
+from calr.statistics.gradients import LOGITS
+from calr.statistics.inputs import HELD_BYTES, block_influence
 
 __all__ = ["HELD_BYTES", "LOGITS", "Statistics", "block_influence", "open_statistics"]

@@ -13,11 +13,11 @@ from calr import parallel
 from calr.errors import CalrError
 from calr.model import BlockRunner, Layer, Structure, hooked, require_finite, requiring, resident
 from calr.progress import progress
+from calr.statistics.inputs import HELD_BYTES
 from calr.statistics.routed import tokens_of, with_average_gradients, zeros
 from calr.storage import Store
 
 VOCABULARY = "vocabulary"  # the file of what is known of embeddings and lm_head
-HELD_BYTES = 256 << 20  # of the blocks' inputs, above which they are kept in files
 LOGITS = 1 << 24  # numbers of logits held at once
 PHASE = "gradients"
 

@@ -13,9 +13,10 @@ from calr import parallel
 from calr.model import BlockRunner, Structure, hooked, require_finite
 from calr.progress import progress
 from calr.statistics.routed import save_counts, tokens_of, with_average_inputs, zeros
-from calr.storage import Store
+from calr.storage import Spilled, Store
 from calr_kernels import gram
 
+HELD_BYTES = 256 << 20  # of hidden states, above which they are kept in files
 logger = logging.get_logger(__name__)
 
 
@@ -32,11 +33,11 @@ def input_moments(model: PreTrainedModel, structure: Structure, ids: Tensor, sto
         return
     _warn_if_few(structure, ids)
     parallel.require(len(ids), "samples")
-    runner = BlockRunner(model, structure, parallel.mine(ids))
-    hidden = runner.hidden
+    hidden = Spilled(store.within(f"hidden-{parallel.rank()}"), HELD_BYTES)
+    runner = BlockRunner(model, structure, parallel.mine(ids), first=hidden)
     for block in progress(range(structure.blocks), desc="second moments", unit="block"):
         if known[block]:
-            hidden = runner.run(block, hidden)
+            runner.advance(block, hidden)
             continue
         layers = structure.in_block(block)
         sums = zeros(layers, None, runner.device)
@@ -45,7 +46,7 @@ def input_moments(model: PreTrainedModel, structure: Structure, ids: Tensor, sto
             model.get_submodule(group).register_forward_pre_hook(_accumulate(sums, group))
             for group in groups
         ):
-            hidden = runner.run(block, hidden)
+            runner.advance(block, hidden)
         parallel.add_up(sums[name] for name in sorted(sums))
         if parallel.first():
             save_counts(store, block, sums, layers)
@@ -55,6 +56,7 @@ def input_moments(model: PreTrainedModel, structure: Structure, ids: Tensor, sto
             sums[group] /= sums[tokens_of(group)]
         if parallel.first():
             store.save(names[block], sums)
+    hidden.remove()
     parallel.wait()
 
 

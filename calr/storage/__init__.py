@@ -15,10 +15,12 @@ from calr.storage.checkpoint import (
 from calr.storage.ledger import claim
 from calr.storage.lock import locked
 from calr.storage.manifest import read_manifest, verify
+from calr.storage.spilled import Spilled
 from calr.storage.store import Store
 
 __all__ = [
     "WORK",
+    "Spilled",
     "Store",
     "claim",
     "destination",

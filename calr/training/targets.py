@@ -161,7 +161,7 @@ def _most_probable(model: PreTrainedModel, structure: Structure, ids: Tensor) ->
         runner = BlockRunner(model, structure, ids, PART_TOKENS)
         hidden = runner.hidden
         for block in range(structure.blocks):
-            hidden = runner.run(block, hidden)
+            runner.advance(block, hidden)
         with resident(*runner.around):
             for part in torch.cat(hidden).flatten(0, 1).split(positions):
                 logits = runner.logits(part[None])[0].float()

@@ -14,7 +14,7 @@ import calr
 from calr import job
 from calr.errors import CalrError
 from calr.model import analyse, load, lowrank, saving
-from calr.statistics import collection, gradients
+from calr.statistics import collection, gradients, inputs
 from calr.storage import store
 from calr.testing import byte_tokenizer, tiny_llama, tiny_mixtral
 
@@ -458,7 +458,8 @@ def _limit(patch, before):
 def _run(source, place):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving, "SHARD_BYTES", 8_000)
-        patch.setattr(gradients, "HELD_BYTES", 0)
+        for module in (inputs, gradients):
+            patch.setattr(module, "HELD_BYTES", 0)
         text = {"samples": 4, "gradient_samples": 2, "window": 16, "correction_tokens": 64}
         recipe = calr.Recipe(bits=6, **text)
         calr.compress_to(str(source), place, recipe, calibration="builtin", eval_windows=2)

@@ -6,7 +6,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from calr.errors import CalrError
 from calr.model import BlockRunner, analyse, check_finite, digest, fingerprint
-from calr.statistics import Statistics, block_influence, gradients
+from calr.statistics import Statistics, block_influence, gradients, inputs
 from calr.storage import Store
 from calr.testing import tiny_llama
 
@@ -88,7 +88,7 @@ def test_gradient_moments_are_the_fisher_of_sampled_labels(model, ids):
         assert (moments.output.double() - expected).norm() <= 1e-4 * expected.norm()
 
 
-def test_gradients_are_the_same_through_files_and_with_few_logits_at_a_time(
+def test_statistics_are_the_same_through_files_and_with_few_logits_at_a_time(
     model, ids, tmp_path, monkeypatch
 ):
     structure = analyse(model)
@@ -98,13 +98,15 @@ def test_gradients_are_the_same_through_files_and_with_few_logits_at_a_time(
         return found.collect()
 
     plain = collected(Store())
-    monkeypatch.setattr(gradients, "HELD_BYTES", 0)
+    for module in (inputs, gradients):
+        monkeypatch.setattr(module, "HELD_BYTES", 0)
     monkeypatch.setattr(gradients, "LOGITS", 3 * 258)  # three positions
     filed = collected(Store(tmp_path))
     for layer in structure.layers:
-        wanted, found = plain.moments(layer).output, filed.moments(layer).output
-        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
-    assert not (tmp_path / "backward").exists()
+        one, other = plain.moments(layer), filed.moments(layer)
+        for wanted, found in ((one.output, other.output), (one.input, other.input)):
+            assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    assert not list(tmp_path.glob("*-0"))
 
 
 @pytest.mark.parametrize("tied", [True, False])

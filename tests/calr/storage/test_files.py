@@ -6,16 +6,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from hypothesis import given
 
 import calr
 from calr.errors import CalrError
 from calr.model import saver
-from calr.storage import Store, finished, locked, prepare, verify, write, writing
+from calr.storage import Spilled, Store, finished, locked, prepare, verify, write, writing
 from calr.storage.manifest import MANIFEST, listed
 from calr.testing import byte_tokenizer, tiny_llama
 
@@ -295,3 +299,20 @@ def test_terminated_is_interrupted(source, tmp_path):
     assert run.returncode == 130
     assert "interrupted; the same command continues" in said
     assert "Traceback" not in said
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.integers(0, 400))
+def test_spilled_tensors_are_read_as_they_were_put_last(sizes, limit):
+    with tempfile.TemporaryDirectory() as folder:
+        spilled = Spilled(Store(Path(folder) / "hidden"), limit)
+        for size in sizes:
+            spilled.append(torch.zeros(size))
+        for number in reversed(range(len(sizes))):
+            spilled[number] = torch.full((sizes[number],), float(number))
+            held = sum(t.nbytes for t in spilled._held if t is not None)
+            assert held <= limit
+        assert len(spilled) == len(sizes)
+        for number, size in enumerate(sizes):
+            assert torch.equal(spilled[number], torch.full((size,), float(number)))
+        spilled.remove()
+        assert not list(Path(folder).iterdir())
