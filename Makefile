@@ -6,7 +6,7 @@ NATIVE := $(wildcard calr_kernels/csrc/*)
 OUTPUT := demo/SmolLM2-135M-Instruct-5-bits
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint gpu llama vllm fuzz clean
+.PHONY: demo test lint gpu gpu-large llama vllm fuzz clean
 
 demo: .venv/installed .venv/model  ## compress a real model, measure it, let it speak
 	$(BIN)/calr compress "$(MODEL)" $(OUTPUT) --bits 5 --overwrite
@@ -26,6 +26,9 @@ gpu: .venv/developed .venv/model  ## on a machine with a GPU: test, tune and mea
 	$(BIN)/python -m pytest --device cuda
 	$(BIN)/python -m calr_kernels.tools.tune bench/results/tuned.json
 	CALR_TUNED=bench/results/tuned.json $(BIN)/python bench/kernels.py --device cuda
+
+gpu-large: .venv/developed  ## compress the largest model that a GPU and demo/large have room for
+	$(BIN)/python bench/large.py --largest --device cuda --correction_tokens 65536 --work demo/large
 
 llama: .venv/developed .venv/model  ## export a model to GGUF, run it in llama.cpp, compare
 	$(PIP) llama-cpp-python==0.3.36

@@ -178,6 +178,8 @@ def _beside(measured: dict[str, Phase], expected: dict[str, Phase]) -> dict[str,
     found: dict[str, dict[str, float]] = {}
     for name, phase in measured.items():
         found[name] = {"seconds": round(phase.seconds, 1), "peak_bytes": phase.peak_bytes}
+        if phase.gpu_bytes:
+            found[name]["gpu_bytes"] = phase.gpu_bytes
         if name in expected:
             found[name]["expected_seconds"] = round(expected[name].seconds, 1)
             found[name]["expected_bytes"] = expected[name].peak_bytes

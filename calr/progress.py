@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from transformers.utils import logging
 
 from calr import parallel
@@ -21,10 +22,11 @@ INTERVAL = 0.02  # seconds between two looks at the memory
 
 @dataclass(frozen=True)
 class Phase:
-    """Seconds, and the peak of the process's resident memory in bytes."""
+    """Seconds, the peak of the process's resident memory in bytes, and of what it holds on GPUs."""
 
     seconds: float
     peak_bytes: int
+    gpu_bytes: int = 0
 
 
 def progress(
@@ -91,12 +93,16 @@ class _Watch:
 
     def _start(self, name: str) -> None:
         self._name, self._started, self._before, self._most = name, time.monotonic(), _peak(), 0
+        for gpu in _gpus():
+            torch.cuda.reset_peak_memory_stats(gpu)
 
     def _end(self) -> None:
         self._see()
         now, known = _peak(), self.found.get(self._name, Phase(0.0, 0))
         most = max(self._most, known.peak_bytes, now if now > self._before else 0)
-        self.found[self._name] = Phase(known.seconds + time.monotonic() - self._started, most)
+        gpu = sum(torch.cuda.max_memory_allocated(gpu) for gpu in _gpus())
+        seconds = known.seconds + time.monotonic() - self._started
+        self.found[self._name] = Phase(seconds, most, max(gpu, known.gpu_bytes))
 
     def _see(self) -> None:
         self._most = max(self._most, self._process.memory_info().rss)
@@ -104,6 +110,11 @@ class _Watch:
     def _look(self) -> None:
         while not self._done.wait(INTERVAL):
             self._see()
+
+
+def _gpus() -> range:
+    """Number the GPUs, where one is in use."""
+    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
 
 
 def _peak() -> int:

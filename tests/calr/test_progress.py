@@ -33,3 +33,11 @@ def test_the_peak_is_that_of_the_phase():
             pass
     assert found["large"].peak_bytes - found["small"].peak_bytes > 250e6
     assert 50e6 < found["small"].peak_bytes < 20e9
+
+
+def test_what_a_gpu_holds_is_counted_where_there_is_one(device):
+    with measured_phases("loading") as found:
+        for _ in progress(range(1), desc="large", unit="step"):
+            torch.ones(25_000_000, device=device).exp_()
+    on_gpu = found["large"].gpu_bytes
+    assert on_gpu >= 100e6 if device.type == "cuda" else on_gpu == 0
