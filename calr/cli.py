@@ -170,6 +170,12 @@ def _recipe(parser: ArgumentParser) -> None:
         default=None,
         help="Directory that keeps calibration statistics for further runs.",
     )
+    parser.add_argument(
+        "--offload",
+        type=str | None,
+        default=None,
+        help="Directory for what is kept in files during the run; by default DIRECTORY/.calr.",
+    )
     parser.add_argument("--calibration", type=str, default="sampled", help=CALIBRATION)
     parser.add_argument(
         "--elastic",

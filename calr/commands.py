@@ -117,9 +117,9 @@ def _print_taken(result: planning.Plan) -> None:
 
 def compress(arguments: Namespace) -> None:
     """Compress a model into a directory and print what it became."""
-    names = ("calibration", "statistics", "elastic", "overwrite", "eval_windows", "max_memory")
+    names = ("calibration", "statistics", "offload", "elastic", "overwrite", "eval_windows")
     with parallel.joined():
-        options = {name: arguments[name] for name in (*names, *LOADING)}
+        options = {name: arguments[name] for name in (*names, "max_memory", *LOADING)}
         options["device"] = parallel.place_of(arguments.device)
         results = compress_to(arguments.model, arguments.directory, _recipe(arguments), **options)
         following = f"calr generate {arguments.directory} --prompt 'Once upon a time'"

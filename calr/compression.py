@@ -17,6 +17,7 @@ from calr.job import Job
 from calr.model import (
     GGUF_DTYPE,
     check_window,
+    digest,
     gguf_files,
     load,
     on_grid,
@@ -99,20 +100,24 @@ def compress_to(
     device: str = "cpu",
     trust_remote_code: bool = False,
     max_memory: str | None = None,
+    offload: str | Path | None = None,
 ) -> dict[str, Any]:
     """Compress a model into a directory, whole or not at all, and return what it became.
 
     source, dtype, device and trust_remote_code: as in `load`; max_memory: as in `compress`.
-    Finished parts lie in DIRECTORY/.calr: the same call continues where a killed one stopped and
-    ends with the same bits. What a GGUF file holds is computed with in float32 and stored in
-    bfloat16, where no dtype is named; weights that are quantised there are not rotated, off the
-    grid on which they lie. eval_windows: windows of held-out built-in text on which the result is
-    compared with the dense model, which is loaded again for that; 0: none. "phases" of the result:
-    what each took, beside what was expected. Raises CalrError for a directory that holds something
-    else (without overwrite), and for what `load` and `compress` refuse.
+    Finished parts lie in DIRECTORY/.calr, or in a folder of offload, until the checkpoint is
+    written: the same call continues where a killed one stopped and ends with the same bits. What a
+    GGUF file holds is computed with in float32 and stored in bfloat16, where no dtype is named;
+    weights that are quantised there are not rotated, off the grid on which they lie. eval_windows:
+    windows of held-out built-in text on which the result is compared with the dense model, which is
+    loaded again for that; 0: none. "phases" of the result: what each took, beside what was
+    expected. Raises CalrError for a directory that holds something else (without overwrite), and
+    for what `load` and `compress` refuse.
     """
     started, recipe = time.monotonic(), recipe or _default(elastic)
-    place = destination(directory, source, statistics=statistics, overwrite=overwrite)
+    place = destination(
+        directory, source, statistics=statistics, overwrite=overwrite, offload=offload
+    )
     files = gguf_files(source) if dtype == "auto" else []
     loading: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
     loading |= {"dtype": "float32" if files else dtype, "lazily": not elastic}
@@ -134,7 +139,8 @@ def compress_to(
             results = parallel.agree(results)
             if results is not None:
                 return results | {"bytes": size(place), "directory": str(place)}
-            job.run(_parts(place, job, source, overwrite), statistics)
+            parts = _parts(place, job, source, overwrite, offload)
+            job.run(parts, statistics)
             if parallel.first():
                 results = job.outcome(before)
                 if eval_windows:
@@ -143,18 +149,26 @@ def compress_to(
                     del dense
                 results["seconds"] = round(time.monotonic() - started, 1)
                 _write(job, source, place, results, options)
+                if offload is not None:
+                    parts.remove()
             results = parallel.agree(results) or {}
     results |= {"bytes": size(place), "directory": str(place)}
     return results | {"phases": _beside(phases, job.expected)}
 
 
-def _parts(place: Path, job: Job, source: str, overwrite: bool) -> Store:
+def _parts(
+    place: Path, job: Job, source: str, overwrite: bool, offload: str | Path | None
+) -> Store:
     """Open the store of finished parts, which the first process makes ready."""
     summary = {"model": source, "budget": job.recipe.budget, "method": job.recipe.method}
     with parallel.first_then_others():
         if parallel.first():
-            return prepare(place, job.key, summary, overwrite=overwrite)
-        return Store(place / WORK)
+            found = prepare(place, job.key, summary, overwrite=overwrite)
+        else:
+            found = Store(place / WORK)
+        if offload is None:
+            return found
+        return Store(Path(offload) / f"calr-{digest(job.key, str(place.resolve()))[:16]}")
 
 
 def _write(

@@ -48,12 +48,17 @@ logger = logging.get_logger(__name__)
 
 
 def destination(
-    directory: str | Path, source: str, *, statistics: str | Path | None, overwrite: bool
+    directory: str | Path,
+    source: str,
+    *,
+    statistics: str | Path | None,
+    overwrite: bool,
+    offload: str | Path | None = None,
 ) -> Path:
     """Return the directory to write to; refuse it before minutes of loading are spent.
 
-    Raises CalrError for the model itself or a directory around it, for statistics inside of it, and
-    as `refuse` does.
+    Raises CalrError for the model itself or a directory around it, for statistics or an offload
+    directory inside of it, and as `refuse` does.
     """
     directory, home = Path(directory), Path(source).resolve()
     home = home.parent if home.is_file() else home
@@ -61,10 +66,9 @@ def destination(
         itself = directory.resolve() == home
         where = "is the model itself" if itself else f"holds the model {source}"
         raise CalrError(f"{directory}: {where}; name another directory")
-    if statistics and Path(statistics).resolve().is_relative_to(directory.resolve()):
-        raise CalrError(
-            f"statistics={statistics}: lies in {directory}, which holds only the checkpoint"
-        )
+    for name, other in (("statistics", statistics), ("offload", offload)):
+        if other and Path(other).resolve().is_relative_to(directory.resolve()):
+            raise CalrError(f"{name}={other}: lies in {directory}, which holds only the checkpoint")
     with one_sentence(directory):
         refuse(directory, overwrite=overwrite)
     return directory

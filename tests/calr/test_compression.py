@@ -418,7 +418,8 @@ def every_write(untied, tmp_path_factory):
         _limit(patch, lambda file: calls.append(file))
         _run(untied, place)
     kinds = {file.parent.name if ".calr" in str(file.parent) else file.name for file in calls}
-    assert kinds >= {"statistics", "backward-0", "rotated", "rounded", "trained", "checkpoint"}
+    assert kinds >= {"statistics", "hidden-0", "backward-0", "rotated", "rounded", "trained"}
+    assert "checkpoint" in kinds
     return {file.name: file.read_bytes() for file in place.glob("*.safetensors")}, len(calls)
 
 
@@ -443,6 +444,34 @@ def test_a_disk_that_fills_at_any_write_loses_nothing(share, every_write, untied
     assert found == wanted
 
 
+def test_what_is_kept_in_files_may_lie_elsewhere(every_write, untied, tmp_path):
+    wanted, count = every_write
+    scratch, left = tmp_path / "scratch", [count // 2]
+
+    def fill(file):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        _limit(patch, fill)
+        with pytest.raises(CalrError, match="the disk is full; make room"):
+            _run(untied, tmp_path / "out", offload=scratch)
+    (folder,) = scratch.iterdir()
+    assert {"statistics", "rotated"} <= {path.name for path in folder.iterdir()}
+    assert not {p.name for p in (tmp_path / "out" / ".calr").iterdir()} - {"ledger.json"}
+    with pytest.MonkeyPatch.context() as patch:
+        done = []
+        _limit(patch, lambda file: done.append(file))
+        _run(untied, tmp_path / "out", offload=scratch)
+    assert len(done) <= count - count // 2 + 1, "what was finished is not done again"
+    found = {file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.safetensors")}
+    assert found == wanted
+    assert not list(scratch.iterdir())
+    with pytest.raises(CalrError, match=r"offload=.*: lies in .*, which holds only the checkpoint"):
+        _run(untied, tmp_path / "other", offload=tmp_path / "other" / "scratch")
+
+
 def _limit(patch, before):
     """Have something happen before every file of tensors that a run writes; shards are small."""
     patch.setattr(saving, "SHARD_BYTES", 8_000)
@@ -455,11 +484,12 @@ def _limit(patch, before):
         patch.setattr(module, "save_file", save)
 
 
-def _run(source, place):
+def _run(source, place, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving, "SHARD_BYTES", 8_000)
         for module in (inputs, gradients):
             patch.setattr(module, "HELD_BYTES", 0)
         text = {"samples": 4, "gradient_samples": 2, "window": 16, "correction_tokens": 64}
         recipe = calr.Recipe(bits=6, **text)
-        calr.compress_to(str(source), place, recipe, calibration="builtin", eval_windows=2)
+        options |= {"calibration": "builtin", "eval_windows": 2}
+        calr.compress_to(str(source), place, recipe, **options)
