@@ -113,7 +113,7 @@ class Work:
     def disk(self, result: int) -> int:
         """Estimate the bytes of all that is written, for a result of so many bytes."""
         parameters, recipe = self.structure.model_parameters, self.recipe
-        statistics = 4 * sum(x**2 for x in self._groups.values())
+        statistics = 2 * sum(x**2 for x in self._groups.values())
         if not recipe.quantised:
             return statistics + result + 4 * int(recipe.fraction * self.structure.linear_parameters)
         rotated = self.dtype.itemsize * parameters if recipe.rotate and not self.tied else 0
@@ -206,13 +206,14 @@ class Work:
         return Phase(operations / self._speeds[0], size)
 
     def _rounding(self, times: float) -> Phase:
-        """Two float64 and two float32 matrices of a moment's size, and parts of a weight."""
+        """Two float64 and two float32 matrices of a moment's size, parts of a weight, and a block's
+        moments, which are kept by halves."""
         widest, parts = max(x.parameters for x in self.structure.layers), 3 * 4
         layers, around = self.structure.layers, self.structure.model_parameters
         around -= sum(x.parameters for x in layers)
         operations = sum(rounding_operations(x.parameters, x.in_features) for x in layers)
         operations += rounding_operations(around, layers[0].in_features)
-        size = self.held + self._moment_bytes + 24 * max(self._groups.values()) ** 2
+        size = self.held + self._moment_bytes // 2 + 24 * max(self._groups.values()) ** 2
         return Phase(times * operations / self.speed(torch.float32), size + parts * widest)
 
     @property

@@ -7,11 +7,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from calr.methods import Moments
-from calr.model import Layer, Structure
+from calr.model import Layer, Structure, digest
+from calr.statistics.folded import unfold
 from calr.statistics.gradients import VOCABULARY, gradient_moments, gradients_name
 from calr.statistics.inputs import input_moments
 from calr.statistics.routed import rarely_chosen
 from calr.storage import Store, claim
+
+FORMAT = 2  # of what is in a store
 
 
 class Statistics:
@@ -19,8 +22,8 @@ class Statistics:
 
     gradient_ids [S', T]: windows of the backward pass; None without one. outputs: also the second
     moments of the gradients, not only their mean square. Holds the activations of one block
-    boundary, S T H numbers, and one block's input moments; with gradients also min(N, K)² float32
-    numbers of every layer.
+    boundary, S T H numbers, and one block's input moments, half of K² numbers each where they are
+    kept; with gradients also of min(N, K)² float32 numbers of every layer.
     """
 
     def __init__(
@@ -77,9 +80,9 @@ class Statistics:
             self._block = layer.block, tensors
         tensors = self._block[1]
         return Moments(
-            input=tensors[layer.group],
+            input=unfold(tensors[layer.group]),
             gradient=float(tensors[f"{layer.name}.gradient"].mean()) if gradients else None,
-            output=tensors[f"{layer.name}.output"] if self._outputs else None,
+            output=unfold(tensors[f"{layer.name}.output"]) if self._outputs else None,
             rows=tensors[f"{layer.name}.gradient"] if gradients else None,
         )
 
@@ -104,7 +107,7 @@ def open_statistics(directory: str | Path | None, key: str) -> Store:
         return Store()
     return claim(
         Path(directory),
-        key,
+        digest(key, FORMAT),
         "holds statistics of another model, of other calibration windows or of another version; "
         "model, calibration, samples, gradient_samples, window, correction_tokens and seed must be "
         "the same; name another directory or delete it",

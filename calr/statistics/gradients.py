@@ -13,6 +13,7 @@ from calr import parallel
 from calr.errors import CalrError
 from calr.model import BlockRunner, Layer, Structure, hooked, require_finite, requiring, resident
 from calr.progress import progress
+from calr.statistics.folded import folded
 from calr.statistics.inputs import HELD_BYTES
 from calr.statistics.routed import tokens_of, with_average_gradients, zeros
 from calr.storage import Store
@@ -35,7 +36,7 @@ def gradient_moments(
 
     g is the gradient, with respect to y = Wx, of the loss summed over tokens, with labels sampled
     from the model's own distribution (the true Fisher). "<layer>.gradient": mean of g² over tokens
-    [N]. With outputs, "<layer>.output": E[g gᵀ] [N, N] where N <= K, else E[Wᵀg (Wᵀg)ᵀ] [K, K].
+    [N]. With outputs, "<layer>.output", folded: E[g gᵀ] [N, N] where N <= K, else E[Wᵀg (Wᵀg)ᵀ].
     "vocabulary": see `_watch_vocabulary`. The pass back runs each block again, from the inputs that
     were kept of it (Chen et al., arXiv 1604.06174), so that one block's activations are in memory;
     those inputs, windows × tokens × hidden numbers a block, are in files where they are many.
@@ -66,7 +67,7 @@ def gradient_moments(
             for layer in layers:
                 _require_gradient(sums, layer, model)
             if parallel.first():
-                store.save(names[block], {name: s / ids.numel() for name, s in sums.items()})
+                store.save(names[block], folded({n: s / ids.numel() for n, s in sums.items()}))
         with torch.enable_grad(), resident(*runner.around):
             for batch, gradient in enumerate(gradients):
                 runner.embedded(batch).backward(gradient)

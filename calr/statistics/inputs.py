@@ -12,6 +12,7 @@ from transformers.utils import logging
 from calr import parallel
 from calr.model import BlockRunner, Structure, hooked, require_finite
 from calr.progress import progress
+from calr.statistics.folded import folded
 from calr.statistics.routed import save_counts, tokens_of, with_average_inputs, zeros
 from calr.storage import Spilled, Store
 from calr_kernels import gram
@@ -22,7 +23,7 @@ logger = logging.get_logger(__name__)
 
 @torch.no_grad()
 def input_moments(model: PreTrainedModel, structure: Structure, ids: Tensor, store: Store) -> None:
-    """Save E[x xᵀ] [K, K] float32 of every input group, block by block, as "inputs-<block>".
+    """Save E[x xᵀ] [K, K] float32 of every input group, block by block, folded: "inputs-<block>".
 
     An expert's is over the tokens that were routed to it, "<layer>.tokens" with those that it
     counts of its block's average.
@@ -55,7 +56,7 @@ def input_moments(model: PreTrainedModel, structure: Structure, ids: Tensor, sto
             require_finite(sums[group], f"{group}: its calibration inputs", model.dtype)
             sums[group] /= sums[tokens_of(group)]
         if parallel.first():
-            store.save(names[block], sums)
+            store.save(names[block], folded(sums))
     hidden.remove()
     parallel.wait()
 
