@@ -10,13 +10,15 @@ llama.cpp's own quantisations of the same weights, too, in the same way (pip ins
 llama-cpp-python; MODEL must be a GGUF file then). The table has bytes of tensors, and on each text
 the mean KL to the dense model in nats, the share of equal most probable tokens and the ratio of
 perplexities; of a model of ours also its mean KL over that of llama.cpp's ladder at the same bytes
-(ln KL interpolated between the two nearest rungs). --plot draws it. --without: measure the same
-cells without a part of the method, too. An output holds the cells of one model and its text: name
-another --output for another. See bench/README.md for DIR.
+(ln KL interpolated between the two nearest rungs), and the tokens per second at which it decodes,
+alone, in bfloat16 on this CPU with all threads. --plot draws KL against both. --without: measure
+the same cells without a part of the method, too. An output holds the cells of one model and its
+text: name another --output for another. See bench/README.md for DIR.
 """
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import gc
 import itertools
@@ -33,6 +35,7 @@ from ladder import tensor_bytes as ladder_bytes
 from texts import HELD_OUT_PAGES, WINDOW, pages, unseen_windows, write_json
 
 import calr
+from calr import benchmark
 from calr.evaluation import compare
 from calr.model import gguf_files, recast, tensor_bytes
 from calr.ranks import bits as ranks_bits
@@ -119,8 +122,16 @@ def measure(source, dense, recipe, ids, texts, place):
     }
     recast(model, torch.bfloat16)  # as `calr compress` stores it
     size = tensor_bytes(model)
+    found["tokens_per_second"] = decoding(model)
     model = model.float().dequantize()  # the same function, and faster where there is no kernel
     return found | against(model, dense, size, texts)
+
+
+def decoding(model):
+    """Return how many tokens a second a model gives, one sequence, on the native kernels."""
+    fast = calr.optimize_for_inference(copy.deepcopy(model).eval(), pack=True)
+    (row,) = benchmark.bench({"": fast}, prompt=16, new_tokens=128, rounds=5)
+    return round(row["decode_tokens_per_second"]["median"], 1)
 
 
 def measure_rung(file, dense, texts):
@@ -162,8 +173,8 @@ def over_ladder(row: dict, rows: list[dict]) -> str:
 def table(rows: list[dict]) -> None:
     """Print a row a cell, the largest first."""
     names = list(rows[0]["texts"])
-    print(f"| | bits | MB | {' | '.join(names)} | mean KL | over the ladder |")
-    print("|" + "---|" * (5 + len(names)))
+    print(f"| | bits | MB | {' | '.join(names)} | mean KL | over the ladder | tokens/s |")
+    print("|" + "---|" * (6 + len(names)))
     for row in sorted(rows, key=lambda row: -row["tensor_bytes"]):
         cells = [
             f"{t['kl']:.4f}, {t['agreement']:.3f}, {t['ratio']:.3f}" for t in row["texts"].values()
@@ -172,7 +183,7 @@ def table(rows: list[dict]) -> None:
         name = row.get("rung") or label(row)
         print(
             f"| {name} | {row['bits_per_parameter']:.2f} | {megabytes} | {' | '.join(cells)} | "
-            f"{mean_kl(row):.4f} | {over_ladder(row, rows)} |"
+            f"{mean_kl(row):.4f} | {over_ladder(row, rows)} | {row.get('tokens_per_second', '')} |"
         )
 
 
@@ -183,23 +194,30 @@ def label(row: dict) -> str:
 
 
 def plot(rows: list[dict], file: Path) -> None:
-    """Draw mean KL against bytes."""
+    """Draw mean KL against bytes, and against tokens per second where they are known."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     groups: dict[str, list[dict]] = {}
     for row in rows:
         name = "llama.cpp" if "rung" in row else label(row)
         groups.setdefault(name, []).append(row)
     for name, members in groups.items():
+        style = "x" if name == "llama.cpp" else "o-"
         members.sort(key=lambda row: row["tensor_bytes"])
         points = [(row["tensor_bytes"] / 1e6, mean_kl(row)) for row in members]
-        axes.plot(*zip(*points, strict=True), "x" if name == "llama.cpp" else "o-", label=name)
+        left.plot(*zip(*points, strict=True), style, label=name)
+        timed = [row for row in members if "tokens_per_second" in row]
+        right.plot([r["tokens_per_second"] for r in timed], [mean_kl(r) for r in timed], style)
+        for row in timed:
+            place = row["tokens_per_second"], mean_kl(row)
+            right.annotate(f"{row['bits_per_parameter']:.1f} bits", place, fontsize=7)
     for row in groups.get("llama.cpp", []):
         if "," not in row["rung"]:
-            axes.annotate(row["rung"], (row["tensor_bytes"] / 1e6, mean_kl(row)), fontsize=7)
-    axes.set(xlabel="MB of tensors", ylabel="mean KL to the dense model, nats", yscale="log")
-    axes.legend()
+            left.annotate(row["rung"], (row["tensor_bytes"] / 1e6, mean_kl(row)), fontsize=7)
+    left.set(xlabel="MB of tensors", ylabel="mean KL to the dense model, nats", yscale="log")
+    right.set(xlabel="tokens per second, one sequence on a CPU")
+    left.legend()
     figure.savefig(file, dpi=120, bbox_inches="tight")
 
 
