@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -89,7 +90,8 @@ def main() -> None:
         kind += f" in {given.parts} parts" if given.parts > 1 else ""
         name = f"{like}, {shape.blocks} blocks, {kind}"
         model = given.work / name.replace(",", "").replace(" ", "-")
-        if not model.exists():
+        if not (model / "config.json").exists() and not list(model.glob("*.gguf")):
+            shutil.rmtree(model, ignore_errors=True)  # of a run that was killed
             if given.gguf:
                 write_gguf(model, shape, given.gguf, given.parts)
             else:

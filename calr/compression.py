@@ -17,7 +17,6 @@ from calr.job import Job
 from calr.model import (
     GGUF_DTYPE,
     check_window,
-    digest,
     gguf_files,
     load,
     on_grid,
@@ -28,15 +27,16 @@ from calr.model import (
 from calr.progress import Phase, measured_phases
 from calr.recipe import Recipe
 from calr.storage import (
-    WORK,
     Store,
     claim,
     destination,
     finished,
     locked,
     model_card,
+    open_parts,
     prepare,
     recipe_yaml,
+    remove_offloaded,
     size,
     write,
     writing,
@@ -138,6 +138,7 @@ def compress_to(
                 results = finished(place, key)
             results = parallel.agree(results)
             if results is not None:
+                remove_offloaded(place, offload)
                 return results | {"bytes": size(place), "directory": str(place)}
             parts = _parts(place, job, source, overwrite, offload)
             job.run(parts, statistics)
@@ -149,8 +150,7 @@ def compress_to(
                     del dense
                 results["seconds"] = round(time.monotonic() - started, 1)
                 _write(job, source, place, results, options)
-                if offload is not None:
-                    parts.remove()
+                remove_offloaded(place, offload)
             results = parallel.agree(results) or {}
     results |= {"bytes": size(place), "directory": str(place)}
     return results | {"phases": _beside(phases, job.expected)}
@@ -163,12 +163,8 @@ def _parts(
     summary = {"model": source, "budget": job.recipe.budget, "method": job.recipe.method}
     with parallel.first_then_others():
         if parallel.first():
-            found = prepare(place, job.key, summary, overwrite=overwrite)
-        else:
-            found = Store(place / WORK)
-        if offload is None:
-            return found
-        return Store(Path(offload) / f"calr-{digest(job.key, str(place.resolve()))[:16]}")
+            prepare(place, job.key, summary, overwrite=overwrite)
+        return open_parts(place, offload, job.key)
 
 
 def _write(

@@ -118,7 +118,10 @@ class Work:
             return statistics + result + 4 * int(recipe.fraction * self.structure.linear_parameters)
         rotated = self.dtype.itemsize * parameters if recipe.rotate and not self.tied else 0
         rounded = result * (2 + bool(recipe.correction_tokens))
-        return statistics + rotated + rounded + parameters * PRICED // 8
+        states = self._tokens * self.structure.layers[0].in_features * self.dtype.itemsize
+        windows = min(recipe.gradient_samples, recipe.samples) * self.structure.blocks
+        passing = max(states, windows * states // recipe.samples)  # a forward, a backward pass
+        return statistics + rotated + rounded + parameters * PRICED // 8 + passing
 
     def within(self, limit: str | None) -> Ways:
         """Choose the fastest ways that stay within a limit, such as 8GB; None: what costs no time.
@@ -190,7 +193,7 @@ class Work:
         read = {x.group: x.share * x.in_features**2 for x in self.structure.layers}
         products = 2 * self._active_in_blocks + 2 * sum(read.values())
         states = self._tokens * self.structure.layers[0].in_features * self.dtype.itemsize
-        boundary = min(HELD_BYTES, states)
+        boundary = states if self.held else min(HELD_BYTES, states)
         return Phase(
             products * self._tokens / self._speeds[0], self._read + self._moment_bytes + boundary
         )

@@ -144,10 +144,10 @@ class Job:
             ids = self._windows(parts)
             self.rotated = self._rotated(parts)
             collected = self._statistics(spread(ids, recipe.samples), parts, statistics)
-            self._say_what_is_rare(collected)
             if isinstance(self.budget, ByteBudget):
                 again = self.ways.checkpointed
                 stored, found = quantised(model, self.budget, recipe, ids, collected, parts, again)
+                self._say_what_is_rare(collected)
                 found["rotated"] = self.rotated
                 attach(model, CalrConfig(layers=stored, recipe=self._described(ids) | found))
                 return model
@@ -163,6 +163,7 @@ class Job:
             else:
                 layers = pack(model, layers, recipe.layout)
             errors = decompositions.sampled(recipe.rank_step) if self.elastic else None
+            self._say_what_is_rare(collected)
         for name, layer in layers.items():
             set_submodule(model, name, layer.train(model.training))
         stored = {n: {"layout": layer.layout, "rank": layer.rank} for n, layer in layers.items()}
@@ -170,14 +171,12 @@ class Job:
         return model
 
     def _say_what_is_rare(self, statistics: Statistics) -> None:
-        if not any(layer.routed for layer in self.structure.layers):
-            return
         rare = statistics.rarely_chosen
         self.rare = len(rare)
         if rare:
             logger.warning(
-                f"{rare[0]}: few calibration tokens were routed to it, as to {len(rare) - 1} other "
-                "layers of experts; their block's average stands in (raise samples)"
+                f"{rare[0]}: few calibration tokens were routed to it, the first of {len(rare)} "
+                "layers of experts for which their block's average stands in (raise samples)"
             )
 
     def _rotated(self, parts: Store) -> bool:

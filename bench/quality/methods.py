@@ -21,7 +21,7 @@ from calr.model import analyse, digest, find_blocks, fingerprint
 from calr.statistics import open_statistics
 from calr.storage import Store
 from calr.text import spread
-from calr.training import collect_targets, logits_of, norm_parameters, train, windows_used
+from calr.training import collect_targets, mixed, norm_parameters, train, windows_used
 
 SAMPLES, GRADIENT_SAMPLES = 96, 32  # calibration windows
 FACTORS = {"layout": "two_factor", "learning_rate": 1e-4}  # farther from dense than CALR
@@ -85,7 +85,8 @@ class Bench:
         pruner = LoSparse(model, keep)
         for window in self._calibration[:8].split(1):  # importance without training: one backward
             with torch.enable_grad():
-                logits = logits_of(model, window)
+                with mixed(model):
+                    logits = model(input_ids=window, use_cache=False).logits[0]
                 cross_entropy(logits[:-1].float(), window[0, 1:]).backward()
         if tokens:
             pruner.observe()

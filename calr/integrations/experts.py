@@ -5,7 +5,7 @@ its own second moment, form and records, and only those that tokens are routed t
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,8 +29,8 @@ class Experts(nn.Module):
 
     def __init__(self, fused: Any) -> None:
         super().__init__()
-        self.count = int(fused.down_proj.shape[0])
-        self.chosen = 0  # experts a token, once it was seen
+        self.num_experts = int(fused.down_proj.shape[0])
+        self.top_k = 0  # experts a token, once a trace has seen it
         self.every = False  # run each on all tokens, as a trace wants it
         for own, name in PARTS.items():
             if name in fused._parameters:
@@ -39,17 +39,18 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Add up the outputs of the experts that were chosen."""
-        self.chosen = index.shape[-1]
-        total = torch.zeros_like(hidden_states)
+        total, top_k = torch.zeros_like(hidden_states), index.shape[-1]
         if self.every:
-            for expert in range(self.count):
+            self.top_k = top_k
+            for expert in range(self.num_experts):
                 total = total + self._one(expert, hidden_states.view_as(hidden_states))
             return total
         order = index.reshape(-1).argsort(stable=True)
-        counts = index.reshape(-1).bincount(minlength=self.count).tolist()
-        for expert, places in enumerate(order.split(counts)):
-            if len(places):
-                tokens = places // self.chosen
+        hit, counts = index.reshape(-1).unique(return_counts=True)
+        each = zip(hit.tolist(), order.split(counts.tolist()), strict=True)
+        for expert, places in each:
+            if expert < self.num_experts:  # another stands for none
+                tokens = places // top_k
                 found = self._one(expert, hidden_states[tokens])
                 found = found * weights.reshape(-1)[places, None]
                 total.index_add_(0, tokens, found.to(total.dtype))
@@ -83,17 +84,18 @@ def take_apart(model: nn.Module) -> None:
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """Put experts together again that were taken apart in the block, if it fails."""
+    before = {name for name, _ in all_experts(model)}
     try:
         yield
     except BaseException:
-        put_together(model)
+        put_together(model, but=before)
         raise
 
 
-def put_together(model: nn.Module) -> None:
-    """Stack experts again, in place, whose layers are all dense."""
+def put_together(model: nn.Module, but: Collection[str] = ()) -> None:
+    """Stack experts again, in place, whose layers are all dense and in memory."""
     for name, module in list(all_experts(model)):
-        if all(type(layer) is nn.Linear for layer in _layers(module)):
+        if name not in but and all(type(layer) is nn.Linear for layer in _layers(module)):
             fused: Any = module.fused
             for own, part in PARTS.items():
                 if hasattr(module, own):
@@ -115,8 +117,13 @@ def every_expert(model: nn.Module) -> Iterator[None]:
 
 
 def _is_fused(module: Any) -> bool:
-    """Tell whether a module holds experts in the form that transformers documents, and no more."""
+    """Tell whether a module holds experts in the form that transformers documents, and no more.
+
+    One that somebody watches, or has given another forward, is left alone.
+    """
     if not hasattr(module, "is_transposed") or getattr(module, "has_post_expert_norm", False):
+        return False
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return False
     first = "gate_up_proj" if module.has_gate else "up_proj"
     names = {first, "down_proj"}
@@ -153,7 +160,8 @@ def _stack(fused: Any, name: str, layers: list[Any]) -> None:
     weights = [layer.weight.detach() for layer in layers]
     if fused.is_transposed:
         weights = [weight.mT for weight in weights]
-    fused.register_parameter(name, nn.Parameter(torch.stack(weights)))
+    trained = layers[0].weight.requires_grad
+    fused.register_parameter(name, nn.Parameter(torch.stack(weights), trained))
     if layers[0].bias is not None:
         biases = torch.stack([layer.bias.detach() for layer in layers])
-        fused.register_parameter(f"{name}_bias", nn.Parameter(biases))
+        fused.register_parameter(f"{name}_bias", nn.Parameter(biases, trained))

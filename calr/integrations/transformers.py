@@ -124,12 +124,11 @@ def attach(model: PreTrainedModel, config: CalrConfig) -> None:
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Give a model the modules that its configuration describes, empty, where it is compressed."""
+    """Give a model, its experts apart, the empty modules that its configuration describes."""
     found: Any = getattr(model.config, "quantization_config", None)
     if found is None:
         return
     config = found if isinstance(found, CalrConfig) else CalrConfig(**found)
-    take_apart(model)
     for name, layer in config.layers.items():
         replace(model, name, layer)
     attach(model, config)

@@ -1,7 +1,7 @@
 """The model to compress: loading it, what it is made of, running it block by block, changing it."""
 
 from calr.model.absent import Absent, absent, present, read_when_called, resident
-from calr.model.blocks import BlockRunner, checkpointing
+from calr.model.blocks import BlockRunner, behind_blocks, checkpointing
 from calr.model.loading import (
     GGUF_DTYPE,
     gguf_files,
@@ -41,6 +41,7 @@ __all__ = [
     "absent",
     "analyse",
     "balance",
+    "behind_blocks",
     "check_finite",
     "check_vocabulary",
     "check_window",

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from calr.model.absent import resident
-from calr.model.structure import Structure, decoder
+from calr.model.structure import Structure, decoder, find_blocks
+from calr.model.swapping import hooked
 
 BATCH_TOKENS = 4096  # enough rows for matrix products to run at full speed
 
@@ -99,11 +100,7 @@ class BlockRunner:
 
         hidden [B, t, H]: of any positions, since what follows the blocks looks at each alone.
         """
-        output = (hidden,) if self.tuple_output else hidden
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-        with self._replaced(lambda *args, **kwargs: output):
-            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits
+        return _logits(self.model, self.blocks, self.tuple_output, hidden)
 
     def _begun(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         """Return the inputs of block 0, and the other arguments of every block."""
@@ -121,6 +118,30 @@ class BlockRunner:
 
     def _replaced(self, forward: Callable[..., Any]) -> AbstractContextManager[None]:
         return _forwards(self.blocks, [forward] * len(self.blocks))
+
+
+def behind_blocks(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Run a model's blocks on ids [S, T]; with gradients where they are enabled.
+
+    Returns what the last gives [S, T, H], and what makes logits [B, t, V] of that, of any positions
+    [B, t, H].
+    """
+    found: list[Any] = []
+    blocks = list(find_blocks(model)[1])
+    with hooked([blocks[-1].register_forward_hook(lambda m, args, out: found.append(out))]):
+        decoder(model)(input_ids=ids.to(model.device), use_cache=False)
+    whole = isinstance(found[0], tuple)
+    return found[0][0] if whole else found[0], partial(_logits, model, blocks, whole)
+
+
+def _logits(
+    model: PreTrainedModel, blocks: list[nn.Module], tuple_output: bool, hidden: Tensor
+) -> Tensor:
+    output = (hidden,) if tuple_output else hidden
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    with _forwards(blocks, [lambda *args, **kwargs: output] * len(blocks)):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
 
 
 @contextmanager

@@ -76,8 +76,8 @@ def _empty(config: Any, dtype: torch.dtype, trust: bool) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust
         )
-        prepare(model)
         take_apart(model)
+        prepare(model)
     model.tie_weights()
     return model
 
@@ -108,9 +108,8 @@ def _safetensors(model: PreTrainedModel, source: str) -> dict[str, InFile] | Non
                 return None  # saving, too, would have to convert
             else:
                 found[name] = tensor
-    for name, known in pieces.items():
-        found |= experts_in_files(model, name, known)
-    return found
+    experts = experts_in_files(model, pieces)
+    return None if experts is None else found | experts
 
 
 def _gguf(model: PreTrainedModel, parts: list[Path]) -> dict[str, InFile] | None:

@@ -2,7 +2,6 @@
 expert's in pieces of other names."""
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -31,63 +30,58 @@ def stacked_names(model: PreTrainedModel) -> dict[str, list[str]]:
     return found
 
 
-def experts_in_files(model: PreTrainedModel, name: str, pieces: Pieces) -> dict[str, InFile]:
-    """Return where the parts of a tensor of all experts are, by our names; nothing if some lack.
+def experts_in_files(model: PreTrainedModel, pieces: dict[str, Pieces]) -> dict[str, InFile] | None:
+    """Return where the parts of tensors of all experts are, by our names.
 
-    pieces: what the files have of it.
+    pieces: what the files have of each, by transformers' names. What they lack is left out. None
+    where experts are stored together in a form that has to be converted as a whole.
     """
-    names = stacked_names(model)[name]
-    owner: Any = model.get_submodule(name.rpartition(".")[0])
-    turned = owner.fused.is_transposed and not name.endswith("_bias")
-    whole, converters = pieces.get(None), _converters(model)
-    found = {}
-    for expert, ours in enumerate(names):
-        if whole:
-            (tensor,) = whole.values()
-            if tensor.shape[0] != len(names):
-                return {}
-            shape, read = tensor.shape[1:], partial(tensor.read, expert)
-        else:
-            if not pieces or any(len(known) != len(names) for known in pieces.values()):
-                return {}
-            own = {
-                str(pattern): known[sorted(known, key=dot_natural_key)[expert]]
-                for pattern, known in pieces.items()
-            }
-            converter = converters[next(iter(own))]
-            empty = {p: torch.empty(piece.shape, device="meta") for p, piece in own.items()}
-            shape = tuple(_converted(model, converter, name, empty).shape)
-            read = partial(_read, model, converter, name, own)
-        found[ours] = InFile(shape[::-1], partial(_turned, read)) if turned else InFile(shape, read)
-    return found
-
-
-def _read(
-    model: PreTrainedModel, converter: WeightConverter, name: str, pieces: dict[str, InFile]
-) -> Tensor:
-    return _converted(model, converter, name, {p: piece.read() for p, piece in pieces.items()})
-
-
-def _turned(read: Callable[[], Tensor]) -> Tensor:
-    return read().mT.contiguous()
-
-
-def _converted(
-    model: Any, converter: WeightConverter, name: str, pieces: dict[str, Tensor]
-) -> Tensor:
-    """Make one expert's part of a tensor of its pieces, as transformers makes all experts'."""
-    alone: Any = copy.deepcopy(converter)
-    for pattern, piece in pieces.items():
-        alone.add_tensor(name, name, pattern, piece)
-    made = alone.convert(name, model=model, config=model.config)[name]
-    one: Tensor = made[0] if isinstance(made, list) else made
-    return one[0]
-
-
-def _converters(model: Any) -> dict[str, WeightConverter]:
-    return {
+    converters = {
         pattern: entry
         for entry in get_model_conversion_mapping(model)
         if isinstance(entry, WeightConverter)
         for pattern in entry.source_patterns
     }
+    found: dict[str, InFile] = {}
+    for name, ours in stacked_names(model).items():
+        owner: Any = model.get_submodule(name.rpartition(".")[0])
+        turned = owner.fused.is_transposed and not name.endswith("_bias")
+        known = {
+            pattern: [tensors[key] for key in sorted(tensors, key=dot_natural_key)]
+            for pattern, tensors in pieces[name].items()
+        }
+        whole = known.pop(None, [])
+        if any(len(tensors) == 1 < len(ours) for tensors in known.values()):
+            return None
+        for expert, own in enumerate(ours):
+            if whole and whole[0].shape[0] == len(ours):
+                place = InFile(whole[0].shape[1:], partial(whole[0].read, expert))
+            elif known and all(len(tensors) == len(ours) for tensors in known.values()):
+                parts = {str(pattern): tensors[expert] for pattern, tensors in known.items()}
+                place = _converted(model, converters[next(iter(parts))], name, parts)
+            else:
+                break
+            found[own] = _turned(place) if turned else place
+    return found
+
+
+def _turned(place: InFile) -> InFile:
+    return InFile(place.shape[::-1], lambda: place.read().mT.contiguous())
+
+
+def _converted(
+    model: Any, converter: WeightConverter, name: str, pieces: dict[str, InFile]
+) -> InFile:
+    """Return one expert's part of a tensor, made of its pieces as transformers makes all."""
+
+    def make(values: dict[str, Tensor]) -> Tensor:
+        alone: Any = copy.deepcopy(converter)
+        for pattern, value in values.items():
+            alone.add_tensor(name, name, pattern, value)
+        made = alone.convert(name, model=model, config=model.config)[name]
+        one: Tensor = made[0] if isinstance(made, list) else made
+        return one[0]
+
+    empty = {p: torch.empty(piece.shape, device="meta") for p, piece in pieces.items()}
+    read = {pattern: piece.read for pattern, piece in pieces.items()}
+    return InFile(tuple(make(empty).shape), lambda: make({p: r() for p, r in read.items()}))

@@ -278,7 +278,7 @@ def _trace(
 def _shares(model: nn.Module) -> dict[str, float]:
     """Return the share of tokens that reach each expert, by the name of a list of its layers."""
     return {
-        f"{name}.{part}": experts.chosen / experts.count
+        f"{name}.{part}": experts.top_k / experts.num_experts
         for name, experts in all_experts(model)
         for part, _ in experts.named_children()
     }

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from calr.errors import CalrError
+from calr.integrations.experts import all_experts
 from calr.model import Matrix, Structure, matrices, tensor_bytes, weight_of
 from calr.ranks import knapsack
 from calr.recipe import Recipe, Target
@@ -181,11 +182,11 @@ def byte_budget(
     dtype: what is stored of the tensors that are not quantised; by default their own. Raises
     CalrError for a target that has no form for the model's experts.
     """
-    routed = next((layer.name for layer in structure.layers if layer.routed), None)
-    if recipe.target is not None and routed is not None:
+    mixtures = [name for name, _ in all_experts(model)]
+    if recipe.target is not None and mixtures:
         raise CalrError(
             f"target={recipe.target}: has one form for all experts of a block, which calr does not "
-            f"write ({routed}); leave the target out"
+            f"write ({mixtures[0]}); leave the target out"
         )
     if recipe.bits is not None:
         total = math.floor(recipe.bits * structure.model_parameters / 8)

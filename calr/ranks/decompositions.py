@@ -85,9 +85,7 @@ class Decompositions:
             result = self.of(layer)
             curve = result.errors
             if result.unit == "output" and self.recipe.sensitivity == "gradient":
-                gradient = self.statistics.moments(layer).gradient
-                assert gradient is not None
-                curve = curve * gradient / 2  # second order: ½ g² Δy²
+                curve = curve * self.statistics.gradient(layer) / 2  # second order: ½ g² Δy²
             if result.unit == "output" and self.recipe.sensitivity == "influence":
                 if influence is None:
                     probes = self.statistics.ids[:PROBES]

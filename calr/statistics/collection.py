@@ -62,29 +62,36 @@ class Statistics:
 
     @property
     def rarely_chosen(self) -> list[str]:
-        """Names of experts' layers that few tokens reached: mostly their block's average counts."""
-        if not self._collected:
-            self.collect()
+        """Names of experts' layers that few tokens reached: mostly their block's average counts.
+
+        As far as statistics are collected.
+        """
         return rarely_chosen(self.store, self.structure)
 
     def moments(self, layer: Layer) -> Moments:
         """Return the statistics of a layer."""
-        if not self._collected:
-            self.collect()
-        gradients = self._gradient_ids is not None
-        if self._block[0] != layer.block:
-            tensors = self.store.load(f"inputs-{layer.block:04d}")
-            if gradients:
-                name = gradients_name(self.store, layer.block, self._outputs)
-                tensors = tensors | self.store.load(name)
-            self._block = layer.block, tensors
-        tensors = self._block[1]
+        tensors, gradients = self._of_block(layer.block), self._gradient_ids is not None
         return Moments(
             input=unfold(tensors[layer.group]),
-            gradient=float(tensors[f"{layer.name}.gradient"].mean()) if gradients else None,
+            gradient=self.gradient(layer) if gradients else None,
             output=unfold(tensors[f"{layer.name}.output"]) if self._outputs else None,
             rows=tensors[f"{layer.name}.gradient"] if gradients else None,
         )
+
+    def gradient(self, layer: Layer) -> float:
+        """Return the mean square of a layer's output gradients alone."""
+        return float(self._of_block(layer.block)[f"{layer.name}.gradient"].mean())
+
+    def _of_block(self, block: int) -> dict[str, Tensor]:
+        if not self._collected:
+            self.collect()
+        if self._block[0] != block:
+            tensors = self.store.load(f"inputs-{block:04d}")
+            if self._gradient_ids is not None:
+                name = gradients_name(self.store, block, self._outputs)
+                tensors = tensors | self.store.load(name)
+            self._block = block, tensors
+        return self._block[1]
 
     def let_go(self) -> None:
         """Hold nothing in memory until it is asked for again."""

@@ -7,14 +7,18 @@ TILE = 512  # rows that are mirrored at once
 
 
 def folded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fold those of some tensors that are matrices."""
-    return {name: fold(x) if x.dim() == 2 else x for name, x in tensors.items()}
+    """Fold those of some tensors that are matrices, one by one in their places, on the CPU."""
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2:
+            tensors[name] = fold(tensor.cpu())
+    return tensors
 
 
 def fold(matrix: Tensor) -> Tensor:
     """Return the upper triangle of a symmetric matrix [n, n] as [⌈n / 2⌉, n + 1].
 
-    Row i holds what is right of the diagonal, and on it, in row i and in row n - 1 - i.
+    Row i holds what is right of the diagonal, and on it, in row i and in row n - 1 - i: a
+    rectangular full packed format (Gustavson et al., ACM TOMS 37, 2010).
     """
     n = len(matrix)
     half = matrix.new_empty((n + 1) // 2, n + 1)

@@ -47,35 +47,52 @@ def gradient_moments(
     parallel.require(len(ids), "gradient_samples")
     runner = BlockRunner(model, structure, parallel.mine(ids), ids.shape[1])
     count = sum(hidden.nbytes for hidden in runner.hidden) * structure.blocks
-    kept = store.within(f"backward-{parallel.rank()}") if count > HELD_BYTES else Store()
     vocabulary: dict[str, Tensor] = {}
-    with requiring(model, []), hooked(_watch_vocabulary(vocabulary, model)):
+    with (
+        store.scratch("backward") as files,
+        requiring(model, []),
+        hooked(_watch_vocabulary(vocabulary, model)),
+    ):
+        kept = files if count > HELD_BYTES else Store()
         draw = torch.Generator().manual_seed(seed)
         uniform = [torch.rand(ids.shape[1], 1, generator=draw) for _ in ids]
         gradients = _to_the_end(runner, kept, vocabulary, parallel.mine(uniform))
         for block in progress(reversed(range(structure.blocks)), desc=PHASE, unit="block"):
-            layers = structure.in_block(block)
-            sums = zeros(layers, outputs, runner.device)
-            hooks = [
-                model.get_submodule(layer.name).register_forward_hook(_watch(sums, layer, outputs))
-                for layer in layers
-            ]
-            with hooked(hooks), resident(runner.blocks[block]):
-                gradients = _back(runner, block, kept.load(f"{block:04d}"), gradients)
-            parallel.add_up(sums[name] for name in sorted(sums))
-            with_average_gradients(sums, layers)
-            for layer in layers:
-                _require_gradient(sums, layer, model)
+            layers, inputs = structure.in_block(block), kept.load(f"{block:04d}")
+            sums, gradients = _of_block(runner, layers, block, inputs, gradients, outputs)
             if parallel.first():
                 store.save(names[block], folded({n: s / ids.numel() for n, s in sums.items()}))
         with torch.enable_grad(), resident(*runner.around):
             for batch, gradient in enumerate(gradients):
                 runner.embedded(batch).backward(gradient)
-    kept.remove()
     parallel.add_up(vocabulary[name] for name in sorted(vocabulary))
     if parallel.first():
         store.save(VOCABULARY, {name: s / ids.numel() for name, s in vocabulary.items()})
     parallel.wait()
+
+
+def _of_block(
+    runner: BlockRunner,
+    layers: list[Layer],
+    block: int,
+    inputs: dict[str, Tensor],
+    gradients: list[Tensor],
+    outputs: bool,
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Go back through a block; return its layers' sums, and the gradients before it."""
+    sums = zeros(runner.model, layers, outputs)
+    hooks = [
+        runner.model.get_submodule(layer.name).register_forward_hook(_watch(sums, layer, outputs))
+        for layer in layers
+    ]
+    with hooked(hooks), resident(runner.blocks[block]):
+        gradients = _back(runner, block, inputs, gradients)
+    parallel.add_up(sums[name] for name in sorted(sums))
+    with_average_gradients(sums, layers)
+    for layer in layers:
+        _require_gradient(sums, layer, runner.model)
+        sums.pop(tokens_of(layer.name), None)  # the inputs' are kept
+    return sums, gradients
 
 
 def _to_the_end(

@@ -10,13 +10,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from calr import parallel
-from calr.model import BlockRunner, Structure, hooked, require_finite
+from calr.model import BlockRunner, Layer, Structure, hooked, require_finite
 from calr.progress import progress
 from calr.statistics.folded import folded
-from calr.statistics.routed import save_counts, tokens_of, with_average_inputs, zeros
+from calr.statistics.routed import tokens_of, with_average_inputs, zeros
 from calr.storage import Spilled, Store
 from calr_kernels import gram
 
+PHASE = "second moments"
 HELD_BYTES = 256 << 20  # of hidden states, above which they are kept in files
 logger = logging.get_logger(__name__)
 
@@ -34,31 +35,37 @@ def input_moments(model: PreTrainedModel, structure: Structure, ids: Tensor, sto
         return
     _warn_if_few(structure, ids)
     parallel.require(len(ids), "samples")
-    hidden = Spilled(store.within(f"hidden-{parallel.rank()}"), HELD_BYTES)
-    runner = BlockRunner(model, structure, parallel.mine(ids), first=hidden)
-    for block in progress(range(structure.blocks), desc="second moments", unit="block"):
-        if known[block]:
-            runner.advance(block, hidden)
-            continue
-        layers = structure.in_block(block)
-        sums = zeros(layers, None, runner.device)
-        groups = dict.fromkeys(layer.group for layer in layers)
-        with hooked(
-            model.get_submodule(group).register_forward_pre_hook(_accumulate(sums, group))
-            for group in groups
-        ):
-            runner.advance(block, hidden)
-        parallel.add_up(sums[name] for name in sorted(sums))
-        if parallel.first():
-            save_counts(store, block, sums, layers)
-        with_average_inputs(sums, layers)
-        for group in groups:
-            require_finite(sums[group], f"{group}: its calibration inputs", model.dtype)
-            sums[group] /= sums[tokens_of(group)]
-        if parallel.first():
-            store.save(names[block], folded(sums))
-    hidden.remove()
+    with store.scratch("hidden") as kept:
+        hidden = Spilled(kept, HELD_BYTES)
+        runner = BlockRunner(model, structure, parallel.mine(ids), first=hidden)
+        for block in progress(range(structure.blocks), desc=PHASE, unit="block"):
+            if known[block]:
+                runner.advance(block, hidden)
+            else:
+                sums = _of_block(runner, structure.in_block(block), block, hidden)
+                if parallel.first():
+                    store.save(names[block], sums)
     parallel.wait()
+
+
+def _of_block(
+    runner: BlockRunner, layers: list[Layer], block: int, hidden: Spilled
+) -> dict[str, Tensor]:
+    """Run a block; return the second moments of its groups, folded, and their numbers of tokens."""
+    model = runner.model
+    sums = zeros(model, layers, None)
+    groups = dict.fromkeys(layer.group for layer in layers)
+    with hooked(
+        model.get_submodule(group).register_forward_pre_hook(_accumulate(sums, group))
+        for group in groups
+    ):
+        runner.advance(block, hidden)
+    parallel.add_up(sums[name] for name in sorted(sums))
+    with_average_inputs(sums, layers)
+    for group in groups:
+        require_finite(sums[group], f"{group}: its calibration inputs", model.dtype)
+        sums[group] /= sums[tokens_of(group)]
+    return folded(sums)
 
 
 def block_influence(model: PreTrainedModel, structure: Structure, ids: Tensor) -> Tensor:
@@ -90,10 +97,11 @@ def _accumulate(
 
 
 def _warn_if_few(structure: Structure, ids: Tensor) -> None:
-    widest = max(structure.layers, key=lambda layer: layer.in_features)
-    if ids.numel() < widest.in_features:
+    widest = max(structure.layers, key=lambda layer: layer.in_features / layer.share)
+    tokens = int(ids.numel() * widest.share)
+    if tokens < widest.in_features:
         logger.warning(
-            f"{ids.numel()} calibration tokens are fewer than the {widest.in_features} inputs of "
+            f"{tokens} calibration tokens are fewer than the {widest.in_features} inputs of "
             f"{widest.name}, so its second moment is singular; use at least "
-            f"{4 * widest.in_features} tokens (raise samples or window)"
+            f"{4 * widest.in_features / widest.share:.0f} tokens (raise samples or window)"
         )

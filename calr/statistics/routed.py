@@ -1,20 +1,20 @@
 """Statistics of experts, over the tokens that are routed to each: some may see few, or none.
 
-So each also counts tokens that are its block's average: AVERAGE ones of the inputs, where all
-experts read the same features (elsewhere, and of gradients, only the energy is averaged, the same
-in every direction), and one of the gradients.
+So each also counts tokens that are its block's average, as a prior: PRIOR_TOKENS of the inputs,
+where all experts read the same features (elsewhere, and of gradients, only the energy is averaged,
+the same in every direction), and one of the gradients.
 """
 
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calr.integrations.experts import INNER
 from calr.model import Layer, Structure
 from calr.storage import Store
 
-AVERAGE = 128  # tokens
+PRIOR_TOKENS = 128  # of the average, beside an expert's own
 
 
 def tokens_of(name: str) -> str:
@@ -22,14 +22,15 @@ def tokens_of(name: str) -> str:
     return f"{name}.tokens"
 
 
-def zeros(layers: Iterable[Layer], outputs: bool | None, device: torch.device) -> dict[str, Tensor]:
+def zeros(model: nn.Module, layers: Iterable[Layer], outputs: bool | None) -> dict[str, Tensor]:
     """Begin the sums of experts' layers, to which perhaps no token adds.
 
     outputs: of gradients, and whether with their second moments; None: of the inputs.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     for layer in layers:
         if layer.routed:
+            device = model.get_submodule(layer.name).get_parameter("weight").device
             found[tokens_of(layer.name)] = torch.zeros((), dtype=torch.float64, device=device)
             if outputs is None:
                 side = layer.in_features
@@ -42,25 +43,22 @@ def zeros(layers: Iterable[Layer], outputs: bool | None, device: torch.device) -
     return found
 
 
-def save_counts(store: Store, block: int, sums: dict[str, Tensor], layers: list[Layer]) -> None:
-    """Keep how many tokens reached each expert of a block."""
-    counts = {x.name: sums[tokens_of(x.name)].clone() for x in layers if x.routed}
-    if counts:
-        store.save(f"tokens-{block:04d}", counts)
-
-
 def rarely_chosen(store: Store, structure: Structure) -> list[str]:
     """Name the experts' layers that fewer tokens reached than they count of their block's average.
 
-    For statistics that are collected.
+    Of the blocks of which a store has the input moments.
     """
-    blocks = sorted({layer.block for layer in structure.layers if layer.routed})
-    counts = [store.load(f"tokens-{block:04d}") for block in blocks]
-    return [name for known in counts for name, count in known.items() if count < AVERAGE]
+    return [
+        layer.name
+        for layer in structure.layers
+        if layer.routed
+        and (name := f"inputs-{layer.block:04d}") in store
+        and store.read(name, tokens_of(layer.name)) < 2 * PRIOR_TOKENS
+    ]
 
 
 def with_average_inputs(sums: dict[str, Tensor], layers: Iterable[Layer]) -> None:
-    """Add AVERAGE tokens of its block's average to the second moment of each expert's inputs."""
+    """Add PRIOR_TOKENS of its block's average to the second moment of each expert's inputs."""
     for members in _stacks(layers):
         count = torch.stack([sums[tokens_of(layer.name)] for layer in members]).sum()
         average = torch.zeros_like(sums[members[0].name])
@@ -69,8 +67,8 @@ def with_average_inputs(sums: dict[str, Tensor], layers: Iterable[Layer]) -> Non
         if members[0].stack.endswith(INNER):
             average = average.diagonal().mean() * torch.eye(len(average), device=average.device)
         for layer in members:
-            sums[layer.name].add_(average, alpha=AVERAGE)
-            sums[tokens_of(layer.name)] += AVERAGE
+            sums[layer.name].add_(average, alpha=PRIOR_TOKENS)
+            sums[tokens_of(layer.name)] += PRIOR_TOKENS
 
 
 def with_average_gradients(sums: dict[str, Tensor], layers: Iterable[Layer]) -> None:

@@ -15,6 +15,7 @@ from calr.storage.checkpoint import (
 from calr.storage.ledger import claim
 from calr.storage.lock import locked
 from calr.storage.manifest import read_manifest, verify
+from calr.storage.offload import open_parts, remove_offloaded
 from calr.storage.spilled import Spilled
 from calr.storage.store import Store
 
@@ -28,9 +29,11 @@ __all__ = [
     "locked",
     "model_card",
     "one_sentence",
+    "open_parts",
     "prepare",
     "read_manifest",
     "recipe_yaml",
+    "remove_offloaded",
     "size",
     "verify",
     "write",

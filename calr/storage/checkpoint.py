@@ -67,6 +67,8 @@ def destination(
         where = "is the model itself" if itself else f"holds the model {source}"
         raise CalrError(f"{directory}: {where}; name another directory")
     for name, other in (("statistics", statistics), ("offload", offload)):
+        if other and Path(other).is_file():
+            raise CalrError(f"{name}={other}: is a file; name a directory")
         if other and Path(other).resolve().is_relative_to(directory.resolve()):
             raise CalrError(f"{name}={other}: lies in {directory}, which holds only the checkpoint")
     with one_sentence(directory):

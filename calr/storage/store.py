@@ -2,11 +2,14 @@
 
 import hashlib
 import os
+import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import psutil
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, uint8
@@ -72,7 +75,13 @@ class Store:
 
     def read(self, name: str, key: str) -> Tensor:
         """Return one of the tensors saved under a name."""
-        return self.load(name)[key]
+        if name not in self:
+            raise KeyError(name)
+        if self.directory is None:
+            return self._memory[name][key]
+        with safe_open(self._path(name), framework="pt") as opened:
+            found: Tensor = opened.get_tensor(key)
+        return found
 
     def keep(self, name: str, tensor: Tensor) -> Callable[[], Tensor]:
         """Save one tensor under a name, unless it is there, and return what reads it."""
@@ -86,6 +95,22 @@ class Store:
         self._checked.clear()
         if self.directory is not None:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+    @contextmanager
+    def scratch(self, name: str) -> Iterator["Store"]:
+        """Open a store of this process alone inside of this one, and remove it at the end.
+
+        What a killed one of this machine has left behind goes, too.
+        """
+        begin = f"{name}.{platform.node()}."
+        for left in [] if self.directory is None else self.directory.glob(f"{begin}*"):
+            if not psutil.pid_exists(int(left.name.removeprefix(begin))):
+                shutil.rmtree(left, ignore_errors=True)
+        own = self.within(f"{begin}{os.getpid()}")
+        try:
+            yield own
+        finally:
+            own.remove()
 
     def within(self, name: str) -> "Store":
         """Open a store of other names inside of this one."""

@@ -11,7 +11,7 @@ from calr.training.correction import (
 from calr.training.loop import Trained, train
 from calr.training.precision import mixed
 from calr.training.students import Primary, StudentEmbedding, StudentLinear
-from calr.training.targets import PART_TOKENS, Targets, collect_targets, logits_of
+from calr.training.targets import PART_TOKENS, Targets, collect_targets
 
 __all__ = [
     "PART_TOKENS",
@@ -24,7 +24,6 @@ __all__ = [
     "collect_targets",
     "corrected",
     "corrected_students",
-    "logits_of",
     "mixed",
     "norm_parameters",
     "train",

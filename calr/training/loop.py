@@ -18,7 +18,7 @@ from calr.errors import CalrError
 from calr.model import requiring
 from calr.progress import progress
 from calr.storage import Store
-from calr.training.targets import Targets, divergence, windows_at_once
+from calr.training.targets import Targets, add_gradients, divergence, windows_at_once
 
 WARM_UP = 8  # steps, or a quarter of them
 CLIP = 1.0  # largest norm of a step's gradient
@@ -169,10 +169,14 @@ class _Training:
             group["lr"] = group["rate"] * self.learning_rate * _schedule(step, len(batches))
         whole, found = batches[step], torch.zeros((), dtype=torch.float64)
         for part in self.targets[parallel.mine(whole)].split(self.at_once):
-            with torch.enable_grad():
-                loss = self._loss(part) * (len(part) / len(whole))
-                loss.backward()
-            found += float(loss.detach())
+            found += float(
+                add_gradients(
+                    self.model,
+                    part,
+                    cross_entropy=self.cross_entropy,
+                    weight=len(part) / len(whole),
+                )
+            )
         self._add_up(found)
         self._finite(float(found))
         if self.on_gradients is not None:

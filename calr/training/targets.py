@@ -5,6 +5,7 @@ text share what it said.
 """
 
 import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from calr import parallel
-from calr.model import BlockRunner, Structure, analyse, resident
+from calr.model import BlockRunner, Structure, analyse, behind_blocks, resident
 from calr.progress import progress
 from calr.statistics import LOGITS
 from calr.storage import Store
@@ -22,6 +23,7 @@ from calr.training.precision import in_sixteen_bits, mixed
 TOP = 128  # next tokens kept per position, 768 bytes; the others count as one
 CHUNK = 16  # windows of one saved file
 PART_TOKENS = 1024  # tokens that run together
+LOGITS_AT_ONCE = LOGITS // 2  # numbers, of a student's, which have gradients
 ROWS = 32  # of the logits that are worked on at once: they stay in the cache of a CPU
 LEAST_MASS = 1e-6  # of the others: below it float32 sums are noise
 
@@ -81,30 +83,73 @@ def divergence(model: PreTrainedModel, targets: Targets, *, cross_entropy: float
     the cross-entropy with the text's own next token, which takes that much of the divergence's
     place (Hinton et al., arXiv 1503.02531, section 2); a window's last position has no next token.
     """
-    logits = logits_of(model, targets.ids)
-    top = targets.tokens.shape[-1]
-    log_probabilities = targets.log_probabilities.to(logits.device).float().view(-1, top)
-    tokens = targets.tokens.to(logits.device).long().view(-1, top)
-    following = targets.ids.to(logits.device).roll(-1, dims=1)
+    hidden, logits = _behind_blocks(model, targets)
+    losses = _losses(model, hidden, logits, targets, cross_entropy)
+    return torch.stack(list(losses)).sum()
+
+
+def add_gradients(
+    model: PreTrainedModel, targets: Targets, *, cross_entropy: float = 0.0, weight: float = 1.0
+) -> Tensor:
+    """Return `weight` times the divergence, after adding its gradients to the parameters'.
+
+    Where logits are many, those of some positions at a time are in memory.
+    """
+    found = torch.zeros(())
+    with torch.enable_grad():
+        hidden, logits = _behind_blocks(model, targets)
+        behind = hidden.detach().requires_grad_()
+        for loss in _losses(model, behind, logits, targets, cross_entropy):
+            (weight * loss).backward()
+            found += weight * loss.detach().cpu()
+        if hidden.requires_grad:
+            hidden.backward(behind.grad)
+    return found
+
+
+def _behind_blocks(
+    model: PreTrainedModel, targets: Targets
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    with mixed(model):
+        return behind_blocks(model, targets.ids)
+
+
+def _losses(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    targets: Targets,
+    cross_entropy: float,
+) -> Iterator[Tensor]:
+    """Yield the loss of some positions at a time, each its share of the mean over all.
+
+    hidden [S, T, H]: what the last block gives; logits: what makes logits of that.
+    """
+    top, device = targets.tokens.shape[-1], hidden.device
+    following = targets.ids.to(device).roll(-1, dims=1)
     share = torch.full_like(following, cross_entropy, dtype=torch.float32)
     share[:, -1] = 0
-    loss: Tensor = cast(Any, _Divergence).apply(
-        logits, log_probabilities, tokens, following.view(-1, 1), share.view(-1, 1)
+    columns = (
+        hidden.flatten(0, 1),
+        targets.log_probabilities.to(device).float().view(-1, top),
+        targets.tokens.to(device).long().view(-1, top),
+        following.view(-1, 1),
+        share.view(-1, 1),
     )
-    return loss
+    positions = following.numel()
+    pieces = -(-positions * _vocabulary(model) // LOGITS_AT_ONCE)
+    size = -(-positions // pieces)
+    for part, *wanted in zip(*(column.split(size) for column in columns), strict=True):
+        with mixed(model):
+            found = logits(part[None])[0]
+        loss: Tensor = cast(Any, _Divergence).apply(found, *wanted)
+        yield loss * (len(part) / positions)
 
 
 def windows_at_once(model: PreTrainedModel, window: int) -> int:
     """Return how many windows of that many tokens a student runs on together: where a vocabulary is
     large fewer, since their logits and the gradients of these are held whole."""
     return max(1, min(PART_TOKENS, 2 * LOGITS // _vocabulary(model)) // window)
-
-
-def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Return the logits [S T, vocabulary] of windows [S, T], in 16-bit products where they pay."""
-    with mixed(model):
-        logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
-    return logits.flatten(0, 1)
 
 
 class _Divergence(torch.autograd.Function):

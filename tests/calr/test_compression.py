@@ -417,8 +417,11 @@ def every_write(untied, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         _limit(patch, lambda file: calls.append(file))
         _run(untied, place)
-    kinds = {file.parent.name if ".calr" in str(file.parent) else file.name for file in calls}
-    assert kinds >= {"statistics", "hidden-0", "backward-0", "rotated", "rounded", "trained"}
+    kinds = {
+        file.parent.name.split(".")[0] if ".calr" in str(file.parent) else file.name
+        for file in calls
+    }
+    assert kinds >= {"statistics", "hidden", "backward", "rotated", "rounded", "trained"}
     assert "checkpoint" in kinds
     return {file.name: file.read_bytes() for file in place.glob("*.safetensors")}, len(calls)
 
@@ -459,7 +462,12 @@ def test_what_is_kept_in_files_may_lie_elsewhere(every_write, untied, tmp_path):
             _run(untied, tmp_path / "out", offload=scratch)
     (folder,) = scratch.iterdir()
     assert {"statistics", "rotated"} <= {path.name for path in folder.iterdir()}
-    assert not {p.name for p in (tmp_path / "out" / ".calr").iterdir()} - {"ledger.json"}
+    beside = {p.name for p in (tmp_path / "out" / ".calr").iterdir()}
+    assert beside == {"ledger.json", "offloaded"}
+    with pytest.raises(CalrError, match=r"has its parts in .*scratch"):
+        _run(untied, tmp_path / "out")
+    with pytest.raises(CalrError, match="holds an unfinished run of something else"):
+        _run(untied, tmp_path / "out", offload=scratch, bits=7)
     with pytest.MonkeyPatch.context() as patch:
         done = []
         _limit(patch, lambda file: done.append(file))
@@ -470,6 +478,8 @@ def test_what_is_kept_in_files_may_lie_elsewhere(every_write, untied, tmp_path):
     assert not list(scratch.iterdir())
     with pytest.raises(CalrError, match=r"offload=.*: lies in .*, which holds only the checkpoint"):
         _run(untied, tmp_path / "other", offload=tmp_path / "other" / "scratch")
+    with pytest.raises(CalrError, match=r"offload=.*config\.json: is a file"):
+        _run(untied, tmp_path / "other", offload=untied / "config.json")
 
 
 def _limit(patch, before):
@@ -484,12 +494,12 @@ def _limit(patch, before):
         patch.setattr(module, "save_file", save)
 
 
-def _run(source, place, **options):
+def _run(source, place, bits=6, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving, "SHARD_BYTES", 8_000)
         for module in (inputs, gradients):
             patch.setattr(module, "HELD_BYTES", 0)
         text = {"samples": 4, "gradient_samples": 2, "window": 16, "correction_tokens": 64}
-        recipe = calr.Recipe(bits=6, **text)
+        recipe = calr.Recipe(bits=bits, **text)
         options |= {"calibration": "builtin", "eval_windows": 2}
         calr.compress_to(str(source), place, recipe, **options)

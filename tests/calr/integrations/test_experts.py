@@ -13,9 +13,9 @@ import calr
 from calr.errors import CalrError
 from calr.export import export_compressed_tensors, export_gguf
 from calr.integrations.experts import Experts, all_experts, put_together, take_apart
-from calr.model import analyse
+from calr.model import absent, analyse, load, present
 from calr.statistics import Statistics
-from calr.statistics.routed import AVERAGE
+from calr.statistics.routed import PRIOR_TOKENS
 from calr.storage import Store
 from calr.testing import byte_tokenizer
 from calr_kernels import QuantizedLinear
@@ -112,7 +112,7 @@ def test_the_moments_of_an_expert_are_of_its_tokens_and_a_few_of_the_average(win
     for expert, r in enumerate(reached):
         layer = layers[f"model.layers.1.mlp.experts.gate_up.{expert}"]
         assert layer.share == 0.5 and layer.group == layer.name
-        wanted = (wide[r].mT @ wide[r] + AVERAGE * average) / (int(r.sum()) + AVERAGE)
+        wanted = (wide[r].mT @ wide[r] + PRIOR_TOKENS * average) / (int(r.sum()) + PRIOR_TOKENS)
         found = statistics.moments(layer).input.double()
         assert (found - wanted).norm() < 1e-5 * wanted.norm()
 
@@ -212,3 +212,49 @@ def test_exports_to_what_holds_no_experts_are_refused(target, windows, gguf_file
             export_gguf(str(tmp_path / "made"), tmp_path / "out.gguf", like=gguf_file)
         else:
             export_compressed_tensors(str(tmp_path / "made"), tmp_path / "out")
+
+
+def test_what_was_apart_before_a_refusal_stays_so(windows, tmp_path):
+    mixture().save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    lazy, _ = load(str(tmp_path / "dense"), lazily=True)
+    wanted = logits(lazy, windows)
+    with pytest.raises(CalrError, match="matches none"):
+        calr.compress(lazy, calr.Recipe(bits=5, skip=["*.nothing"]), calibration=windows)
+    assert torch.equal(logits(lazy, windows), wanted)
+    compressed = dataclasses.replace(KEEP, keep=0.95, skip=["*.experts.*"])
+    model = calr.compress(mixture(), compressed, calibration=windows)
+    with pytest.raises(CalrError, match="compressed already"):
+        calr.compress(model, BITS, calibration=windows)
+    model.save_pretrained(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(loaded, windows), logits(model, windows))
+
+
+def test_a_frozen_mixture_comes_back_frozen(windows):
+    model = mixture().requires_grad_(False)
+    with pytest.raises(CalrError, match="matches none"):
+        calr.compress(model, calr.Recipe(bits=5, skip=["*.nothing"]), calibration=windows)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_experts_that_somebody_watches_are_left_alone(windows):
+    model = mixture()
+    model.model.layers[0].mlp.experts.register_forward_hook(lambda *_: None)
+    with pytest.raises(CalrError, match=r"layers\.0\.mlp\.experts\.gate_up_proj.* stacked weights"):
+        calr.compress(model, BITS, calibration=windows)
+    assert not list(all_experts(model))
+
+
+@pytest.mark.parametrize("kind", ["nemotron_h", "aria_text"])
+def test_without_gate_and_transposed_experts_are_read_in_parts(kind, tmp_path, ids):
+    more = {"layers_block_type": ["attention", "moe"], "moe_num_experts": 4, "moe_topk": 2}
+    more |= {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_latent_size": None}
+    mixture(kind, **more).to(torch.bfloat16).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    whole, lazy = (load(str(tmp_path), lazily=lazily)[0] for lazily in (False, True))
+    assert absent(lazy)
+    take_apart(whole)
+    found = lazy.state_dict(keep_vars=True)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(present(found[name]), tensor), name

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -304,7 +305,8 @@ def test_terminated_is_interrupted(source, tmp_path):
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.integers(0, 400))
 def test_spilled_tensors_are_read_as_they_were_put_last(sizes, limit):
     with tempfile.TemporaryDirectory() as folder:
-        spilled = Spilled(Store(Path(folder) / "hidden"), limit)
+        store = Store(Path(folder))
+        spilled = Spilled(store, limit)
         for size in sizes:
             spilled.append(torch.zeros(size))
         for number in reversed(range(len(sizes))):
@@ -314,5 +316,22 @@ def test_spilled_tensors_are_read_as_they_were_put_last(sizes, limit):
         assert len(spilled) == len(sizes)
         for number, size in enumerate(sizes):
             assert torch.equal(spilled[number], torch.full((size,), float(number)))
-        spilled.remove()
-        assert not list(Path(folder).iterdir())
+
+
+def test_scratch_is_a_processs_own_and_goes_with_it(tmp_path):
+    store = Store(tmp_path)
+    alive = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    others = [tmp_path / f"hidden.{platform.node()}.{process.pid}" for process in (alive, dead)]
+    for other in others:
+        other.mkdir()
+    with pytest.raises(ZeroDivisionError), store.scratch("hidden") as scratch:
+        scratch.save("0", {"values": torch.zeros(2)})
+        assert len(list(tmp_path.iterdir())) == 2
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == others[:1]
+    alive.kill()
+    with Store().scratch("hidden") as scratch:
+        scratch.save("0", {"values": torch.ones(2)})
+        assert torch.equal(scratch.read("0", "values"), torch.ones(2))

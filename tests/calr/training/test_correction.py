@@ -284,7 +284,7 @@ def test_gradient_checkpointing_saves_activations_and_changes_no_bit(text):
     kept, results = [], []
     for again in (False, True):
         model, layers, recipe = students(text, correction_tokens=32 * 64)
-        forward, sizes = loop.divergence, []
+        forward, sizes = loop.add_gradients, []
 
         def counted(*arguments, forward=forward, sizes=sizes, **options):
             with torch.autograd.graph.saved_tensors_hooks(
@@ -293,7 +293,7 @@ def test_gradient_checkpointing_saves_activations_and_changes_no_bit(text):
                 return forward(*arguments, **options)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "divergence", counted)
+            patch.setattr(loop, "add_gradients", counted)
             corrected(model, layers, text, recipe, checkpointed=again)
         kept.append(sum(sizes))
         results.append([p.clone() for p in model.parameters()])

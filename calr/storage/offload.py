@@ -1,0 +1,50 @@
+"""Where the finished parts of a run lie: beside its ledger, or on another disk."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+from calr.errors import CalrError
+from calr.storage.checkpoint import WORK
+from calr.storage.ledger import read_ledger, write_ledger
+from calr.storage.store import Store
+
+NOTE = "offloaded"  # in the work directory: the folder on another disk
+
+
+def open_parts(directory: Path, offload: str | Path | None, key: str) -> Store:
+    """Open the store of the parts of a run that is prepared in a directory.
+
+    offload: where a folder is made for them; None: in the work directory. What such a folder holds
+    of another run into the same directory goes. Raises CalrError where this run has its parts
+    elsewhere.
+    """
+    note, folder = directory / WORK / NOTE, _folder(directory, offload)
+    if note.exists() and note.read_text() != str(folder):
+        raise CalrError(
+            f"{directory}: the unfinished run there has its parts in {note.read_text()}; name the "
+            "offload directory that this lies in"
+        )
+    if folder is None:
+        return Store(directory / WORK)
+    known = read_ledger(folder)
+    if known is not None and known["key"] != key:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_ledger(folder, key, {})
+    note.write_text(str(folder))
+    return Store(folder)
+
+
+def remove_offloaded(directory: Path, offload: str | Path | None) -> None:
+    """Remove what a finished run has left on another disk."""
+    folder = _folder(directory, offload)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folder(directory: Path, offload: str | Path | None) -> Path | None:
+    if offload is None:
+        return None
+    name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
+    return Path(offload).resolve() / f"calr-{name}"
