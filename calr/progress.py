@@ -47,7 +47,7 @@ def progress(
 
 def begin_phase(name: str) -> None:
     """Let a phase begin, for whoever measures them; freed memory goes back to the system."""
-    _give_back()
+    give_back()
     for watch in _watches:
         watch.begin(name)
 
@@ -68,8 +68,11 @@ def measured_phases(first: str) -> Iterator[dict[str, Phase]]:
         _watches.remove(watch)
 
 
-def _give_back() -> None:
-    """Give freed memory back that the C library keeps for its own next use; glibc alone can."""
+def give_back() -> None:
+    """Give freed memory back that the C library keeps for its own next use; glibc alone can.
+
+    For loops whose rounds take and free much: what it keeps falls into pieces, and grows with them.
+    """
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from calr import parallel
 from calr.methods import Moments
 from calr.model import Absent, Matrix, absent, balance, present, quantize, weight_of
-from calr.progress import progress
+from calr.progress import give_back, progress
 from calr.ranks import PRICED, ByteBudget, Forms, corrective_ranks, least_loss
 from calr.recipe import Recipe
 from calr.rounding import round_matrix, rounding_operations, truncate
@@ -91,6 +91,7 @@ class Quantiser:
             form = self.budget.form(PRICED, matrix.in_features)
             if matrix.name not in known:
                 known.save(matrix.name, {"losses": self._losses(matrix, form)})
+                give_back()
         parallel.wait()
         for matrix in self.budget.matrices:
             prices[matrix.name] = known.load(matrix.name)["losses"].tolist()
@@ -99,8 +100,10 @@ class Quantiser:
     def rounded(self, forms: dict[Matrix, Form]) -> dict[Matrix, Rounding]:
         """Round matrices to forms: the tensors that are stored of each."""
         own = parallel.share(list(forms), [operations(matrix) for matrix in forms])
-        shown = progress(own, desc="rounding", unit="matrix")
-        made = {matrix: self._rounded(matrix, forms[matrix]) for matrix in shown}
+        made = {}
+        for matrix in progress(own, desc="rounding", unit="matrix"):
+            made[matrix] = self._rounded(matrix, forms[matrix])
+            give_back()
         parallel.wait()
         return {m: made[m] if m in made else self._rounded(m, form) for m, form in forms.items()}
 

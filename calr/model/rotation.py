@@ -20,6 +20,7 @@ from calr.model.swapping import evaluating, hooked
 
 Keep = Callable[[str, Tensor], Read]  # of a name and values
 
+PART = 1 << 24  # numbers that are turned at once
 TOKENS = 16  # whose logits are compared
 TOLERANCES = (1e-3, 5e-2)  # of weights, too, that are rounded: in float32, in 16 bit
 
@@ -143,15 +144,23 @@ class _Turn:
                 self.change(linear, "weight", lambda w, q, gain=gain: (w * gain.to(w)) @ q)
             gain.data = torch.ones_like(gain)
         for linear in writers:
-            self.change(linear, "weight", lambda w, q: q.mT @ w)
+            self.change(linear, "weight", lambda w, q: q.mT @ w, along=1)
             if linear.bias is not None:
                 self.change(linear, "bias", lambda b, q: q.mT @ b)
 
-    def change(self, module: nn.Module, name: str, how: Callable[..., Tensor]) -> None:
-        """Replace a parameter by what becomes of it, computed in float32 at least."""
+    def change(
+        self, module: nn.Module, name: str, how: Callable[..., Tensor], along: int = 0
+    ) -> None:
+        """Replace a parameter by what becomes of it, computed in float32 at least.
+
+        Of a matrix some rows at a time, or, along 1, some columns.
+        """
         p = module.get_parameter(name)
-        wide = present(p).to(torch.promote_types(p.dtype, torch.float32))
-        turned = how(wide, self.q.to(wide)).to(p.dtype)
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        values, q = present(p), self.q.to(p.device, dtype)
+        size = max(1, PART * values.shape[along] // values.numel()) if p.dim() > 1 else len(p)
+        parts = values.split(size, along if p.dim() > 1 else 0)
+        turned = torch.cat([how(part.to(dtype), q).to(p.dtype) for part in parts], along)
         if isinstance(p, Absent):
             assert self.keep is not None
             read = self.keep(f"{self.names[module]}.{name}", turned)

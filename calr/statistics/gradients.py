@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from calr import parallel
 from calr.errors import CalrError
 from calr.model import BlockRunner, Layer, Structure, hooked, require_finite, requiring, resident
-from calr.progress import progress
+from calr.progress import give_back, progress
 from calr.statistics.folded import folded
 from calr.statistics.inputs import HELD_BYTES
 from calr.statistics.routed import tokens_of, with_average_gradients, zeros
@@ -62,6 +62,8 @@ def gradient_moments(
             sums, gradients = _of_block(runner, layers, block, inputs, gradients, outputs)
             if parallel.first():
                 store.save(names[block], folded({n: s / ids.numel() for n, s in sums.items()}))
+            del sums
+            give_back()
         with torch.enable_grad(), resident(*runner.around):
             for batch, gradient in enumerate(gradients):
                 runner.embedded(batch).backward(gradient)

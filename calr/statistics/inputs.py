@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from calr import parallel
 from calr.model import BlockRunner, Layer, Structure, hooked, require_finite
-from calr.progress import progress
+from calr.progress import give_back, progress
 from calr.statistics.folded import folded
 from calr.statistics.routed import tokens_of, with_average_inputs, zeros
 from calr.storage import Spilled, Store
@@ -45,6 +45,8 @@ def input_moments(model: PreTrainedModel, structure: Structure, ids: Tensor, sto
                 sums = _of_block(runner, structure.in_block(block), block, hidden)
                 if parallel.first():
                     store.save(names[block], sums)
+                del sums
+                give_back()
     parallel.wait()
 
 

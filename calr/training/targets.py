@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from calr import parallel
 from calr.model import BlockRunner, Structure, analyse, behind_blocks, resident
-from calr.progress import progress
+from calr.progress import give_back, progress
 from calr.statistics import LOGITS
 from calr.storage import Store
 from calr.training.precision import in_sixteen_bits, mixed
@@ -62,6 +62,7 @@ def collect_targets(model: PreTrainedModel, ids: Tensor, store: Store) -> Target
     for name, chunk in progress(parallel.mine(chunks), desc="dense outputs", unit="chunk"):
         if name not in store:
             store.save(name, _most_probable(model, structure, chunk))
+            give_back()
     parallel.wait()
     found = [store.load(name) for name, _ in chunks]
     log_probabilities, tokens = (
