@@ -159,8 +159,9 @@ class _Turn:
         dtype = torch.promote_types(p.dtype, torch.float32)
         values, q = present(p), self.q.to(p.device, dtype)
         size = max(1, PART * values.shape[along] // values.numel()) if p.dim() > 1 else len(p)
-        parts = values.split(size, along if p.dim() > 1 else 0)
-        turned = torch.cat([how(part.to(dtype), q).to(p.dtype) for part in parts], along)
+        turned = torch.empty_like(values)
+        for into, part in zip(turned.split(size, along), values.split(size, along), strict=True):
+            into.copy_(how(part.to(dtype), q))
         if isinstance(p, Absent):
             assert self.keep is not None
             read = self.keep(f"{self.names[module]}.{name}", turned)

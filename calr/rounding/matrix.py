@@ -45,13 +45,19 @@ def round_matrix(weight: Tensor, form: Form, moment: Tensor | None = None) -> Ro
     diagonal, the integers chosen by GPTQ, and the scales fitted to them; None rounds to nearest
     with searched scales.
     """
-    parts = weight.split(max(1, PART // weight.shape[1]))
-    if moment is None:
-        found = [_nearest(part, form) for part in parts]
-    else:
-        order = gptq.ordered(moment)
-        found = [_fitted(part, form, moment, order) for part in parts]
-    return Rounded(form, torch.cat([part.records for part in found]), weight.shape[1])
+    rows = max(1, PART // weight.shape[1])
+    order = None if moment is None else gptq.ordered(moment)
+    made = torch.empty(0)
+    for start in range(0, len(weight), rows):
+        part = weight[start : start + rows]
+        if moment is None or order is None:
+            found = _nearest(part, form).records
+        else:
+            found = _fitted(part, form, moment, order).records
+        if not start:  # at once: small pieces would lie between what is freed, and keep it
+            made = found.new_empty(len(weight), *found.shape[1:])
+        made[start : start + rows] = found
+    return Rounded(form, made, weight.shape[1])
 
 
 def _nearest(weight: Tensor, form: Form) -> Rounded:
