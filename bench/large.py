@@ -90,12 +90,14 @@ def main() -> None:
         kind += f" in {given.parts} parts" if given.parts > 1 else ""
         name = f"{like}, {shape.blocks} blocks, {kind}"
         model = given.work / name.replace(",", "").replace(" ", "-")
-        if not (model / "config.json").exists() and not list(model.glob("*.gguf")):
-            shutil.rmtree(model, ignore_errors=True)  # of a run that was killed
+        if not model.exists():
+            unfinished = model.with_name(f"{model.name}-unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
             if given.gguf:
-                write_gguf(model, shape, given.gguf, given.parts)
+                write_gguf(unfinished, shape, given.gguf, given.parts)
             else:
-                write_safetensors(model, shape)
+                write_safetensors(unfinished, shape)
+            unfinished.rename(model)
         source = sum(file.stat().st_size for file in model.glob("*-of-*.safetensors"))
         source = source or sum(file.stat().st_size for file in model.glob("*.gguf"))
         options = ["--correction_tokens", given.correction_tokens, "--device", given.device]

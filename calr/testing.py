@@ -16,9 +16,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+M = TypeVar("M", bound=nn.Module)
+
 VOCABULARY = 258  # <bos>, <eos>, then one token per byte
-
-
 SETTINGS = {
     "hidden_size": 32,
     "intermediate_size": 80,
@@ -48,9 +48,6 @@ def tiny_mixtral(seed: int = 0, **overrides: Any) -> MixtralForCausalLM:
         "tie_word_embeddings": False,
     }
     return _built(MixtralForCausalLM, MixtralConfig(**(settings | overrides)), seed)
-
-
-M = TypeVar("M", bound=nn.Module)
 
 
 def _built(kind: Callable[[Any], M], config: Any, seed: int) -> M:

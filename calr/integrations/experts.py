@@ -95,7 +95,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
 def put_together(model: nn.Module, but: Collection[str] = ()) -> None:
     """Stack experts again, in place, whose layers are all dense and in memory."""
     for name, module in list(all_experts(model)):
-        if name not in but and all(type(layer) is nn.Linear for layer in _layers(module)):
+        if name not in but and all(map(_is_dense, _layers(module))):
             fused: Any = module.fused
             for own, part in PARTS.items():
                 if hasattr(module, own):
@@ -131,6 +131,11 @@ def _is_fused(module: Any) -> bool:
         names |= {f"{name}_bias" for name in names}
     held = {name for name, _ in itertools.chain(module.named_parameters(), module.named_buffers())}
     return held == names and module.down_proj.dim() == 3
+
+
+def _is_dense(layer: nn.Module) -> bool:
+    """Tell whether a layer is a plain linear one, its weight in memory."""
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
 
 
 def _layers(experts: Experts) -> Iterator[nn.Module]:

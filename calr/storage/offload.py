@@ -32,7 +32,9 @@ def open_parts(directory: Path, offload: str | Path | None, key: str) -> Store:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_ledger(folder, key, {})
-    note.write_text(str(folder))
+    temporary = note.with_suffix(".tmp")
+    temporary.write_text(str(folder))
+    temporary.replace(note)
     return Store(folder)
 
 

@@ -104,7 +104,8 @@ class Store:
         """
         begin = f"{name}.{platform.node()}."
         for left in [] if self.directory is None else self.directory.glob(f"{begin}*"):
-            if not psutil.pid_exists(int(left.name.removeprefix(begin))):
+            number = left.name.removeprefix(begin)
+            if number.isdigit() and not psutil.pid_exists(int(number)):
                 shutil.rmtree(left, ignore_errors=True)
         own = self.within(f"{begin}{os.getpid()}")
         try:

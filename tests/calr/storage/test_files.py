@@ -332,6 +332,11 @@ def test_scratch_is_a_processs_own_and_goes_with_it(tmp_path):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == others[:1]
     alive.kill()
+    alive.wait()
+    (tmp_path / f"hidden.{platform.node()}.of-another").mkdir()
+    with store.scratch("hidden"):
+        pass
+    assert len(list(tmp_path.iterdir())) == 1
     with Store().scratch("hidden") as scratch:
         scratch.save("0", {"values": torch.ones(2)})
         assert torch.equal(scratch.read("0", "values"), torch.ones(2))
