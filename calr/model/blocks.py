@@ -40,9 +40,8 @@ class BlockRunner:
     """The blocks of a model over a fixed set of token windows.
 
     ids [S, T]. The inputs [B, T, H] of block 0 are, batch by batch, in `hidden`, or where `first`
-    says. Masks, positions and
-    whatever else the model passes to each block are recorded once, in a pass in which the blocks
-    themselves do nothing.
+    says. Masks, positions and whatever else the model passes to each block are recorded once, in a
+    pass in which the blocks themselves do nothing.
     """
 
     def __init__(
