@@ -18,7 +18,13 @@ from calr.recipe import Recipe
 from calr.rounding import round_matrix, rounding_operations, truncate
 from calr.statistics import Statistics
 from calr.storage import Store
-from calr.training import Primary, StudentEmbedding, StudentLinear, corrected_students
+from calr.training import (
+    Primary,
+    StudentEmbedding,
+    StudentLinear,
+    corrected_students,
+    recorded_outputs,
+)
 from calr_kernels import records
 from calr_kernels.forms import CORRECTIVE, LEAST_GROUP, Form
 from calr_kernels.nn.corrective import factor_numbers
@@ -49,9 +55,9 @@ def quantised(
     made = quantiser.rounded(chosen)
     statistics.let_go()
     if recipe.correction_tokens and made:
-        placed = students(model, chosen, made)
-        recorded = statistics.store
-        done = corrected_students(model, placed, ids, recipe, recorded, parts, checkpointed)
+        recorded = recorded_outputs(model, ids, recipe, statistics.store)
+        placed = students(model, chosen, made)  # after the dense model has run: what they hold
+        done = corrected_students(model, placed, *recorded, recipe, parts, checkpointed)
         found["correction"] = dataclasses.asdict(done)
         kept = parts.within("trained")
         with parallel.first_then_others():

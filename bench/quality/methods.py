@@ -21,7 +21,7 @@ from calr.model import analyse, digest, find_blocks, fingerprint
 from calr.statistics import open_statistics
 from calr.storage import Store
 from calr.text import spread
-from calr.training import collect_targets, mixed, norm_parameters, train, windows_used
+from calr.training import mixed, norm_parameters, recorded_outputs, train
 
 SAMPLES, GRADIENT_SAMPLES = 96, 32  # calibration windows
 FACTORS = {"layout": "two_factor", "learning_rate": 1e-4}  # farther from dense than CALR
@@ -101,16 +101,13 @@ class Bench:
 
     def _heal(self, model, parameters, tokens, work, on_gradients=None) -> None:
         recipe = calr.Recipe(correction_tokens=tokens)
-        used = windows_used(self.ids, recipe)
         identity = fingerprint(self.dense)
         key = digest(identity, self._calibration, GRADIENT_SAMPLES, recipe.seed)
         store = open_statistics(self.statistics, key)  # the one that compress shares
-        targets, held_out = (collect_targets(self.dense, part, store) for part in used)
         train(
             model,
             parameters,
-            targets,
-            held_out,
+            *recorded_outputs(self.dense, self.ids, recipe, store),
             learning_rate=MATRICES_LEARNING_RATE,
             store=Store(work),
             on_gradients=on_gradients,

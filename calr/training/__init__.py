@@ -5,6 +5,7 @@ from calr.training.correction import (
     corrected,
     corrected_students,
     norm_parameters,
+    recorded_outputs,
     windows_needed,
     windows_used,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "corrected_students",
     "mixed",
     "norm_parameters",
+    "recorded_outputs",
     "train",
     "windows_needed",
     "windows_used",

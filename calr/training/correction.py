@@ -54,6 +54,14 @@ def windows_used(ids: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     return ids[:windows], ids[-held_out:]
 
 
+def recorded_outputs(
+    model: PreTrainedModel, ids: Tensor, recipe: Recipe, store: Store
+) -> tuple[Targets, Targets]:
+    """Record what the dense model says over windows [S, T]: to train on, and to measure on."""
+    trained, held_out = windows_used(ids, recipe)
+    return collect_targets(model, trained, store), collect_targets(model, held_out, store)
+
+
 def corrected(
     model: PreTrainedModel,
     layers: dict[str, LowRankLinear],
@@ -70,9 +78,7 @@ def corrected(
     the backward pass, for a third more time. The dense layers are back afterwards; the norms,
     trained too, stay trained and, on any failure, are as before.
     """
-    targets, held_out = (
-        collect_targets(model, part, recorded) for part in windows_used(ids, recipe)
-    )
+    targets, held_out = recorded_outputs(model, ids, recipe, recorded)
     before = [(p, p.data) for p in norm_parameters(model)]
     try:
         with Swapped(model, layers), resident(model):
@@ -87,21 +93,18 @@ def corrected(
 def corrected_students(
     model: PreTrainedModel,
     students: dict[str, nn.Module],
-    ids: Tensor,
+    targets: Targets,
+    held_out: Targets,
     recipe: Recipe,
-    recorded: Store,
     work: Store,
     checkpointed: bool = False,
 ) -> Trained:
     """Train students in their places in a dense model: scales and factors, and the model's norms.
 
-    ids [S, T], recorded, work and checkpointed: as in `corrected`. The dense modules are back
-    afterwards; the norms stay trained and, on any failure, are as before. Scales and factors move
-    in proportion to their size.
+    targets, held_out: `recorded_outputs` of the dense model; work and checkpointed: as in
+    `corrected`. The dense modules are back afterwards; the norms stay trained and, on any failure,
+    are as before. Scales and factors move in proportion to their size.
     """
-    targets, held_out = (
-        collect_targets(model, part, recorded) for part in windows_used(ids, recipe)
-    )
     norms = norm_parameters(model)
     own = [p for p in _own_parameters(students) if p.numel()]
     before = [(p, p.data) for p in norms]

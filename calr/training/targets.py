@@ -103,8 +103,10 @@ def add_gradients(
         for loss in _losses(model, behind, logits, targets, cross_entropy):
             (weight * loss).backward()
             found += weight * loss.detach().cpu()
+        give_back()
         if hidden.requires_grad:
             hidden.backward(behind.grad)
+        give_back()
     return found
 
 

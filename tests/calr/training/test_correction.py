@@ -11,9 +11,9 @@ from calr.errors import CalrError
 from calr.model import lowrank
 from calr.storage import Store
 from calr.testing import tiny_llama
-from calr.training import collect_targets, correction, loop
+from calr.training import collect_targets, correction, loop, recorded_outputs
 from calr.training import targets as targets_
-from calr.training.correction import correct, windows_used
+from calr.training.correction import correct
 
 RECIPE = {"keep": 0.4, "rank_step": 2, "window": 32, "learning_rate": 3e-3}
 
@@ -35,10 +35,8 @@ def students(ids, device="cpu", **recipe):
 
 def corrected(model, layers, text, recipe, store=None, **options):
     """Train on the text as compress does."""
-    used = windows_used(text, recipe)
-    targets, held_out = (
-        collect_targets(tiny_llama().to(model.device), part, Store()) for part in used
-    )
+    dense = tiny_llama().to(model.device)
+    targets, held_out = recorded_outputs(dense, text, recipe, Store())
     return correct(model, layers, targets, held_out, recipe, store or Store(), **options)
 
 
@@ -308,8 +306,7 @@ def _same(x):
 
 def test_a_pruning_method_is_called_at_every_step_and_keeps_the_last_state(text):
     model, layers, recipe = students(text, correction_tokens=32 * 64)
-    used = windows_used(text, recipe)
-    targets, held_out = (collect_targets(tiny_llama(), part, Store()) for part in used)
+    targets, held_out = recorded_outputs(tiny_llama(), text, recipe, Store())
     parameters = [layer.weight for layer in layers.values()]
     calls = []
 
