@@ -17,6 +17,7 @@ from calr.statistics.folded import folded
 from calr.statistics.inputs import HELD_BYTES
 from calr.statistics.routed import tokens_of, with_average_gradients, zeros
 from calr.storage import Store
+from calr.text import draw
 
 VOCABULARY = "vocabulary"  # the file of what is known of embeddings and lm_head
 LOGITS = 1 << 24  # numbers of logits held at once
@@ -130,7 +131,7 @@ def _loss_gradient(
         x = part.detach().requires_grad_()
         logits = runner.logits(x)[0].float()
         p = logits.detach().softmax(-1)
-        labels = _sample(p, drawn)
+        labels = draw(p, drawn)
         _add(vocabulary, "outputs", (p * (1 - p)).sum(0))
         del p
         found.append(torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), x)[0])
@@ -218,13 +219,3 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
         sums[name] += value
     else:
         sums[name] = value
-
-
-def _sample(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one label per row of [tokens, vocabulary] by inverting the cumulative distribution.
-
-    uniform [tokens, 1]: numbers in [0, 1) from a CPU generator, on every device.
-    """
-    cumulative = probabilities.cumsum(-1)
-    drawn = torch.searchsorted(cumulative, uniform.to(cumulative.device) * cumulative[:, -1:])
-    return drawn.squeeze(1).clamp(max=probabilities.shape[1] - 1)

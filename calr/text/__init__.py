@@ -1,6 +1,13 @@
 """Text for calibration, training and evaluation: from a source to windows of token ids."""
 
-from calr.text.sampling import CACHE_BYTES, cache_row, hard_wrapped, sample_from, sampling_batch
+from calr.text.sampling import (
+    CACHE_BYTES,
+    cache_row,
+    draw,
+    hard_wrapped,
+    sample_from,
+    sampling_batch,
+)
 from calr.text.sources import Source, content_of, describe, parts_of, read_text
 from calr.text.windows import calibration_windows, evaluation_windows, spread, spread_windows
 
@@ -11,6 +18,7 @@ __all__ = [
     "calibration_windows",
     "content_of",
     "describe",
+    "draw",
     "evaluation_windows",
     "hard_wrapped",
     "parts_of",

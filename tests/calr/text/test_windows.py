@@ -12,6 +12,7 @@ from calr.model import load
 from calr.testing import byte_tokenizer, tiny_llama
 from calr.text import (
     calibration_windows,
+    draw,
     evaluation_windows,
     hard_wrapped,
     read_text,
@@ -79,6 +80,27 @@ def test_text_sampled_from_the_model_is_reproducible():
     assert torch.equal(torch.get_rng_state(), before)
     assert first.shape == (3, 32)
     assert torch.equal(first, windows("sampled", model=model, samples=3))
+
+
+def test_sampled_text_follows_the_models_distribution_and_never_ends():
+    """Tokens come as often as the model says, but for the end of a text."""
+    model = tiny_llama(eos_token_id=5)
+    model.generation_config.eos_token_id = 5
+    rows = sample_from(model, byte_tokenizer(), 4000, 2, 0)
+    assert not (rows[:, 1] == 5).any()
+    with torch.no_grad():
+        logits = model(rows[:, :1]).logits[:, -1]
+    logits[:, 5] = -torch.inf
+    expected = logits.softmax(-1).sum(0)
+    found = rows[:, 1].bincount(minlength=258)
+    assert ((found - expected) / (expected + 1).sqrt()).abs().max() < 5
+
+
+def test_a_token_of_no_probability_is_not_drawn():
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
+    uniform = torch.tensor([0.0, 0.2499, 0.25, 0.9999])
+    found = draw(p.expand(4, 5), uniform[:, None])
+    assert found.tolist() == [1, 1, 3, 3]
 
 
 def test_the_default_needs_no_network():
