@@ -15,7 +15,7 @@ extern "C" {
 // outputs `pivots` are down x itself, up gives the others, and there is no corrective. r == 0: dense.
 //
 // Packed, every matrix of numbers [rows, columns] is [ceil(rows / 16)][columns][16]: 16 rows side by side,
-// those beyond the last of zeros.
+// those beyond the last of zeros. Of bfloat16 it is [ceil(rows / 16)][ceil(columns / 2)][16][2].
 //
 // With panels (calr_pack) it is a quantised matrix in place of down and up, and corrective_up is transposed.
 // Of x in float32 the products are in float32; of x in 16 bits they are sums of integers, x rounded to 16

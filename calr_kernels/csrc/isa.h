@@ -1,5 +1,5 @@
-// The instruction sets: every loop of loops.inl compiled for AVX-512, AVX2 and scalar code, and the
-// choice between them, made once at run time.
+// The instruction sets: every loop of loops.inl compiled for AVX-512, AVX2 and scalar code, those of
+// pairs.inl for AVX-512 with instructions for bfloat16, and the choice between them, made once at run time.
 #pragma once
 
 #include <algorithm>
@@ -59,6 +59,18 @@ namespace {
 #undef CALR_LANES
 #if defined(__clang__)
 #pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bf16")
+#endif
+namespace avx512bf16 {
+using avx512::kPanel;
+#include "pairs.inl"
+}  // namespace avx512bf16
+#if defined(__clang__)
+#pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
@@ -68,7 +80,7 @@ namespace {
 
 namespace calr {
 
-enum Isa : int32_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+enum Isa : int32_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512BFloat16 = 3 };
 
 extern Isa chosen;  // the best that this machine has, unless calr_select_isa says otherwise
 
@@ -78,7 +90,7 @@ extern Isa chosen;  // the best that this machine has, unless calr_select_isa sa
 // a template.
 #ifdef CALR_X86
 #define CALR_BY_ISA(function, ...)                                            \
-  (calr::chosen == calr::kAvx512 ? avx512::function(__VA_ARGS__)              \
+  (calr::chosen >= calr::kAvx512 ? avx512::function(__VA_ARGS__)              \
    : calr::chosen == calr::kAvx2 ? avx2::function(__VA_ARGS__)                \
                                  : scalar::function(__VA_ARGS__))
 #else

@@ -17,6 +17,11 @@ inline Vector load(const int8_t* p) {
   return _mm512_cvtepi32_ps(
       _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+inline void load_pairs(const bfloat16* p, Vector& first, Vector& second) {  // p[0], p[2], ...; p[1], ...
+  const __m512i raw = _mm512_loadu_si512(p);
+  first = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
+  second = _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(-65536)));
+}
 inline Vector load_part(const float* p, int64_t count) {
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
 }
@@ -63,6 +68,11 @@ inline Vector load(const int8_t* p) {
   return _mm256_cvtepi32_ps(
       _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
+inline void load_pairs(const bfloat16* p, Vector& first, Vector& second) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  first = _mm256_castsi256_ps(_mm256_slli_epi32(raw, 16));
+  second = _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(-65536)));
+}
 inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 inline void store(Vector v, bfloat16* p) {  // to nearest even; a NaN stays one
@@ -95,6 +105,11 @@ inline Vector load(const W* p) {
   Vector v;
   for (int i = 0; i < CALR_LANES; ++i) v.lane[i] = widen(p[i]);
   return v;
+}
+inline void load_pairs(const bfloat16* p, Vector& first, Vector& second) {
+  for (int i = 0; i < CALR_LANES; ++i) {
+    first.lane[i] = widen(p[2 * i]), second.lane[i] = widen(p[2 * i + 1]);
+  }
 }
 template <typename X>
 inline void store(const Vector& v, X* p) {

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # codes of csrc/types.h
 
 _POINTER: Any = ctypes.c_void_p

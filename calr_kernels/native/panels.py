@@ -45,14 +45,19 @@ def pack(weight: Tensor) -> bool:
     if state is None or not fits:
         return False
     rows, columns = weight.shape
-    whole = pad(weight.detach(), (0, 0, 0, -rows % PANEL)).view(-1, PANEL, columns)
-    _PANELS[weight] = state, whole.transpose(1, 2).contiguous()
+    together = 2 if weight.dtype is torch.bfloat16 else 1
+    whole = pad(weight.detach(), (0, -columns % together, 0, -rows % PANEL))
+    panels = whole.view(-(-rows // PANEL), PANEL, -1, together).transpose(1, 2).contiguous()
+    _PANELS[weight] = state, panels
     _packs += 1
     return True
 
 
 def packed_numbers(weight: Tensor) -> Tensor | None:
-    """Return a matrix in panels [ceil(N / 16), K, 16] if it was packed, and unchanged since."""
+    """Return a matrix in panels if it was packed, and unchanged since.
+
+    [ceil(N / 16), K, 16, 1]; of bfloat16 [ceil(N / 16), ceil(K / 2), 16, 2], padded with 0.
+    """
     held = _PANELS.get(weight)
     return held[1] if held is not None and held[0] == _state(weight) else None
 

@@ -291,10 +291,13 @@ void quantized(int32_t type, int64_t m, int64_t k, int64_t n, int64_t group, int
 // A dense layer in panels against the same in rows.
 void numbers(int32_t type, int64_t m, int64_t k, int64_t n) {
   Array x(type, m * k), weight(type, n * k), y(type, m * n), other(type, m * n);
-  Array panels(type, (n + 15) / 16 * 16 * k);
-  for (int64_t i = 0; i < (n + 15) / 16 * 16 * k; ++i) {
-    const int64_t row = i / (16 * k) * 16 + i % 16, column = i % (16 * k) / 16;
-    store(type, row < n ? weight[row * k + column] : 0.0f, panels.data(), i);
+  const int64_t together = type == kBFloat16 ? 2 : 1, columns = (k + together - 1) / together * together;
+  Array panels(type, (n + 15) / 16 * 16 * columns);
+  for (int64_t i = 0; i < (n + 15) / 16 * 16 * columns; ++i) {
+    const int64_t within = i % (16 * columns), row = i / (16 * columns) * 16 + within / together % 16;
+    const int64_t column = within / (16 * together) * together + within % together;
+    const bool there = row < n && column < k;
+    store(type, there ? weight[row * k + column] : 0.0f, panels.data(), i);
   }
   calr_layer layers[2] = {};
   layers[0].up = weight.data(), layers[1].up = panels.data(), layers[1].packed = 1;

@@ -1,0 +1,73 @@
+// Products of inputs with matrices of bfloat16 in panels by the instruction for pairs of them: twice as many
+// a cycle. Products are exact, sums are in float32; numbers below 2^-126 count as 0.
+
+constexpr int kPairColumns = 8;  // inputs that a panel is multiplied by at once
+constexpr int kPairSums = 2;     // of an output, so that none waits for the one before
+
+// Call run(j, constant) for inputs [j, j + constant) of m, as many at once as there may be.
+template <typename Run>
+inline void by_columns(int64_t m, const Run& run) {
+  int64_t j = 0;
+  for (; j + kPairColumns <= m; j += kPairColumns) run(j, std::integral_constant<int, kPairColumns>{});
+  for (; j + 4 <= m; j += 4) run(j, std::integral_constant<int, 4>{});
+  for (; j + 2 <= m; j += 2) run(j, std::integral_constant<int, 2>{});
+  if (j < m) run(j, std::integral_constant<int, 1>{});
+}
+
+// Inputs x [m, k], bfloat16 numbers as float32, two neighbours in 32 bits: from j * ceil(k / 2) on those of
+// the inputs that are multiplied at once, [ceil(k / 2)][inputs], since rows of a power of two would share
+// their places in the cache.
+inline void pair_up(const float* x, uint32_t* pairs, int64_t m, int64_t k) {
+  by_columns(m, [&](int64_t first, auto columns) {
+    constexpr int kAtOnce = decltype(columns)::value;
+    for (int64_t j = 0; j < kAtOnce; ++j) {
+      const float* from = x + (first + j) * k;
+      uint32_t* to = pairs + first * ((k + 1) / 2) + j;
+      for (int64_t i = 0; i < k; i += 2, to += kAtOnce) {
+        uint32_t two[2] = {};
+        std::memcpy(two, from + i, i + 1 < k ? 8 : 4);
+        *to = two[0] >> 16 | (two[1] & 0xffff0000u);
+      }
+    }
+  });
+}
+
+// out[j * out_stride + row] = a panel's first `rows` rows times inputs x [pairs][COLUMNS].
+template <int COLUMNS, typename W>
+inline void pair_panel(const W* panel, const uint32_t* x, float* out, int64_t pairs, int64_t out_stride,
+                       int64_t rows) {
+  __m512 total[COLUMNS][kPairSums];
+  for (int j = 0; j < COLUMNS; ++j) {
+    for (int i = 0; i < kPairSums; ++i) total[j][i] = _mm512_setzero_ps();
+  }
+  const auto add = [&](int64_t at, int i) {
+    const __m512i w = _mm512_loadu_si512(panel + at * 2 * kPanel);
+    for (int j = 0; j < COLUMNS; ++j) {
+      const __m512i both = _mm512_set1_epi32(static_cast<int32_t>(x[at * COLUMNS + j]));
+      total[j][i] = _mm512_dpbf16_ps(total[j][i], (__m512bh)w, (__m512bh)both);
+    }
+  };
+  int64_t at = 0;
+  for (; at + kPairSums <= pairs; at += kPairSums) {
+    for (int i = 0; i < kPairSums; ++i) add(at + i, i);
+  }
+  for (; at < pairs; ++at) add(at, 0);
+  for (int j = 0; j < COLUMNS; ++j) {
+    float found[kPanel];
+    _mm512_storeu_ps(found, _mm512_add_ps(total[j][0], total[j][1]));
+    std::memcpy(out + j * out_stride, found, (rows < kPanel ? rows : kPanel) * sizeof(float));
+  }
+}
+
+// out [m, out_stride]: rows [begin, end) of the matrix, begin a multiple of 16, times what `pair_up` made.
+template <typename W>
+void pair_products(const W* panels, const uint32_t* x, float* out, int64_t m, int64_t pairs,
+                   int64_t out_stride, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; row += kPanel) {
+    const W* panel = panels + row * 2 * pairs;
+    by_columns(m, [&](int64_t j, auto columns) {
+      pair_panel<decltype(columns)::value>(panel, x + j * pairs, out + j * out_stride + row, pairs, out_stride,
+                                           end - row);
+    });
+  }
+}
