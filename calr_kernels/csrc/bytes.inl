@@ -149,23 +149,41 @@ inline Vector column(Bytes v) {
 }
 #endif
 
-// Integers of a quad's inputs as `add_products` takes them: two int32 of high and low bytes, both with
-// signs, or of the integers 0, 2 and 1, 3. Adds what they sum up to, high and low bytes apart.
+// Sixteen inputs times `inverse`, which makes them at most kMost, as integers of 16 bits, for each quad two
+// int32 as `add_products` takes them: of high and low bytes, both with signs, or of the integers 0, 2 and
+// 1, 3. Sums: of what either holds, over all quads.
 #if CALR_LANES == 16
 constexpr float kMost = 32512.0f;  // whose high byte is 127
-inline void arrange(const int16_t (&x)[kQuad], int16_t* out, int32_t (&sums)[2]) {
-  int8_t bytes[2 * kQuad];
-  for (int i = 0; i < kQuad; ++i) {
-    bytes[kQuad + i] = static_cast<int8_t>(x[i]);
-    bytes[i] = static_cast<int8_t>((x[i] - bytes[kQuad + i]) / 256);
-    sums[0] += bytes[i], sums[1] += bytes[kQuad + i];
-  }
-  std::memcpy(out, bytes, sizeof(bytes));
+using Sums = Counts;
+inline Sums no_sums() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+inline void totals(const Sums& sums, int32_t (&found)[2]) {
+  found[0] = _mm512_reduce_add_epi32(sums.high), found[1] = _mm512_reduce_add_epi32(sums.low);
+}
+inline void arrange(const float* x, float inverse, int16_t* out, Sums& sums) {
+  const __m512i both = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(inverse)));
+  const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(both, 24), 24);
+  const __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(both, low), 8);
+  sums.high = _mm512_add_epi32(sums.high, high), sums.low = _mm512_add_epi32(sums.low, low);
+  const __m128i highs = _mm512_cvtepi32_epi8(high), lows = _mm512_cvtepi32_epi8(low);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi32(highs, lows));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8), _mm_unpackhi_epi32(highs, lows));
 }
 #else
 constexpr float kMost = 32767.0f;
-inline void arrange(const int16_t (&x)[kQuad], int16_t* out, int32_t (&sums)[2]) {
-  for (int i = 0; i < kQuad; ++i) out[i / 2 + i % 2 * 2] = x[i], sums[0] += x[i];
+using Sums = int32_t;
+inline Sums no_sums() { return 0; }
+inline void totals(Sums sums, int32_t (&found)[2]) { found[0] = sums, found[1] = 0; }
+inline void arrange(const float* x, float inverse, int16_t* out, Sums& sums) {
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  for (int i = 0; i < kPanel; ++i) {
+    const float shifted = x[i] * inverse + shift;
+    int32_t bits;
+    std::memcpy(&bits, &shifted, 4);
+    const auto found = static_cast<int16_t>(bits - 0x4b400000);
+    const int at = i % kQuad;
+    out[i - at + at / 2 + at % 2 * 2] = found;
+    sums += found;
+  }
 }
 inline void add_products(Bytes levels, int32_t first, int32_t second, Counts& sum) {
   add_pairs(even(levels), first, sum);

@@ -142,19 +142,11 @@ inline float fixed_point(const float* x, int16_t* out, int64_t group, int32_t* o
   float most, inverse = 0.0f;
   std::memcpy(&most, &largest, 4);
   if (largest < 0x7f800000 && most > 1e-30f) inverse = kMost / most;
-  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  int32_t sums[2] = {};
-  for (int64_t i = 0; i < group; i += kQuad) {
-    int16_t found[kQuad];
-    for (int j = 0; j < kQuad; ++j) {
-      const float shifted = x[i + j] * inverse + shift;
-      int32_t bits;
-      std::memcpy(&bits, &shifted, 4);
-      found[j] = static_cast<int16_t>(bits - 0x4b400000);
-    }
-    arrange(found, out + i, sums);
-  }
-  for (int i = 0; i < 2; ++i) offsets[i] = static_cast<int32_t>(-128 * static_cast<int64_t>(sums[i]));
+  Sums sums = no_sums();
+  for (int64_t i = 0; i < group; i += kPanel) arrange(x + i, inverse, out + i, sums);
+  int32_t found[2];
+  totals(sums, found);
+  for (int i = 0; i < 2; ++i) offsets[i] = static_cast<int32_t>(-128 * static_cast<int64_t>(found[i]));
   if (largest >= 0x7f800000) return most - most;  // NaN
   return inverse ? most / kMost : 0.0f;
 }
