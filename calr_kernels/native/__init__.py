@@ -1,8 +1,8 @@
 """The native CPU kernel: a shared library with a C interface (csrc/calr.h), bound with ctypes.
 
 Built by setup.py, so that one binary serves every torch. It runs the fastest instruction set that
-the machine has; CALR_CPU_ISA (scalar, avx2, avx512, avx512bf16) forces another. Without the library everything
-works in plain PyTorch, slower for small batches. When it is used is decided in
+the machine has; CALR_CPU_ISA (scalar, avx2, avx512, avx512bf16) forces another. Without the library
+everything works in plain PyTorch, slower for small batches. When it is used is decided in
 `calr_kernels.eligible`.
 """
 
