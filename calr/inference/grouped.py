@@ -6,25 +6,24 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-NAME = "calr_grouped"
+NAME = "sdpa"  # under which transformers finds PyTorch's attention
 
 
 @contextmanager
-def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Have a model on a CPU attend by `attend_grouped`, where it uses PyTorch's attention."""
-    before = model.config._attn_implementation
-    if before != "sdpa" or model.device.type != "cpu":
-        yield
-        return
-    model.set_attn_implementation(NAME)
+def grouped_attention() -> Iterator[None]:
+    """Have models that use PyTorch's attention attend by `attend_grouped`.
+
+    The function changes, not its name, which some families compare.
+    """
+    before = AttentionInterface()[NAME]
+    AttentionInterface.register(NAME, attend_grouped)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        AttentionInterface.register(NAME, before)
 
 
 def attend_grouped(
@@ -38,14 +37,15 @@ def attend_grouped(
     position_bias: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend as transformers' "sdpa" does; one new token's heads of a group as positions of one.
+    """Attend as transformers' "sdpa" does; for one new token, heads that share keys at once.
 
-    query [B, heads, 1, d], key and value [B, key_heads, T, d], mask [B or 1, 1, 1, T]: grouped
-    queries (Ainslie et al., arXiv 2305.13245) otherwise read keys and values once a head, six times
-    slower on a CPU. Anything else goes to "sdpa". Returns [B, 1, heads, d], and no weights.
+    query [B, heads, 1, d], key and value [B, key_heads, T, d], mask [B or 1, 1, 1, T], on a CPU:
+    the query heads of a key head (Ainslie et al., arXiv 2305.13245) become positions of one head.
+    Without a mask transformers has each read keys and values anew, which takes six times as long.
+    Anything else goes to "sdpa". Returns [B, 1, heads, d], and no weights.
     """
     b, heads, new, d = query.shape
-    plain = position_bias is None and others.get("softcap") is None
+    plain = query.is_cpu and position_bias is None and others.get("softcap") is None
     if new != 1 or not plain or not (attention_mask is None or attention_mask.shape[1] == 1):
         result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module,
@@ -62,7 +62,3 @@ def attend_grouped(
     groups = query.reshape(b, key.shape[1], -1, d)
     y = scaled_dot_product_attention(groups, key, value, attention_mask, dropout, scale=scaling)
     return y.reshape(b, 1, heads, -1), None
-
-
-AttentionInterface.register(NAME, attend_grouped)
-AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -58,9 +58,9 @@ def sample_from(
     rows: dict[int, Tensor] = {}
     grown = partial(_grow, window)
     growing = decoder(model).register_forward_pre_hook(grown, with_kwargs=True)
-    with torch.no_grad(), resident(model), grouped_attention(model), hooked([growing]):
+    with torch.no_grad(), resident(model), grouped_attention(), hooked([growing]):
         try:
-            # none of the model's own penalties and filters: plain sampling from its distribution
+            # none of the model's own penalties and filters: `_Drawing` leaves the search one token
             model.generation_config = GenerationConfig(
                 min_new_tokens=length,
                 max_new_tokens=length,
@@ -82,13 +82,22 @@ def sample_from(
 
 
 class _Drawing(LogitsProcessor):
-    """Leaves each row one token, drawn from its scores: a third of the time went into PyTorch's own
-    drawing. The same on every device, but for how logits round."""
+    """Draws a token for each row by its scores, and leaves it alone to be found.
+
+    PyTorch's own drawing took a third of the time; and this one is the same on every device, but
+    for rounding.
+    """
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores [n, V] of 0 for the tokens drawn and -inf for all others."""
+        if not bool(scores.amax(-1).isfinite().all()):
+            raise CalrError(
+                "calibration=sampled: the model's logits hold NaN or infinity; check the "
+                "checkpoint, or, where they overflow float16, use --dtype bfloat16 or float32"
+            )
         uniform = torch.rand(len(scores), 1, generator=self._generator)
         drawn = draw(scores.float().softmax(-1), uniform)
         return torch.full_like(scores, -math.inf).scatter_(1, drawn[:, None], 0.0)

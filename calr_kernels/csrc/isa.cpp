@@ -15,7 +15,10 @@ calr::Isa best() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vnni")) {
-    return __builtin_cpu_supports("avx512bf16") ? calr::kAvx512BFloat16 : calr::kAvx512;
+#ifdef CALR_PAIRS
+    if (__builtin_cpu_supports("avx512bf16")) return calr::kAvx512BFloat16;
+#endif
+    return calr::kAvx512;
   }
   unsigned a, b, c = 0, d;  // older compilers know no "f16c"
   const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);

@@ -59,9 +59,15 @@ namespace {
 #undef CALR_LANES
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bf16"))), apply_to = function)
 #else
 #pragma GCC pop_options
+#endif
+
+#if defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10  // older ones do not know bfloat16
+#define CALR_PAIRS 1
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bf16"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bf16")
 #endif
@@ -73,6 +79,7 @@ using avx512::kPanel;
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
+#endif
 #endif
 #endif
 

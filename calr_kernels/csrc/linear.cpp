@@ -21,12 +21,28 @@ using calr::Team;
 constexpr int64_t kUnit = 16;  // outputs: whole panels
 constexpr int64_t kCorrectiveGroup = 32;
 
-// An input as panels take it, made once by each thread for every size of scale group.
+// Inputs x [m, k] of x_type's numbers, and what panels take in their place, made once by each thread.
 class Prepared {
  public:
   void start(const float* x, int64_t m, int64_t k, int32_t x_type) {
-    x_ = x, m_ = m, k_ = k, exact_ = x_type == kFloat32, used_ = 0;
+    x_ = x, m_ = m, k_ = k, x_type_ = x_type, exact_ = x_type == kFloat32, used_ = 0, paired_ = false;
   }
+
+  const float* x() const { return x_; }
+  int64_t m() const { return m_; }
+  int64_t k() const { return k_; }
+  int32_t x_type() const { return x_type_; }
+
+#ifdef CALR_PAIRS
+  const uint32_t* pairs() {
+    if (!paired_) {
+      pairs_.resize(m_ * ((k_ + 1) / 2));
+      avx512bf16::pair_up(x_, pairs_.data(), m_, k_);
+      paired_ = true;
+    }
+    return pairs_.data();
+  }
+#endif
 
   // Call run(values, scales, offsets) with x in scale groups.
   template <typename Run>
@@ -72,8 +88,10 @@ class Prepared {
 
   const float* x_;
   int64_t m_, k_;
-  bool exact_;
+  int32_t x_type_;
+  bool exact_, paired_;
   size_t used_ = 0;
+  std::vector<uint32_t> pairs_;
   std::vector<Entry> entries_;
 };
 
@@ -84,36 +102,25 @@ int64_t plain_terms(const calr_layer& layer) { return layer.packed_corrective ? 
 
 int64_t rows_of(const calr_layer& layer) { return pivoted(layer) ? layer.n - layer.r : layer.n; }
 
-// out [m, stride]: rows [begin, end) of a matrix of bfloat16 in panels times x [m, k] of bfloat16 numbers,
-// where there is an instruction for pairs of them; false where there is none.
-bool in_pairs(const void* weight, const float* x, float* out, int64_t m, int64_t k, int64_t stride,
+// out [m, stride]: rows [begin, end) of a layer's matrix weight [rows, k] times what was prepared.
+void products(const calr_layer& layer, const void* weight, Prepared& prepared, float* out, int64_t stride,
               int64_t begin, int64_t end) {
-#ifdef CALR_X86
-  if (calr::chosen != calr::kAvx512BFloat16) return false;
-  thread_local std::vector<uint32_t> buffer;
-  const int64_t pairs = (k + 1) / 2;
-  buffer.resize(m * pairs);
-  avx512bf16::pair_up(x, buffer.data(), m, k);
-  avx512bf16::pair_products(static_cast<const bfloat16*>(weight), buffer.data(), out, m, pairs, stride, begin,
-                            end);
-  return true;
-#else
-  return false;
-#endif
-}
-
-// out [m, stride]: rows [begin, end) of a layer's matrix weight [rows, k] times x [m, k], of x_type's numbers.
-void products(const calr_layer& layer, const void* weight, const float* x, int32_t x_type, float* out,
-              int64_t m, int64_t k, int64_t stride, int64_t begin, int64_t end) {
   if (begin >= end) return;
-  const bool narrow = layer.packed && layer.type == kBFloat16 && x_type == kBFloat16;
-  if (narrow && in_pairs(weight, x, out, m, k, stride, begin, end)) return;
+  const int64_t m = prepared.m(), k = prepared.k();
+#ifdef CALR_PAIRS
+  const bool narrow = layer.type == kBFloat16 && prepared.x_type() == kBFloat16;
+  if (layer.packed && narrow && calr::chosen == calr::kAvx512BFloat16) {
+    avx512bf16::pair_products(static_cast<const bfloat16*>(weight), prepared.pairs(), out, m, (k + 1) / 2,
+                              stride, begin, end);
+    return;
+  }
+#endif
   typed(layer.type, [&](auto w) {
     const auto* numbers = static_cast<const decltype(w)*>(weight);
     if (layer.packed) {
-      CALR_BY_ISA(number_products, numbers, x, out, m, k, stride, begin, end);
+      CALR_BY_ISA(number_products, numbers, prepared.x(), out, m, k, stride, begin, end);
     } else {
-      CALR_BY_ISA(dots, numbers, x, out, m, k, stride, begin, end);
+      CALR_BY_ISA(dots, numbers, prepared.x(), out, m, k, stride, begin, end);
     }
   });
 }
@@ -174,18 +181,19 @@ void place(const calr_layer& layer, const int32_t* places, const float* values, 
 }
 
 // The second factor of a low-rank layer, or all of a dense one, for this thread's part of the rows.
-void second(const calr_layer& layer, const Team& team, const float* x, int64_t m, int64_t k,
-            int32_t x_type, float* out, float* scratch) {
-  const int64_t rows = rows_of(layer), r = layer.r, c = layer.c;
+void second(const calr_layer& layer, const Team& team, Prepared& prepared, float* out, float* scratch) {
+  thread_local Prepared between;
+  const int64_t m = prepared.m(), rows = rows_of(layer), r = layer.r, c = layer.c;
   const auto [begin, end] = team.part(rows, kUnit);
   const float *t = scratch, *corrective_t = scratch + m * r;
   float* rest = scratch + m * (r + c);
   float* to = pivoted(layer) || c ? rest : out;
   const int64_t stride = room(rows);
-  products(layer, layer.up, r ? t : x, x_type, pivoted(layer) ? rest : out, m, r ? r : k, stride, begin,
-           end);
+  if (r) between.start(t, m, r, prepared.x_type());
+  products(layer, layer.up, r ? between : prepared, pivoted(layer) ? rest : out, stride, begin, end);
   if (c) {
-    products(layer, layer.corrective_up, corrective_t, x_type, to, m, c, stride, begin, end);
+    between.start(corrective_t, m, c, prepared.x_type());
+    products(layer, layer.corrective_up, between, to, stride, begin, end);
     for (int64_t row = 0; row < m; ++row) {
       for (int64_t i = begin; i < end; ++i) out[row * stride + i] += to[row * stride + i];
     }
@@ -244,7 +252,7 @@ void calr::multiply(const Team& team, const calr_layer* layers, int64_t count, c
       const int64_t ranks[2] = {layer.r, plain_terms(layer)};
       for (int step = 0; step < 2; ++step) {
         const auto [begin, end] = team.part(ranks[step], layer.packed ? kUnit : 8);
-        products(layer, downs[step], x, x_type, steps[step], m, k, ranks[step], begin, end);
+        products(layer, downs[step], prepared, steps[step], ranks[step], begin, end);
         for (int64_t row = 0; row < m; ++row) {
           round_to(x_type, steps[step] + row * ranks[step] + begin, end - begin);
         }
@@ -260,7 +268,7 @@ void calr::multiply(const Team& team, const calr_layer* layers, int64_t count, c
       const auto [begin, end] = team.part(layer.n, kUnit);
       quantized(layer, prepared, m, k, x_type, at, outs[i], begin, end);
     } else {
-      second(layer, team, x, m, k, x_type, outs[i], at);
+      second(layer, team, prepared, outs[i], at);
     }
     at += m * scratch_of(layer);
   }

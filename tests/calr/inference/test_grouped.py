@@ -4,9 +4,10 @@ import pytest
 import torch
 import transformers
 from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from calr.inference.grouped import NAME, attend_grouped, grouped_attention
-from calr.testing import SETTINGS, tiny_llama
+from calr.testing import SETTINGS
 
 WINDOWS = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 MODELS = {
@@ -48,26 +49,27 @@ def test_decoding_is_the_same(name, padded, monkeypatch):
         return attend(query, *arguments, **options)
 
     monkeypatch.setattr("calr.inference.grouped.scaled_dot_product_attention", counted)
-    with grouped_attention(model):
+    with grouped_attention():
         found = decoded(model, ids, mask)
     keys = config.num_key_value_heads
     assert calls == [(3, keys, 4 // keys, config.head_dim)] * (2 * 9)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert model.config._attn_implementation == "sdpa"
 
 
-def test_the_models_own_attention_is_back_after_a_failure_and_others_stay():
-    model = tiny_llama(attn_implementation="sdpa")
-    with pytest.raises(RuntimeError, match="stopped"), grouped_attention(model):
-        assert model.config._attn_implementation == NAME
+def test_transformers_own_attention_is_back_after_a_failure():
+    before = ALL_ATTENTION_FUNCTIONS[NAME]
+    with pytest.raises(RuntimeError, match="stopped"), grouped_attention():
+        assert ALL_ATTENTION_FUNCTIONS[NAME] is attend_grouped
         raise RuntimeError("stopped")
-    assert model.config._attn_implementation == "sdpa"
-    eager = tiny_llama(attn_implementation="eager")
-    with grouped_attention(eager):
-        assert eager.config._attn_implementation == "eager"
+    assert ALL_ATTENTION_FUNCTIONS[NAME] is before
 
 
-def test_a_cap_on_scores_is_not_passed_over():
+@pytest.mark.parametrize("more", [{"softcap": 30.0}, {"position_bias": torch.zeros(1, 4, 1, 5)}])
+def test_what_else_is_asked_of_it_goes_to_transformers(more, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "calr.inference.grouped.sdpa_attention_forward", lambda *_, **others: asked.append(others)
+    )
     q, k = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 5, 8)
-    with pytest.raises(ValueError, match="softcap"):
-        attend_grouped(torch.nn.Module(), q, k, k, None, softcap=30.0)
+    attend_grouped(torch.nn.Module(), q, k, k, None, **more)
+    assert more.items() <= asked[0].items()

@@ -82,18 +82,33 @@ def test_text_sampled_from_the_model_is_reproducible():
     assert torch.equal(first, windows("sampled", model=model, samples=3))
 
 
-def test_sampled_text_follows_the_models_distribution_and_never_ends():
-    """Tokens come as often as the model says, but for the end of a text."""
+def test_tokens_are_drawn_as_often_as_the_scores_say():
+    """Each row by its own scores: two distributions that have no token in common."""
+    scores = torch.full((2, 6), -torch.inf)
+    scores[0, :3], scores[1, 3:] = torch.tensor([0.1, 0.2, 0.7]).log(), torch.tensor([3.0, 0, 1])
+    found = sampling._Drawing(0)(torch.zeros(0), scores.repeat(5000, 1))
+    assert ((found == 0).sum(-1) == 1).all() and ((found == 0) | found.isinf()).all()
+    counts = (found == 0).view(5000, 2, 6).sum(0)
+    expected = 5000 * scores.softmax(-1)
+    assert ((counts - expected).abs() <= 5 * expected.sqrt()).all()
+
+
+def test_sampled_text_never_ends():
     model = tiny_llama(eos_token_id=5)
     model.generation_config.eos_token_id = 5
-    rows = sample_from(model, byte_tokenizer(), 4000, 2, 0)
-    assert not (rows[:, 1] == 5).any()
     with torch.no_grad():
-        logits = model(rows[:, :1]).logits[:, -1]
-    logits[:, 5] = -torch.inf
-    expected = logits.softmax(-1).sum(0)
-    found = rows[:, 1].bincount(minlength=258)
-    assert ((found - expected) / (expected + 1).sqrt()).abs().max() < 5
+        model.lm_head.weight[5] *= 50  # by far the most probable half of the time
+    rows = sample_from(model, byte_tokenizer(), 50, 8, 0)
+    assert not (rows[:, 1:] == 5).any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_whose_logits_are_no_numbers_writes_no_text(value):
+    model = tiny_llama(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[7, 0] = value
+    with pytest.raises(CalrError, match=r"calibration=sampled: the model's logits hold NaN"):
+        sample_from(model, byte_tokenizer(), 3, 8, 0)
 
 
 def test_a_token_of_no_probability_is_not_drawn():
