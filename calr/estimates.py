@@ -21,7 +21,7 @@ from calr.ranks import PRICED, parse_size
 from calr.recipe import Recipe
 from calr.rounding import rounding_operations
 from calr.statistics import HELD_BYTES, LOGITS
-from calr.text import CACHE_BYTES, cache_row, sampling_batch
+from calr.text import CACHE_BYTES, cache_row, sampled_in, sampling_batch
 from calr.training import PART_TOKENS, windows_needed
 from calr_kernels.eligible import cpu_multiplies_bfloat16
 
@@ -89,7 +89,7 @@ class Work:
         embeddings: Any = model.get_input_embeddings()
         head: Any = model.get_output_embeddings()
         tied = head is not None and head.weight is embeddings.weight
-        row = cache_row(model, recipe.window, dtype.itemsize)
+        row = cache_row(model, recipe.window, sampled_in(dtype).itemsize)
         count = int(embeddings.num_embeddings)
         return cls(structure, recipe, dtype, count, tied, row, sampled, held)
 
@@ -183,8 +183,11 @@ class Work:
     def _sampling(self, ways: Ways) -> Phase:
         windows = max(self.recipe.samples, windows_needed(self.recipe))
         tokens = windows * self.recipe.window
-        seconds = SAMPLED * 2 * self.structure.active_parameters * tokens / self._speeds[0]
-        weights = self.held or self.dtype.itemsize * self.structure.model_parameters
+        dtype = sampled_in(self.dtype)
+        operations = 2 * self.structure.active_parameters * tokens
+        seconds = SAMPLED * operations / self._speeds[dtype is not self.dtype]
+        weights = dtype.itemsize * self.structure.model_parameters
+        weights = self.held if dtype is self.dtype and self.held else self.held + weights
         cache = self.row * sampling_batch(windows, self.row, ways.cache_bytes)
         return Phase(seconds, weights + cache)
 

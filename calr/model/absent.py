@@ -57,11 +57,14 @@ def absent(module: nn.Module) -> bool:
 
 
 @contextmanager
-def resident(*modules: nn.Module) -> Iterator[None]:
-    """Have the parameters of modules in memory, frozen; shared ones once."""
-    places, read = _places(modules), dict[int, nn.Parameter]()
+def resident(*modules: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Have the parameters of modules in memory, frozen; shared ones once.
+
+    dtype: what floating ones are meanwhile, those in memory as copies; None: their own.
+    """
+    places, read = _places(modules, dtype), dict[int, nn.Parameter]()
     try:
-        _fill(places, read, requires_grad=False)
+        _fill(places, read, requires_grad=False, dtype=dtype)
         yield
     finally:
         for module, name, p in places:
@@ -74,27 +77,35 @@ def become_resident(model: nn.Module) -> None:
     _fill(_places([model]), {}, requires_grad=True)
 
 
-def _places(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Absent]]:
-    """List where parameters of modules are absent."""
+def _places(
+    modules: Iterable[nn.Module], dtype: torch.dtype | None = None
+) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """List where parameters of modules are absent, or of another type."""
     return [
         (module, name, p)
         for module in {id(m): m for root in modules for m in root.modules()}.values()
         for name, p in module._parameters.items()
-        if isinstance(p, Absent)
+        if p is not None and (isinstance(p, Absent) or _other(p, dtype))
     ]
 
 
 def _fill(
-    places: list[tuple[nn.Module, str, Absent]],
+    places: list[tuple[nn.Module, str, nn.Parameter]],
     read: dict[int, nn.Parameter],
     *,
     requires_grad: bool,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Put values into places, the same where the same was absent; read: by what stood there."""
+    """Put values into places, the same where the same was there; read: by what stood there."""
     for module, name, p in places:
         if id(p) not in read:
-            read[id(p)] = nn.Parameter(present(p), requires_grad=requires_grad)
+            values = present(p).to(dtype) if _other(p, dtype) else present(p)
+            read[id(p)] = nn.Parameter(values, requires_grad=requires_grad)
         module._parameters[name] = read[id(p)]
+
+
+def _other(p: nn.Parameter, dtype: torch.dtype | None) -> bool:
+    return dtype is not None and p.is_floating_point() and p.dtype != dtype
 
 
 def read_when_called(module: nn.Module) -> None:

@@ -6,6 +6,7 @@ from calr.text.sampling import (
     draw,
     hard_wrapped,
     sample_from,
+    sampled_in,
     sampling_batch,
 )
 from calr.text.sources import Source, content_of, describe, parts_of, read_text
@@ -24,6 +25,7 @@ __all__ = [
     "parts_of",
     "read_text",
     "sample_from",
+    "sampled_in",
     "sampling_batch",
     "spread",
     "spread_windows",
