@@ -62,6 +62,7 @@ def quantised(
         kept = parts.within("trained")
         with parallel.first_then_others():
             for matrix in made:
+                give_back()
                 student, *_ = (placed.pop(name) for name in matrix.names)
                 made[matrix] = quantiser.placed(kept, matrix.name, trained(student))
     stored: dict[str, dict[str, Any]] = {}
