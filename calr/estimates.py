@@ -185,11 +185,11 @@ class Work:
         tokens = windows * self.recipe.window
         dtype = sampled_in(self.dtype)
         operations = 2 * self.structure.active_parameters * tokens
-        seconds = SAMPLED * operations / self._speeds[dtype is not self.dtype]
-        weights = dtype.itemsize * self.structure.model_parameters
-        weights = self.held if dtype is self.dtype and self.held else self.held + weights
+        own = dtype is self.dtype
+        seconds = SAMPLED * operations / (self._speeds[0] if own else self.speed(dtype))
+        copied = 0 if own and self.held else dtype.itemsize * self.structure.model_parameters
         cache = self.row * sampling_batch(windows, self.row, ways.cache_bytes)
-        return Phase(seconds, weights + cache)
+        return Phase(seconds, self.held + copied + cache)
 
     @property
     def _moments(self) -> Phase:

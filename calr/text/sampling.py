@@ -46,7 +46,8 @@ def sample_from(
     (as in LLM-QAT, arXiv 2305.17888). cache_bytes: of keys and values, of at least one window; with
     fewer the text may be another, since products of fewer rows round otherwise.
     """
-    _require_memory(model)
+    dtype = _sampling_dtype(model)
+    _require_memory(model, dtype)
     generator = torch.Generator().manual_seed(seed)
     embeddings: Any = model.get_input_embeddings()
     usable = set(range(min(len(tokenizer), embeddings.num_embeddings)))
@@ -59,12 +60,11 @@ def sample_from(
     rows: dict[int, Tensor] = {}
     grown = partial(_grow, window)
     growing = decoder(model).register_forward_pre_hook(grown, with_kwargs=True)
-    dtype = _sampling_dtype(model)
     with (
+        hooked([growing]),
         torch.no_grad(),
         resident(model, dtype=dtype),
         grouped_attention(),
-        hooked([growing]),
     ):
         try:
             # none of the model's own penalties and filters: `_Drawing` leaves the search one token
@@ -154,9 +154,9 @@ def _grow(window: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> 
                 layer.expect(window)
 
 
-def _require_memory(model: PreTrainedModel) -> None:
+def _require_memory(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
     """Refuse a model that is read from its files because it does not fit: every token needs all."""
-    needed, free = tensor_bytes(model), psutil.virtual_memory().available
+    needed, free = tensor_bytes(model, dtype), psutil.virtual_memory().available
     if absent(model) and model.device.type == "cpu" and needed > free:
         raise CalrError(
             f"calibration=sampled: the model writes its own text only in memory, where it needs "

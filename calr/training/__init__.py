@@ -12,7 +12,7 @@ from calr.training.correction import (
 from calr.training.loop import Trained, train
 from calr.training.precision import mixed
 from calr.training.students import Primary, StudentEmbedding, StudentLinear
-from calr.training.targets import PART_TOKENS, Targets, collect_targets
+from calr.training.targets import PART_TOKENS, Targets
 
 __all__ = [
     "PART_TOKENS",
@@ -22,7 +22,6 @@ __all__ = [
     "StudentLinear",
     "Targets",
     "Trained",
-    "collect_targets",
     "corrected",
     "corrected_students",
     "mixed",

@@ -11,9 +11,10 @@ from calr.errors import CalrError
 from calr.model import lowrank
 from calr.storage import Store
 from calr.testing import tiny_llama
-from calr.training import collect_targets, correction, loop, recorded_outputs
+from calr.training import correction, loop, recorded_outputs
 from calr.training import targets as targets_
 from calr.training.correction import correct
+from calr.training.targets import collect_targets
 
 RECIPE = {"keep": 0.4, "rank_step": 2, "window": 32, "learning_rate": 3e-3}
 
