@@ -1,8 +1,8 @@
 """When a faster way may be taken: three questions, asked nowhere else.
 
 May a weight be read past its module (`readable`, `unhooked`)? Is anybody watching the operations
-(`watched`)? Does a kernel take these tensors (`native`, `native_norm`, `native_interleave`,
-`triton`)? Who answers yes promises that nothing changes but the speed.
+(`watched`)? Does a kernel take these tensors (`native…` on a CPU, `triton…` on a GPU)? Who answers
+yes promises that nothing changes but the speed.
 """
 
 import torch
@@ -266,4 +266,32 @@ def triton(x: Tensor, *weights: Tensor) -> bool:
             w.dtype is x.dtype and type(w) in PLAIN and w.shape[-1] > 0 and not w.is_neg()
             for w in weights
         )
+    )
+
+
+def triton_records(x: Tensor, layer: Records) -> bool:
+    """Tell whether the Triton kernels compute a quantised layer of x, corrective path included:
+    plain tensors on a GPU, not empty, and numbers of x's type."""
+    parts = (layer.weight, layer.corrective_down, layer.corrective_up)
+    return (
+        triton(x)
+        and layer.in_features == x.shape[-1]
+        and layer.weight.numel() > 0
+        and all(
+            part is None
+            or (type(part) in PLAIN and part.dtype in (torch.uint8, x.dtype) and not part.is_neg())
+            for part in parts
+        )
+        and (layer.bias is None or (type(layer.bias) in PLAIN and not layer.bias.is_neg()))
+    )
+
+
+def triton_dequantizes(records: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether a Triton kernel makes records numbers of a dtype."""
+    return (
+        records.is_cuda
+        and gpu.AVAILABLE
+        and dtype in TYPES
+        and records.numel() > 0
+        and type(records) in PLAIN
     )

@@ -15,7 +15,8 @@ from calr_kernels.arguments import check, overlap
 from calr_kernels.layout import Factors
 
 if gpu.AVAILABLE:
-    from calr_kernels.gpu import launches
+    from calr_kernels.gpu import linears
+    from calr_kernels.gpu.gram import run_gram
 
 NAME = "calr::lowrank_linear"
 torch.library.define(
@@ -152,8 +153,8 @@ def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return gram(x, out)
-    if eligible.triton(x):
-        return launches.gram(x, out)
+    if eligible.triton(x) and x.dtype is not torch.float32:  # which Triton may multiply in TF32
+        return run_gram(x, out)
     wide = x.float()
     return wide.mT @ wide if out is None else out.addmm_(wide.mT, wide)
 
@@ -207,7 +208,7 @@ def _forward(
             return _forward(x, down, up, pivots, bias)
     pivots, bias = _contiguous(pivots), _contiguous(bias)
     if eligible.triton(x, down, up):
-        return launches.lowrank_linear(x, down, up, pivots, bias)
+        return linears.lowrank_linear(x, down, up, pivots, bias)
     if eligible.native(x, Factors(up, down, pivots, bias)):
         return native.lowrank_linear(x, down, up, pivots, bias)
     return _plain(x, down, up, pivots, bias)

@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from calr_kernels import eligible, native, records
+from calr_kernels import eligible, gpu, native, records
 from calr_kernels.forms import Form, Levels
+from calr_kernels.layout import Records
+
+if gpu.AVAILABLE:
+    from calr_kernels.gpu import linears
+    from calr_kernels.gpu.dequantize import run_dequantize
 
 NAME = "calr::quantized_linear"
 torch.library.define(
@@ -60,7 +65,11 @@ def _checked(
 
 
 def _forward(x: Tensor, weight: Tensor, form: Form, bias: Tensor | None) -> Tensor:
-    """Choose the backend: the native kernel for few rows, or torch's product with numbers."""
+    """Choose the backend: the Triton kernels, the native kernel for few rows, or torch's product
+    with numbers."""
+    layer = Records(weight, form, x.shape[-1], bias)
+    if eligible.triton_records(x, layer):
+        return linears.quantized_linear(x, layer)
     if eligible.native_quantized(x, weight, bias):
         return native.quantized_linear(x, weight, form, bias)
     dtype = eligible.product_dtype(x)
@@ -77,6 +86,8 @@ def dequantize(
     """
     if eligible.native_records(weight, dtype):
         return native.dequantize(weight, form, columns, dtype, scales)
+    if eligible.triton_dequantizes(weight, dtype):
+        return run_dequantize(weight, form, columns, dtype, scales)
     return records.dequantize(weight, form, columns, dtype, scales)
 
 

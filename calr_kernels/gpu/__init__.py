@@ -1,4 +1,4 @@
-"""The Triton kernels, one a file: what runs when (`plans`), and how it is launched (`launches`)."""
+"""The Triton kernels, one operation a file, and which of them a layer runs on (`linears`)."""
 
 try:
     import triton  # noqa: F401 (whether it is there, and whole)

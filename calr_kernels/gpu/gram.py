@@ -1,7 +1,11 @@
-"""Second moments: one triangle of xᵀx, mirrored."""
+"""Second moments: one triangle of xᵀ x, mirrored."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from calr_kernels.gpu.launch import arch_of, on, options
 
 
 @triton.jit
@@ -32,3 +36,22 @@ def gram(
         tl.store(here, acc, mask=mask)
         mirrored = out + upper.to(tl.int64)[None, :] * K + lower[:, None]
         tl.store(mirrored, acc, mask=mask & (upper[None, :] < lower[:, None]))
+
+
+def run_gram(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Compute xᵀ x (+ out) in float32: x [M, K] -> [K, K]; adds in place when out is given."""
+    arch = arch_of(x)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    m, k = x.shape
+    result = torch.empty(k, k, dtype=torch.float32, device=x.device) if out is None else out
+    # large tiles where there are many
+    block = 128 if (k / 128) ** 2 / 2 >= arch.processors and x.itemsize == 2 else 64
+    stages = 2 if arch.backend == "hip" else 3
+    side = triton.cdiv(k, block)
+    with on(x):
+        gram[(side, side)](
+            x, result, m, k, x.stride(0),
+            ADD=out is not None, BLOCK=block, BLOCK_M=64 if x.itemsize == 2 else 32,
+            **options(8 if block == 128 else 4, stages),
+        )  # fmt: skip
+    return result

@@ -1,15 +1,17 @@
-"""What the Triton kernels share: rounding, places of pivoted outputs, sums, a tile of products.
-
-K and the row strides of matrices come in units of UNIT elements, 8 where all are multiples of 8:
-the compiler sees 16-byte alignment only in factors written out or in multiples of 16. All
-accumulate in float32 and reduce in a fixed order: the same input gives the same bits. float32
-products are "ieee", never tf32. Where several programs share an output tile they leave partial sums
-in global memory, and the last to arrive (it draws a ticket) adds them in index order:
-no floating-point atomics, no second kernel (only the tickets are zeroed before), no grid barrier.
-"""
+"""What the Triton kernels share: rounding, the wait for the launch before, levels of integers."""
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LEVELS = {"uniform": 0, "formula": 1, "table": 2}  # as kernels take them
+UNIFORM, FORMULA = tl.constexpr(0), tl.constexpr(1)
+# of the tables, powers 0 to 4 and 5 of q: off by at most 0.17 (8 entries) and 0.49 (16)
+C3_0, C3_1, C3_2 = tl.constexpr(2.0), tl.constexpr(24.69694), tl.constexpr(0.1062925)
+C3_3, C3_4, C3_5 = tl.constexpr(0.2746599), tl.constexpr(0.05697279), tl.constexpr(0.02840136)
+C4_0, C4_1, C4_2 = tl.constexpr(1.0), tl.constexpr(11.42644), tl.constexpr(0.01887354)
+C4_3, C4_4 = tl.constexpr(0.08171047), tl.constexpr(0.001072552)
+NEAREST = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding it leaves a float32 no fraction
 
 
 @triton.jit
@@ -23,123 +25,53 @@ def rounded(value, dtype: tl.constexpr, EMULATE_BF16: tl.constexpr):
 
 
 @triton.jit
-def other_columns(pivots, index, rank, STEPS: tl.constexpr):
-    """Return the index-th column that is no pivot: index + the number of pivots before it.
+def wait(PDL: tl.constexpr):
+    """Wait until the launch before has written all that it writes; let the next one begin.
 
-    pivots[j] - j others lie before pivot j and never fall with j: binary search, STEPS halvings.
+    What is loaded before must be constant since the last launch that does not let the next begin
+    early: weights, and never what a kernel of ours has written.
     """
-    low = tl.zeros_like(index)
-    high = low + rank
-    for _ in tl.static_range(STEPS):
-        middle = (low + high) // 2
-        open_ = low < high
-        before = tl.load(pivots + middle, mask=open_, other=0) - middle
-        right = open_ & (before <= index)
-        low = tl.where(right, middle + 1, low)
-        high = tl.where(right | (low >= high), high, middle)
-    return index + low
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
-def last_to_arrive(ticket, arrivals):
-    """Tell whether this program is the last of `arrivals`: what the others stored is visible."""
-    tl.debug_barrier()
-    last = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == arrivals - 1
-    tl.debug_barrier()
-    return last
+def level(q, BITS: tl.constexpr, LEVELS: tl.constexpr):
+    """Return the levels, float32, of integers q, float32: those of `forms.Form.values`.
 
-
-@triton.jit
-def ordered_sum(partial, count, stride, offsets, mask, acc):
-    """Add `count` partial tiles, in index order."""
-    for part in range(count):
-        acc += tl.load(
-            partial + part * stride + offsets, mask=mask, other=0.0, cache_modifier=".cg"
-        )
-    return acc
-
-
-@triton.jit
-def store(
-    value, y, y_row, bias, targets, rows, columns, M, N,
-    HAS_BIAS: tl.constexpr, EMULATE_BF16: tl.constexpr,
-):  # fmt: skip
-    """Store value (+ bias), rounded, at y[rows, targets], for rows < M and columns < N."""
-    if HAS_BIAS:
-        value += tl.load(bias + targets, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    at = y + rows.to(tl.int64)[:, None] * y_row + targets[None, :]
-    mask = (rows < M)[:, None] & (columns < N)[None, :]
-    tl.store(at, rounded(value, y.dtype.element_ty, EMULATE_BF16), mask=mask)
-
-
-@triton.jit
-def store_others(
-    value, y, y_row, bias, pivots, rows, columns, M, N, rank,
-    PIVOTED: tl.constexpr, HAS_BIAS: tl.constexpr, STEPS: tl.constexpr,
-    EMULATE_BF16: tl.constexpr,
-):  # fmt: skip
-    """Store value (+ bias) in the columns of y that are not pivots; all of them without PIVOTED."""
-    targets = columns
-    if PIVOTED:
-        targets = other_columns(pivots, columns, rank, STEPS)
-    store(value, y, y_row, bias, targets, rows, columns, M, N, HAS_BIAS, EMULATE_BF16)
-
-
-@triton.jit
-def store_pivots(
-    t, y, y_row, bias, pivots, rows, ranks, M, rank,
-    HAS_BIAS: tl.constexpr, EMULATE_BF16: tl.constexpr,
-):  # fmt: skip
-    """Store t (+ bias) in the columns of y that are pivots."""
-    targets = tl.load(pivots + ranks, mask=ranks < rank, other=0)
-    value = t.to(tl.float32)
-    store(value, y, y_row, bias, targets, rows, ranks, M, rank, HAS_BIAS, EMULATE_BF16)
-
-
-@triton.jit
-def product_tile(
-    x, w, rows, columns, M, N, begin, end, x_row, w_row, w_column,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Return x[rows] w[columns]ᵀ [BLOCK_M, BLOCK_N] in float32, over the columns [begin, end) of x.
-
-    Rows and columns outside wrap around: they are read, and never stored.
+    The formula as it is written; for the tables of 8 and of 16 a polynomial whose values are nearer
+    to their entries than to any other whole number. Adding NEAREST rounds.
     """
-    ks = begin + tl.arange(0, BLOCK_K)
-    x_at = x + (rows % M).to(tl.int64)[:, None] * x_row + ks[None, :]
-    w_at = w + (columns % N).to(tl.int64)[None, :] * w_row + ks.to(tl.int64)[:, None] * w_column
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(begin, end, BLOCK_K):
-        left = end - k
-        inside = tl.arange(0, BLOCK_K) < left
-        x_tile = tl.load(x_at, mask=inside[None, :], other=0.0)
-        w_tile = tl.load(w_at, mask=inside[:, None], other=0.0)
-        acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
-        x_at += BLOCK_K
-        w_at += BLOCK_K * w_column
-    return acc
+    if LEVELS == UNIFORM:
+        return q
+    if LEVELS == FORMULA:
+        half: tl.constexpr = 1 << (BITS - 1)
+        per_q = 127.0 / 1.5 / half + q * q * (127.0 / 3.0 / half / half / half)
+        return (q * per_q + NEAREST) - NEAREST
+    if BITS == 4:
+        per_q = C4_1 + q * (C4_2 + q * (C4_3 + q * C4_4))
+        return (q * per_q + (NEAREST + C4_0)) - NEAREST
+    per_q = C3_1 + q * (C3_2 + q * (C3_3 + q * (C3_4 + q * C3_5)))
+    return (q * per_q + (NEAREST + C3_0)) - NEAREST
 
 
 @triton.jit
-def intermediate(
-    x, down, y, bias, pivots, rows, ranks, M, K, rank, x_row, down_row, down_column, y_row,
-    PIVOTED: tl.constexpr, HAS_BIAS: tl.constexpr, EMULATE_BF16: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Return t = down[ranks] x [BLOCK_M, BLOCK_R] in y's dtype; PIVOTED: also outputs."""
-    t = product_tile(
-        x, down, rows, ranks, M, rank, 0, K, x_row, down_row, down_column,
-        BLOCK_M, BLOCK_R, BLOCK_K,
-    )  # fmt: skip
-    t = rounded(tl.where((ranks < rank)[None, :], t, 0.0), y.dtype.element_ty, EMULATE_BF16)
-    if PIVOTED:
-        store_pivots(t, y, y_row, bias, pivots, rows, ranks, M, rank, HAS_BIAS, EMULATE_BF16)
-    return t
+def field(words, high, i: tl.constexpr, BITS: tl.constexpr):
+    """Return the integers q, float32, in field i of words and of the words of their high bits.
 
-
-@triton.jit
-def second_product(t, up, ranks, columns, rank, N, up_row, up_column):
-    """Return t up[columns, ranks]ᵀ in float32."""
-    at = up + columns.to(tl.int64)[None, :] * up_row + ranks.to(tl.int64)[:, None] * up_column
-    inside = (ranks < rank)[:, None] & (columns < N)[None, :]
-    return tl.dot(t, tl.load(at, mask=inside, other=0.0), input_precision="ieee")
+    Their bits become those of a number between 2^23 and 2^24, where they stand: a mask and a
+    multiplication by a power of two, which is exact, are all that it takes.
+    """
+    low: tl.constexpr = 8 if BITS == 8 else 4 if BITS >= 4 else 2
+    more: tl.constexpr = BITS - low
+    together: tl.constexpr = 23 // low  # fields that fit the 23 bits
+    j: tl.constexpr = i % together
+    bits = (words >> (i - j) * low) & (((1 << low) - 1) << j * low)
+    if more > 0:
+        up: tl.constexpr = (j + 1) * low - i * more  # from its place in the high word
+        moved = high << up if up >= 0 else high >> -up
+        bits |= moved & (((1 << more) - 1) << (j + 1) * low)
+    number = (bits | 0x4B000000).to(tl.float32, bitcast=True)
+    unit: tl.constexpr = 1 << j * low
+    return number * (1.0 / unit) - (8388608.0 / unit + (1 << BITS - 1))

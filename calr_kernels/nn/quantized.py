@@ -6,12 +6,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from calr_kernels import eligible
+from calr_kernels import eligible, gpu
 from calr_kernels.forms import Form
 from calr_kernels.layout import Records
 from calr_kernels.native import Bound
 from calr_kernels.nn.corrective import Corrective
 from calr_kernels.quantized import dequantize, quantized_linear
+
+if gpu.AVAILABLE:
+    from calr_kernels.gpu import linears
 
 
 class QuantizedLinear(nn.Linear):
@@ -47,12 +50,14 @@ class QuantizedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer: [..., in_features] -> [..., out_features].
 
-        Few rows on a CPU, without gradients: from a second copy of the records that is made once.
+        Few rows, without gradients: from a second copy of the records that is made once.
         """
         if not torch.is_grad_enabled() and not eligible.watched() and self.fusible(input):
             records = self.records()
             if eligible.native_packed(input, records):
                 return self._bound.linears(input, (records,))[0]
+            if eligible.triton_records(input, records):
+                return linears.quantized_linear(input, records)
         y = quantized_linear(input, self.weight, self.form, self.bias)
         return y if self.corrective is None else y + self.corrective(input)
 

@@ -3,13 +3,14 @@
     python -m calr_kernels.tools.aot --arch sm_80,sm_90,sm_100,gfx942 [--set small] [--json FILE]
 
 Needs no GPU and no driver. The launches are those that `calr_kernels.gpu` makes for real layer
-shapes, with the tiles that the chooser picks. Exits with 1 on a spill, on a limit exceeded, or on a
-16-bit tile of 64 rows or more without wgmma on sm_90.
+shapes; what compiles to the same code is compiled once. Exits with 1 on a spill, on a limit
+exceeded, where matrix-vector products read weights in less than 16 bytes at a time, where float32
+is multiplied in TF32, or where second moments get no wgmma on sm_90.
 """
 
 import argparse
 import contextlib
-import dataclasses
+import importlib
 import json
 import multiprocessing
 import re
@@ -21,29 +22,43 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-from calr_kernels.gpu import launches, plans
-from calr_kernels.gpu.gram import gram
-from calr_kernels.gpu.plans import ARCHS, Arch
-from calr_kernels.layout import LAYOUTS, rank_at
+from calr_kernels.forms import Form
+from calr_kernels.gpu import launch, linears
+from calr_kernels.gpu.arch import ARCHS, Arch
+from calr_kernels.gpu.gram import gram, run_gram
+from calr_kernels.layout import LAYOUTS, Records, rank_at
 
 MODELS = {  # (out_features, in_features) of the linear layers
     "SmolLM2-135M": [(576, 576), (192, 576), (1536, 576), (576, 1536)],
     "Llama-3.2-1B": [(2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)],
     "Llama-3-8B": [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)],
-    "Qwen3-8B": [(4096, 4096), (1024, 4096), (12288, 4096), (4096, 12288)],
 }
 KEEPS = (0.8, 0.5)
-ROWS = (1, 4, 16, 64, 512, 4096)
-CORRECTIVE = 64  # a separate corrective path is on_chip's case
+ROWS = (1, 2, 3, 4, 16, 64, 512)
+FORMS = {
+    "int3": Form(3, "table", 64, corrective_rank=16),
+    "int4": Form(4, "table", 32, corrective_rank=16),
+    "int4 uniform": Form(4, "uniform", 64),
+    "int5": Form(5, "formula", 64, corrective_rank=16),
+    "int6": Form(6, "formula", 64),
+    "int8": Form(8, "uniform", 32, corrective_rank=16),
+}
+SMALL = ("int4", "int5", "int8")
 GRAMS = (576, 4096, 14336)  # in_features, for xᵀx over 8192 rows
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
+    torch.int16: "*i16", torch.uint8: "*u8",
+}  # fmt: skip
+VECTOR = ("gemv", "quantized_gemv")  # products with few rows: 16 bytes of weights at a time
 MATRIX = {  # instruction of the matrix unit: pattern in the disassembly
     "wgmma": r"\bHGMMA",
     "tcgen05": r"\bUTC\w*MMA",
@@ -54,15 +69,13 @@ MATRIX = {  # instruction of the matrix unit: pattern in the disassembly
 
 @dataclass(frozen=True)
 class Case:
-    """One call to compile: a layer shape at a number of rows, for one GPU."""
+    """One call to compile: a layer of a form at a number of rows, for one GPU."""
 
-    op: str
-    model: str
+    form: str  # pivoted, two_factor, a name in FORMS, or "second moments"
     m: int
     n: int
     k: int
     r: int
-    pivoted: bool
     dtype: str
     arch: str
 
@@ -71,102 +84,105 @@ class Case:
 class Launch:
     """One kernel launch as recorded: all that determines its compilation."""
 
-    kernel: Any
+    module: str
+    name: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[int, ...]
-    warps: int
-    stages: int
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def kernel(self) -> Any:
+        """The function that is launched."""
+        return getattr(importlib.import_module(self.module), self.name)
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Collect the launches that `calr_kernels.gpu` would make, instead of making them."""
+def recording(arch: Arch) -> Iterator[list[Launch]]:
+    """Collect the launches that `calr_kernels.gpu` would make on a GPU, instead of making them."""
     found: list[Launch] = []
-    real: Any = vars(launches)["launch"]
-    vars(launches)["launch"] = lambda kernel, grid, *arguments, **constants: found.append(
-        _recorded(kernel, arguments, **constants)
-    )
-    try:
+
+    def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        found.append(_recorded(kernel, arguments, **constants))
+
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(launch, "device_arch", lambda device: arch),
+    ):
         yield found
-    finally:
-        vars(launches)["launch"] = real
 
 
-def _recorded(
-    kernel: Any, arguments: tuple[Any, ...], num_warps: int, num_stages: int, **constants: Any
-) -> Launch:
+def _recorded(kernel: Any, arguments: tuple[Any, ...], **constants: Any) -> Launch:
     """Describe a launch as the launcher would specialise it."""
-    signature, fixed, aligned = [], dict(constants), []
-    for index, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+    fixed = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature, aligned = [], []
+    for index, value in enumerate(arguments):
+        parameter = kernel.params[index]
         if isinstance(value, Tensor):
-            signature.append((name, POINTERS[value.dtype]))
+            signature.append((parameter.name, POINTERS[value.dtype]))
             aligned.append(index)
-        elif value == 1:
-            fixed[name] = 1
+        elif value == 1 and not parameter.do_not_specialize:
+            fixed[parameter.name] = 1
         else:
-            signature.append((name, "i32" if value < 2**31 else "i64"))
-            if value % 16 == 0:
+            signature.append((parameter.name, "i32" if value < 2**31 else "i64"))
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 aligned.append(index)
+    chosen = {name: value for name, value in constants.items() if name not in kernel.arg_names}
     return Launch(
-        kernel,
+        kernel.__module__,
+        kernel.__name__,
         tuple(signature),
         tuple(sorted(fixed.items())),
         tuple(aligned),
-        num_warps,
-        num_stages,
+        tuple(sorted(chosen.items())),
     )
 
 
-def launches_of(case: Case) -> tuple[str, float, list[Launch]]:
-    """Return how a case runs, the modelled seconds, and its launches (none: library products)."""
-    arch, dtype = ARCHS[case.arch], getattr(torch, case.dtype)
+def launches_of(case: Case) -> list[Launch]:
+    """Return the launches of a case."""
+    dtype = getattr(torch, case.dtype)
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    with recording() as found:
-        if case.op == "gram":
-            launches.gram(tensor(case.m, case.k), arch=arch)
-            return "gram", 0.0, found
-        rows = case.n - case.r if case.pivoted else case.n
-        plan = plans.plan(
-            plans.bucket(case.m), rows, case.k, case.r, dtype.itemsize, arch, case.pivoted
-        )
-        launches.lowrank_linear(
-            tensor(case.m, case.k),
-            tensor(case.r, case.k),
-            tensor(rows, case.r),
-            tensor(case.r, dtype=torch.int32) if case.pivoted else None,
-            None,
-            plan=plan,
-        )
-    return plan.kind, plan.seconds, found
+    x = tensor(case.m, case.k)
+    with recording(ARCHS[case.arch]) as found:
+        if case.form == "second moments":
+            run_gram(x)
+        elif case.form in FORMS:
+            form = FORMS[case.form]
+            weight = tensor(*form.shape(case.n, case.k), dtype=torch.uint8)
+            paths = (tensor(case.r, case.k), tensor(case.r, case.n)) if case.r else ()
+            linears.quantized_linear(x, Records(weight, form, case.k, None, *paths))
+        else:
+            pivots = tensor(case.r, dtype=torch.int32) if case.form == "pivoted" else None
+            up = tensor(case.n - (0 if pivots is None else case.r), case.r)
+            linears.lowrank_linear(x, tensor(case.r, case.k), up, pivots, None)
+    return found
 
 
-def compile_launch(launch: Launch, arch: Arch) -> dict[str, Any]:
+def compile_launch(made: Launch, arch: Arch) -> dict[str, Any]:
     """Compile one launch for a GPU: registers, spilled bytes, shared memory, instructions."""
-    function = launch.kernel
-    constants = dict(launch.constants)
-    signature = {name: "constexpr" for name in function.arg_names} | dict(launch.signature)
+    function = made.kernel
+    constants = dict(made.constants)
+    signature = {name: "constexpr" for name in function.arg_names} | dict(made.signature)
     source = ASTSource(
         function,
         signature,
         constexprs={name: constants[name] for name in function.arg_names if name in constants},
-        attrs={(index,): [["tt.divisibility", 16]] for index in launch.aligned},
+        attrs={(index,): [["tt.divisibility", 16]] for index in made.aligned},
     )
+    options = dict(made.options)
     compiled = triton.compile(
-        source,
-        target=GPUTarget(arch.backend, arch.version, arch.warp),
-        options=launches.options(launch.warps, launch.stages),
+        source, target=GPUTarget(arch.backend, arch.version, arch.warp), options=options
     )
     found = _amd(compiled.asm["amdgcn"]) if arch.backend == "hip" else _nvidia(compiled.asm)
-    return found | {"shared": compiled.metadata.shared, "threads": launch.warps * arch.warp}
+    threads = options["num_warps"] * arch.warp
+    return found | {"shared": compiled.metadata.shared, "threads": threads}
 
 
-def faults(launch: Launch, found: dict[str, Any], arch: Arch) -> list[str]:
+def faults(made: Launch, found: dict[str, Any], arch: Arch) -> list[str]:
     """List what is wrong with a compiled launch; empty when it is clean."""
-    constants = dict(launch.constants)
     wrong = []
     if found["spilled"]:
         wrong.append(f"spills {found['spilled']} bytes")
@@ -177,9 +193,11 @@ def faults(launch: Launch, found: dict[str, Any], arch: Arch) -> list[str]:
         wrong.append(f"needs {found['registers']} registers, has {limit}")
     if arch.backend == "cuda" and found["registers"] * found["threads"] > 65536:
         wrong.append("needs more registers than a processor has")
-    tall = constants.get("BLOCK_M", 0) >= 64 and launch.kernel is not gram
-    wide = ("x", "*fp32") not in launch.signature
-    if arch.name == "sm_90" and tall and wide and not found["matrix"].get("wgmma"):
+    if made.name in VECTOR and (found["narrow_loads"] or not found["wide_loads"]):
+        wrong.append("reads weights in less than 16 bytes at a time")
+    if arch.backend == "cuda" and ("x", "*fp32") in made.signature and found["matrix"]:
+        wrong.append("multiplies float32 in TF32")
+    if arch.name == "sm_90" and made.name == gram.__name__ and not found["matrix"].get("wgmma"):
         wrong.append("has 64 rows but no wgmma")
     return wrong
 
@@ -188,52 +206,35 @@ def cases(small: bool, archs: list[str]) -> list[Case]:
     """List what to compile: every layer shape, or the least that reaches every kernel."""
     found = []
     for arch in archs:
-        for model, shapes in MODELS.items():
-            if small and model != "Llama-3-8B":
-                continue
-            for (n, k), keep, m in (
-                (shape, keep, m)
-                for shape in (shapes[:1] if small else shapes)
-                for keep in (KEEPS[1:] if small else KEEPS)
-                for m in ((1, 16, 512) if small else ROWS)
-            ):
+        shapes = {shape for model in MODELS.values() for shape in model}
+        for n, k in [(4096, 4096)] if small else sorted(shapes):
+            for m in (1, 4, 16, 512) if small else ROWS:
                 for layout in LAYOUTS:
-                    r = int(rank_at(layout, n, k, keep)) // 8 * 8
-                    pivoted = layout == "pivoted"
-                    found.append(Case("layer", model, m, n, k, r, pivoted, "bfloat16", arch))
-        found.append(
-            Case("layer", "corrective", 16384, 4096, 4096, CORRECTIVE, False, "bfloat16", arch)
-        )
-        found.append(Case("layer", "float32", 64, 4096, 4096, 1024, True, "float32", arch))
+                    for keep in KEEPS[1:] if small else KEEPS:
+                        r = int(rank_at(layout, n, k, keep)) // 8 * 8
+                        found.append(Case(layout, m, n, k, r, "bfloat16", arch))
+                for name in SMALL if small else FORMS:
+                    r = FORMS[name].corrective_rank
+                    found.append(Case(name, m, n, k, r, "bfloat16", arch))
+        found.append(Case("pivoted", 4, 4096, 4096, 1024, "float32", arch))
+        found.append(Case("int4", 4, 4096, 4096, 16, "float32", arch))
         found += [
-            Case("gram", "second moments", 8192, k, k, 0, False, "bfloat16", arch)
+            Case("second moments", 8192, k, k, 0, "bfloat16", arch)
             for k in (GRAMS[1:2] if small else GRAMS)
         ]
     return found
 
 
-def report(case: Case) -> dict[str, Any]:
-    """Compile all launches of a case and return its row."""
-    arch = ARCHS[case.arch]
-    kind, seconds, made = launches_of(case)
-    found = [compile_launch(launch, arch) for launch in made]
-    itemsize = getattr(torch, case.dtype).itemsize
-    row: dict[str, Any] = dataclasses.asdict(case) | {"runs": kind, "launches": []}
-    for launch, compiled in zip(made, found, strict=True):
-        blocks = {name: v for name, v in launch.constants if name.startswith(("BLOCK", "SPLIT"))}
-        row["launches"].append(
-            {"kernel": launch.kernel.__name__, "tiles": blocks, "warps": launch.warps}
-            | compiled
-            | {"faults": faults(launch, compiled, arch)}
-        )
-    if case.op == "layer":
-        rows = case.n - case.r if case.pivoted else case.n
-        sizes = (case.m, rows, case.k, case.r, itemsize)
-        row["bytes"] = plans.plan_bytes(*sizes, arch, case.pivoted)
-        row["least_bytes"] = plans.minimum_bytes(*sizes, case.pivoted)
-        row["modelled_seconds"] = seconds
-        row["roofline_seconds"] = plans.roofline_seconds(*sizes, arch, case.pivoted)
-    return row
+def report(launched: tuple[Launch, Arch]) -> dict[str, Any]:
+    """Compile a launch for a GPU and return its row."""
+    made, arch = launched
+    compiled = compile_launch(made, arch)
+    return (
+        {"arch": arch.name, "kernel": made.name, "constants": dict(made.constants)}
+        | {"dtype": next(kind[1:] for _, kind in made.signature if kind.startswith("*"))}
+        | compiled
+        | {"faults": faults(made, compiled, arch)}
+    )
 
 
 def main() -> int:
@@ -251,44 +252,34 @@ def main() -> int:
             parser.error(f"--arch {name}: unknown; choose from {', '.join(ARCHS)}")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set; unset it to compile")
-    todo = cases(arguments.set == "small", archs)
+    made = {
+        (launched, ARCHS[case.arch]): None
+        for case in cases(arguments.set == "small", archs)
+        for launched in launches_of(case)
+    }
     rows = []
     with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
-        for number, row in enumerate(pool.map(report, todo), 1):
+        for number, row in enumerate(pool.map(report, made), 1):
             rows.append(row)
-            print(f"[{number}/{len(todo)}] {describe(row)}", flush=True)
+            print(f"[{number}/{len(made)}] {describe(row)}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
-    wrong = sum(bool(launch["faults"]) for row in rows for launch in row["launches"])
-    print(f"{sum(len(row['launches']) for row in rows)} launches compiled, {wrong} with faults")
+    wrong = sum(bool(row["faults"]) for row in rows)
+    print(f"{len(rows)} kernels compiled, {wrong} with faults")
     return 1 if wrong else 0
 
 
 def describe(row: dict[str, Any]) -> str:
-    """Format a row: the case, then one line per launch."""
-    layout = "" if row["op"] == "gram" else " pivoted" if row["pivoted"] else " two_factor"
-    head = (
-        f"{row['arch']} {row['model']} {row['dtype']} {row['m']}x{row['k']}->{row['n']} "
-        f"rank {row['r']}{layout}: {row['runs']}"
+    """Format a row: a line a kernel."""
+    constants = " ".join(f"{name}={int(value)}" for name, value in row["constants"].items())
+    matrix = " ".join(f"{name}:{count}" for name, count in row["matrix"].items()) or "none"
+    fault = "; ".join(row["faults"])
+    return (
+        f"{row['arch']} {row['kernel']} {row['dtype']} {constants} registers={row['registers']} "
+        f"spilled={row['spilled']} shared={row['shared']} matrix={matrix} "
+        f"wide={row['wide_loads']} async={row['asynchronous']}"
+        + (f"  FAULT: {fault}" if fault else "")
     )
-    if "modelled_seconds" in row:
-        head += (
-            f", {row['bytes'] / row['least_bytes']:.2f} of the least bytes, modelled "
-            f"{1e6 * row['modelled_seconds']:.1f} us, "
-            f"roofline {1e6 * row['roofline_seconds']:.1f} us"
-        )
-    lines = [head]
-    for launch in row["launches"]:
-        sizes = " ".join(f"{name}={value}" for name, value in launch["tiles"].items())
-        matrix = " ".join(f"{name}:{count}" for name, count in launch["matrix"].items()) or "none"
-        fault = "; ".join(launch["faults"])
-        lines.append(
-            f"    {launch['kernel']:10} {sizes} warps={launch['warps']} "
-            f"registers={launch['registers']} spilled={launch['spilled']} "
-            f"shared={launch['shared']} matrix={matrix} wide={launch['wide_loads']} "
-            f"async={launch['asynchronous']}" + (f"  FAULT: {fault}" if fault else "")
-        )
-    return "\n".join(lines)
 
 
 def _nvidia(asm: dict[str, Any]) -> dict[str, Any]:
@@ -307,6 +298,8 @@ def _nvidia(asm: dict[str, Any]) -> dict[str, Any]:
         "spilled": int(stack[1]),
         "matrix": _matrix(text),
         "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\S*\.128", text)),
+        # evict-first, as weights are; the high bits of 32 of them take 4 to 8 bytes
+        "narrow_loads": len(re.findall(r"\bLDG\.E\.EF(?!\.(?:128|64))", text)),
         "asynchronous": len(re.findall(r"\b(?:LDGSTS|UTMALDG)", text)),
     }
 
@@ -324,6 +317,7 @@ def _amd(text: str) -> dict[str, Any]:
         "spilled": footer("private_segment_fixed_size"),
         "matrix": _matrix(text),
         "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4", text)),
+        "narrow_loads": 0,  # not told from loads of scales and inputs
         "asynchronous": len(re.findall(r"\bbuffer_load\S* .*\blds\b", text)),
     }
 

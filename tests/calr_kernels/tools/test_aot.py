@@ -7,11 +7,17 @@ import sys
 
 import pytest
 
+GPUS = {"sm_80", "sm_90", "sm_100", "gfx942"}
+
+
+def run(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
 
 def aot(*arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "calr_kernels.tools.aot", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return run("-m", "calr_kernels.tools.aot", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -24,26 +30,43 @@ def rows(tmp_path_factory):
 
 
 def test_every_kernel_compiles_cleanly_for_every_gpu(rows):
-    launches = [launch for row in rows for launch in row["launches"]]
-    assert {launch["kernel"] for launch in launches} >= {"product", "rank_split", "on_chip", "gram"}
-    assert {row["arch"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert not any(launch["faults"] or launch["spilled"] for launch in launches)
+    every = {
+        "gemv", "interleave", "quantized_gemv", "quantized_product", "finish", "dequantize", "gram",
+    }  # fmt: skip
+    assert {(row["kernel"], row["arch"]) for row in rows} == {
+        (k, gpu) for k in every for gpu in GPUS
+    }
+    assert not any(row["faults"] or row["spilled"] for row in rows)
 
 
-def test_matrix_units_and_wide_loads_are_used(rows):
-    unit = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+def test_matrix_units_are_used(rows):
+    tall = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
     for row in rows:
-        for launch in row["launches"]:
-            assert launch["wide_loads"] > 0, row
-            if row["dtype"] == "bfloat16" and launch["tiles"].get("BLOCK_M", 64) >= 64:
-                assert launch["matrix"].get(unit[row["arch"]]), row
+        if row["kernel"] in ("quantized_product", "gram") and row["dtype"] == "bf16":
+            units = {tall[row["arch"]], "mma"} if row["kernel"] != "gram" else {tall[row["arch"]]}
+            assert units & set(row["matrix"]), row
 
 
-def test_plans_move_little_more_than_the_least_and_are_not_faster_than_possible(rows):
-    for row in rows:
-        if row["op"] == "layer":
-            assert row["modelled_seconds"] > row["roofline_seconds"]
-            assert 1 <= row["bytes"] / row["least_bytes"] < 1.5
+def test_matrix_vector_products_read_16_bytes_at_a_time(rows):
+    vector = [row for row in rows if row["kernel"] in ("gemv", "quantized_gemv")]
+    assert vector
+    assert all(row["wide_loads"] > 0 for row in vector)
+
+
+COUNT = """
+from calr_kernels.tools import aot
+made = [
+    launch
+    for r in range(1040, 2040, 8)
+    for launch in aot.launches_of(aot.Case("pivoted", 1, 4096, 4096, r, "bfloat16", "sm_90"))
+]
+print(len(made), len(set(made)))
+"""
+
+
+def test_layers_of_any_rank_share_their_kernels():
+    """What is compiled depends on types and rows, not on ranks: a model starts in seconds."""
+    assert run("-c", COUNT).stdout.split() == ["250", "2"]
 
 
 def test_an_unknown_gpu_is_named():

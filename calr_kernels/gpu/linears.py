@@ -1,0 +1,119 @@
+"""Which kernels a layer runs on, on a GPU, by the rows of its input.
+
+Up to 4 rows the weights are what takes time, and matrix-vector kernels read them once. With more,
+the vendor's products of low-rank factors were faster than every kernel of ours that was measured,
+and are used. Quantised weights of 16-bit inputs go to the matrix units in registers up to 64 rows;
+otherwise they are made numbers before the vendor's product. Shapes are trusted: `calr_kernels.ops`
+and `.quantized` check them, and `calr_kernels.eligible` the rest.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from calr_kernels.forms import CORRECTIVE
+from calr_kernels.gpu import gemv, quantized_gemv, quantized_product
+from calr_kernels.gpu.dequantize import run_dequantize
+from calr_kernels.gpu.interleave import places, run_interleave
+from calr_kernels.gpu.kept import kept
+from calr_kernels.gpu.packing import pack
+from calr_kernels.layout import Records
+
+BUFFER = 1 << 27  # bytes of quantised weights that are numbers at a time
+
+
+def lowrank_linear(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    pivots: Tensor | None,
+    bias: Tensor | None,
+    *,
+    emulate_bf16: bool = False,
+) -> Tensor:
+    """Compute what `calr_kernels.lowrank_linear` and `pivoted_linear` do; pivots must ascend.
+
+    emulate_bf16: float32 tensors that hold bfloat16 values are rounded as bfloat16 would be (the
+    interpreter cannot compute in bfloat16).
+    """
+    rows = _rows(x)
+    r, n = down.shape[0], up.shape[0] + (0 if pivots is None else down.shape[0])
+    whole = down.is_contiguous() and up.is_contiguous()
+    if len(rows) > gemv.MOST_ROWS or not whole:
+        t = linear(rows, down)
+        y = (
+            linear(t, up, bias)
+            if pivots is None
+            else run_interleave(t, linear(t, up), pivots, bias, emulate_bf16=emulate_bf16)
+        )
+        return y.view(*x.shape[:-1], n)
+    y, t = x.new_empty(len(rows), n), x.new_empty(len(rows), r)
+    if pivots is None:
+        gemv.run_gemv(rows, down, t, emulate_bf16=emulate_bf16)
+        gemv.run_gemv(t, up, y, bias=bias, emulate_bf16=emulate_bf16)
+    else:
+        others, _ = kept(pivots, places, n)
+        gemv.run_gemv(rows, down, y, t=t, goal=pivots, bias=bias, emulate_bf16=emulate_bf16)
+        if n > r:
+            gemv.run_gemv(t, up, y, goal=others, bias=bias, emulate_bf16=emulate_bf16)
+    return y.view(*x.shape[:-1], n)
+
+
+def quantized_linear(x: Tensor, layer: Records, *, emulate_bf16: bool = False) -> Tensor:
+    """Compute what `calr_kernels.nn.QuantizedLinear` does, its corrective path included.
+
+    In kernels of ours the sum of both paths rounds to x's dtype once. emulate_bf16: see above.
+    """
+    rows, n = _rows(x), layer.out_features
+    t, up = None, None
+    if layer.corrective_down is not None and layer.corrective_up is not None:
+        down = _numbers(layer.corrective_down, layer.in_features, x.dtype)
+        up = _numbers(layer.corrective_up, n, x.dtype)
+        t = _intermediate(rows, down, emulate_bf16)
+    few = len(rows) <= quantized_gemv.MOST_ROWS
+    # float32 is the vendor's: for Blackwell, Triton makes TF32 of products asked for in full
+    exact = x.dtype is torch.float32 and not emulate_bf16
+    if len(rows) > quantized_product.MOST_ROWS or (exact and not few):
+        y = _streamed(rows, layer)
+        if t is not None and up is not None:
+            y = torch.addmm(y, t, up)
+        return y.view(*x.shape[:-1], n)
+    y = x.new_empty(len(rows), n)
+    weight = kept(layer.weight, pack, layer.form, layer.in_features)
+    run = quantized_gemv.run_quantized_gemv if few else quantized_product.run_quantized_product
+    run(rows, weight, y, t=t, up=up, bias=layer.bias, emulate_bf16=emulate_bf16)
+    return y.view(*x.shape[:-1], n)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """View [..., K] as [M, K] of unit column stride."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _intermediate(rows: Tensor, down: Tensor, emulate_bf16: bool) -> Tensor:
+    """Return down x [M, c] of a corrective path."""
+    if len(rows) > gemv.MOST_ROWS:
+        return linear(rows, down)
+    t = rows.new_empty(len(rows), len(down))
+    gemv.run_gemv(rows, down, t, emulate_bf16=emulate_bf16)
+    return t
+
+
+def _numbers(factor: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return a factor [c, columns] of a corrective path as numbers."""
+    if factor.dtype == torch.uint8:
+        return kept(factor, run_dequantize, CORRECTIVE, columns, dtype)
+    return factor.contiguous()
+
+
+def _streamed(rows: Tensor, layer: Records) -> Tensor:
+    """Return x ŵᵀ + bias [M, N], ŵ in numbers a part at a time."""
+    size = max(1, BUFFER // (layer.in_features * rows.itemsize))
+    parts = []
+    for first in range(0, layer.out_features, size):
+        here = slice(first, first + size)
+        weights = run_dequantize(layer.weight[here], layer.form, layer.in_features, rows.dtype)
+        bias = None if layer.bias is None else layer.bias[here]
+        parts.append(linear(rows, weights, bias))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
