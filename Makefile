@@ -22,10 +22,10 @@ lint: .venv/developed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-gpu: .venv/developed .venv/model  ## on a machine with a GPU: test, tune and measure there
-	$(BIN)/python -m pytest --device cuda
-	$(BIN)/python -m calr_kernels.tools.tune bench/results/tuned.json
-	CALR_TUNED=bench/results/tuned.json $(BIN)/python bench/kernels.py --device cuda
+gpu: .venv/developed .venv/model  ## on a machine with a GPU: test the kernels and measure them there
+	$(BIN)/python -m pytest --device cuda tests/calr_kernels
+	$(BIN)/python bench/chains.py
+	$(BIN)/python bench/kernels.py --device cuda
 
 gpu-large: .venv/developed  ## compress the largest model that a GPU and demo/large have room for
 	$(BIN)/python bench/large.py --largest --device cuda --correction_tokens 65536 --work demo/large

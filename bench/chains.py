@@ -4,18 +4,19 @@
 
 Blocks of Llama-3-8B's and Llama-3.2-1B's shapes, three of them so that weights do not stay in the
 L2 cache, run as a chain in bfloat16: "dense" as seven layers, "dense, grouped" with q, k and v one
-product and gate and up another, which is the base of all ratios; pivoted layers at keep 0.5 and 0.8;
-quantised ones, with corrective paths of rank 16 in 8 bits; for comparison two of the vendor's
+product and gate and up another, which is the base of all ratios; pivoted layers at keep 0.5 and
+0.8; quantised ones, with corrective paths of rank 16 in 8 bits; for comparison two of the vendor's
 products on two factors. All sides are captured and replayed by turns in one process; the table has
 medians in microseconds a block, how many times as fast as the base that is, and how many times as
-long as reading the weights takes at the rate of a copy on this GPU. Writes bench/results/chains.json.
---device cpu runs every side once, small and without a graph, and times nothing.
+long as reading the weights takes at the rate of a copy on this GPU. Writes chains.json in
+bench/results. Needs a GPU.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from decode import random_records
@@ -31,7 +32,6 @@ OUTPUT = Path("bench/results/chains.json")
 MODELS = {  # groups of layers that share an input: (rows of each, columns)
     "8B": [((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336)],
     "1B": [((2048, 512, 512), 2048), ((2048,), 2048), ((8192, 8192), 2048), ((2048,), 8192)],
-    "tiny": [((96, 32, 32), 64), ((64,), 96)],
 }
 FORMS = {
     "8 bits, rank 16": Form(8, "uniform", 64, corrective_rank=16),
@@ -42,8 +42,14 @@ FORMS = {
 }
 KEEPS, BLOCKS, RANK_STEP = (0.5, 0.8), 3, 16
 GROUPED = "dense, grouped"
-Chain = Callable[[], object]
 Groups = list[tuple[tuple[int, ...], int]]
+
+
+class Chain(NamedTuple):
+    """BLOCKS blocks, one layer after another, and the bytes of a block's tensors."""
+
+    run: Callable[[], None]
+    nbytes: int
 
 
 def quantized(n: int, k: int, form: Form, device: str) -> nn.Module:
@@ -66,7 +72,7 @@ def lowrank(n: int, k: int, keep: float, layout: str, device: str) -> nn.Module:
 
 
 def chain(groups: Groups, xs: list[Tensor], make: Callable[[int, int], nn.Module]) -> Chain:
-    """Return a function that runs every layer of BLOCKS blocks once."""
+    """Make a chain of layers, each made of its rows and columns."""
     layers = [
         (x, make(n, k)) for _ in range(BLOCKS) for x, (ns, k) in zip(xs, groups, strict=True)
         for n in ns
@@ -76,9 +82,9 @@ def chain(groups: Groups, xs: list[Tensor], make: Callable[[int, int], nn.Module
         for x, layer in layers:
             layer(x)
 
-    run.bytes = sum(tensor.nbytes for _, layer in layers[: len(layers) // BLOCKS]  # type: ignore[attr-defined]
-                    for tensor in [*layer.parameters(), *layer.buffers()])  # fmt: skip
-    return run
+    block = [layer for _, layer in layers[: len(layers) // BLOCKS]]
+    tensors = [t for layer in block for t in (*layer.parameters(), *layer.buffers())]
+    return Chain(run, sum(tensor.nbytes for tensor in tensors))
 
 
 def sides(groups: Groups, rows: int, device: str) -> dict[str, Chain]:
@@ -106,7 +112,7 @@ def sides(groups: Groups, rows: int, device: str) -> dict[str, Chain]:
     return found
 
 
-def captured(run: Chain) -> torch.cuda.CUDAGraph:
+def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """Capture a chain, after it has compiled and packed what it needs."""
     with torch.cuda.stream(torch.cuda.Stream()):
         run()
@@ -155,16 +161,9 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["8B", "1B"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 64, 256, 2048])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    if arguments.device == "cpu":
-        for rows in arguments.rows:
-            for name, run in sides(MODELS["tiny"], rows, "cpu").items():
-                run()
-                print(f"{name}, {rows} rows: runs")
-        return
     rate, kept = copy_rate(), []
     print(f"{torch.cuda.get_device_name()}, a copy moves {rate / 1e12:.2f} TB/s")
     print("| model | rows | | µs a block | times grouped dense | times reading |")
@@ -172,16 +171,17 @@ def main() -> None:
     for model in arguments.model:
         for rows in arguments.rows:
             made = sides(MODELS[model], rows, "cuda")
-            times = by_turns({name: captured(run) for name, run in made.items()}, arguments.rounds)
+            times = by_turns(
+                {name: captured(side.run) for name, side in made.items()}, arguments.rounds
+            )
             base = statistics.median(times[GROUPED])
             for name, found in times.items():
-                us, reading = statistics.median(found), made[name].bytes / rate * 1e6
-                print(
-                    f"| {model} | {rows} | {name} | {us:.1f} | {base / us:.2f} | {us / reading:.2f} |"
-                )
+                us, reading = statistics.median(found), made[name].nbytes / rate * 1e6
+                ratios = f"{base / us:.2f} | {us / reading:.2f}"
+                print(f"| {model} | {rows} | {name} | {us:.1f} | {ratios} |")
                 kept.append(
                     {"model": model, "rows": rows, "form": name, "microseconds": us}
-                    | {"fastest": min(found), "slowest": max(found), "bytes": made[name].bytes}
+                    | {"fastest": min(found), "slowest": max(found), "bytes": made[name].nbytes}
                 )  # fmt: skip
             write_json(arguments.output, {"gpu": torch.cuda.get_device_name(), "cells": kept})
 

@@ -21,6 +21,11 @@ class Arch:
     shared: int
 
     @property
+    def assembles(self) -> bool:
+        """Whether kernels may hold NVIDIA's assembly: not in the interpreter."""
+        return self.backend == "cuda" and int(self.version) > 0
+
+    @property
     def overlaps(self) -> bool:
         """Whether a kernel may start before the one that it depends on has ended (NVIDIA's
         programmatic dependent launch, from Hopper on)."""

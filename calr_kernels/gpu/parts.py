@@ -4,6 +4,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from calr_kernels.forms import Form
+from calr_kernels.gpu.arch import Arch
+
 LEVELS = {"uniform": 0, "formula": 1, "table": 2}  # as kernels take them
 UNIFORM, FORMULA = tl.constexpr(0), tl.constexpr(1)
 # of the tables, powers 0 to 4 and 5 of q: off by at most 0.17 (8 entries) and 0.49 (16)
@@ -11,7 +14,39 @@ C3_0, C3_1, C3_2 = tl.constexpr(2.0), tl.constexpr(24.69694), tl.constexpr(0.106
 C3_3, C3_4, C3_5 = tl.constexpr(0.2746599), tl.constexpr(0.05697279), tl.constexpr(0.02840136)
 C4_0, C4_1, C4_2 = tl.constexpr(1.0), tl.constexpr(11.42644), tl.constexpr(0.01887354)
 C4_3, C4_4 = tl.constexpr(0.08171047), tl.constexpr(0.001072552)
+# 8 nibbles to 8 numbers 2^23 + 128 + level: bytes 0 to 7 and 8 to 15 of the table by the nibbles'
+# low bits, of both the one that a nibble's highest bit says, and each under a float32's exponent
+SIXTEEN = tl.constexpr(
+    """{
+    .reg .b32 low, high, first, second, four;
+    and.b32 low, $8, 0x77777777;
+    shr.u32 high, $8, 1;
+    and.b32 high, high, 0x44444444;
+    or.b32 high, high, 0x32103210;
+    prmt.b32 first, 0x3f2d1801, 0x766a5d4f, low;
+    prmt.b32 second, 0xa6998d81, 0xf1d9c5b5, low;
+    prmt.b32 four, first, second, high;
+    prmt.b32 $0, four, 0x4b000000, 0x7650;
+    prmt.b32 $1, four, 0x4b000000, 0x7651;
+    prmt.b32 $2, four, 0x4b000000, 0x7652;
+    prmt.b32 $3, four, 0x4b000000, 0x7653;
+    shr.u32 low, low, 16;
+    shr.u32 high, high, 16;
+    prmt.b32 first, 0x3f2d1801, 0x766a5d4f, low;
+    prmt.b32 second, 0xa6998d81, 0xf1d9c5b5, low;
+    prmt.b32 four, first, second, high;
+    prmt.b32 $4, four, 0x4b000000, 0x7650;
+    prmt.b32 $5, four, 0x4b000000, 0x7651;
+    prmt.b32 $6, four, 0x4b000000, 0x7652;
+    prmt.b32 $7, four, 0x4b000000, 0x7653;
+    }"""
+)
 NEAREST = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding it leaves a float32 no fraction
+
+
+def looks_up(arch: Arch, form: Form) -> bool:
+    """Tell whether kernels look levels up: those of the table of sixteen, on NVIDIA's GPUs."""
+    return arch.assembles and form.bits == 4 and form.levels == "table"
 
 
 @triton.jit
@@ -60,18 +95,44 @@ def level(q, BITS: tl.constexpr, LEVELS: tl.constexpr):
 def field(words, high, i: tl.constexpr, BITS: tl.constexpr):
     """Return the integers q, float32, in field i of words and of the words of their high bits.
 
-    Their bits become those of a number between 2^23 and 2^24, where they stand: a mask and a
-    multiplication by a power of two, which is exact, are all that it takes.
+    Their bits become those of a number between 2^23 and 2^24, where they stand: a mask, which
+    leaves the exponent, and a multiplication by a power of two, which is exact, are all it takes.
     """
     low: tl.constexpr = 8 if BITS == 8 else 4 if BITS >= 4 else 2
     more: tl.constexpr = BITS - low
     together: tl.constexpr = 23 // low  # fields that fit the 23 bits
     j: tl.constexpr = i % together
-    bits = (words >> (i - j) * low) & (((1 << low) - 1) << j * low)
+    # of all fields that fit together at once, and then of one
+    bits = ((words >> (i - j) * low) & ((1 << together * low) - 1)) | 0x4B000000
+    bits &= (((1 << low) - 1) << j * low) | -0x800000
     if more > 0:
         up: tl.constexpr = (j + 1) * low - i * more  # from its place in the high word
         moved = high << up if up >= 0 else high >> -up
         bits |= moved & (((1 << more) - 1) << (j + 1) * low)
-    number = (bits | 0x4B000000).to(tl.float32, bitcast=True)
+    number = bits.to(tl.float32, bitcast=True)
     unit: tl.constexpr = 1 << j * low
     return number * (1.0 / unit) - (8388608.0 / unit + (1 << BITS - 1))
+
+
+@triton.jit
+def sixteen(words, ASSEMBLY: tl.constexpr):
+    """Return for each field of words, codes of 4 bits, 2^23 + 128 + its level in the table, as the
+    bits of a float32; without ASSEMBLY (NVIDIA's) nothing of use."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            SIXTEEN, "=r,=r,=r,=r,=r,=r,=r,=r,r", [words],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    return (words, words, words, words, words, words, words, words)
+
+
+@triton.jit
+def levels_of(
+    words, high, looked_up, i: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Return the levels, float32, in field i of words: those looked up, or computed."""
+    if ASSEMBLY:
+        return looked_up[i].to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
+    return level(field(words, high, i, BITS), BITS, LEVELS)

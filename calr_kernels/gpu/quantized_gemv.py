@@ -1,6 +1,7 @@
 """Few rows times a quantised matrix, and the corrective path beside it, in one pass.
 
-y[m, n] = Σ_k (level · scale)[n, k] x[m, k] (+ Σ_c up[c, n] t[m, c]) (+ bias[n]), in float32.
+y[m, n] = Σ_g scale[n, g] Σ_{k in g} level[n, k] x[m, k] (+ Σ_c up[c, n] t[m, c]) (+ bias[n]), in
+float32.
 """
 
 import triton
@@ -9,17 +10,18 @@ from torch import Tensor
 
 from calr_kernels.gpu.launch import arch_of, on, options, unit
 from calr_kernels.gpu.packing import WORDS, Packed
-from calr_kernels.gpu.parts import LEVELS, field, level, rounded, wait
+from calr_kernels.gpu.parts import LEVELS, levels_of, looks_up, rounded, sixteen, wait
 
 MOST_ROWS = 4  # of x: each takes a sum in registers of its own
-BLOCK_N, STEP, RANKS = 4, 16, 16  # rows, blocks and terms of the corrective path at a time
+BLOCK_N, RANKS, THREADS = 4, 16, 128  # RANKS: terms of the corrective path at a time
+STEP = (16, 16, 8, 8)  # blocks at a time, by M: what the sums of more rows leave registers for
 
 
 @triton.jit(do_not_specialize=["N", "K", "BLOCKS", "RANK", "y_row", "x_row"])
 def quantized_gemv(
     x, words, high, scales, t, up, bias, y, N, K, BLOCKS, RANK, x_row, y_row,
     M: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, SPAN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PDL: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    ASSEMBLY: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr, EMULATE_BF16: tl.constexpr,
     BLOCK_N: tl.constexpr, STEP: tl.constexpr, RANKS: tl.constexpr, WORDS: tl.constexpr,
     FIELDS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -46,6 +48,7 @@ def quantized_gemv(
                 high + at + begin * WORDS, mask=now[:, :, None], other=0,
                 eviction_policy="evict_first",
             ).to(tl.int32)  # fmt: skip
+        looked_up = sixteen(word, ASSEMBLY)
         later = inside & (blocks < BLOCKS - begin - STEP)[None, :]
         ahead = tl.load(
             words + at + (begin + STEP) * WORDS, mask=later[:, :, None], other=0,
@@ -57,21 +60,29 @@ def quantized_gemv(
             scale = tl.load(
                 scales + (first + begin) * (WORDS * FIELDS // SPAN) + span, mask=now, other=0.0
             ).to(tl.float32)[:, :, None]  # fmt: skip
+            part_0 = tl.zeros_like(sum_0)
+            part_1, part_2, part_3 = part_0, part_0, part_0
             for i in tl.static_range(span * SPAN // WORDS, (span + 1) * SPAN // WORDS):
-                weights = level(field(word, bits, i, BITS), BITS, LEVELS) * scale
+                levels = levels_of(word, bits, looked_up, i, BITS, LEVELS, ASSEMBLY)
                 k = ks + i * WORDS
-                here = x + k
-                x_0 = tl.load(here, mask=k < K, other=0.0).to(tl.float32)
-                sum_0 += weights * x_0
+                here, have = x + k, k < K
+                part_0 += levels * tl.load(here, mask=have, other=0.0).to(tl.float32)
                 if M > 1:
-                    x_1 = tl.load(here + x_row, mask=k < K, other=0.0).to(tl.float32)
-                    sum_1 += weights * x_1
+                    x_1 = tl.load(here + x_row, mask=have, other=0.0).to(tl.float32)
+                    part_1 += levels * x_1
                 if M > 2:
-                    x_2 = tl.load(here + 2 * x_row, mask=k < K, other=0.0).to(tl.float32)
-                    sum_2 += weights * x_2
+                    x_2 = tl.load(here + 2 * x_row, mask=have, other=0.0).to(tl.float32)
+                    part_2 += levels * x_2
                 if M > 3:
-                    x_3 = tl.load(here + 3 * x_row, mask=k < K, other=0.0).to(tl.float32)
-                    sum_3 += weights * x_3
+                    x_3 = tl.load(here + 3 * x_row, mask=have, other=0.0).to(tl.float32)
+                    part_3 += levels * x_3
+            sum_0 += part_0 * scale
+            if M > 1:
+                sum_1 += part_1 * scale
+            if M > 2:
+                sum_2 += part_2 * scale
+            if M > 3:
+                sum_3 += part_3 * scale
         word = ahead
     ranks = tl.arange(0, RANKS)
     for m in tl.static_range(M):
@@ -107,7 +118,7 @@ def run_quantized_gemv(
     """
     (m, k), n = x.shape, weight.words.shape[0]
     size = unit(k, x.stride(0))
-    overlap = arch_of(x).overlaps
+    arch = arch_of(x)
     blocks = weight.words.shape[1]
     with on(x):
         quantized_gemv[(triton.cdiv(n, BLOCK_N),)](
@@ -115,7 +126,9 @@ def run_quantized_gemv(
             y if t is None else t, y if up is None else up, y if bias is None else bias, y,
             n, k // size, blocks, 0 if t is None else t.shape[1], x.stride(0) // size, y.stride(0),
             M=m, BITS=weight.form.bits, LEVELS=LEVELS[weight.form.levels], SPAN=weight.span,
-            HAS_BIAS=bias is not None, PDL=overlap, EMULATE_BF16=emulate_bf16,
-            BLOCK_N=BLOCK_N, STEP=min(STEP, triton.next_power_of_2(blocks)), RANKS=RANKS,
-            WORDS=WORDS, FIELDS=weight.block // WORDS, UNIT=size, **options(4, overlap=overlap),
+            ASSEMBLY=looks_up(arch, weight.form),
+            HAS_BIAS=bias is not None, PDL=arch.overlaps, EMULATE_BF16=emulate_bf16,
+            BLOCK_N=BLOCK_N, STEP=min(STEP[m - 1], triton.next_power_of_2(blocks)), RANKS=RANKS,
+            WORDS=WORDS, FIELDS=weight.block // WORDS, UNIT=size,
+            **options(THREADS // arch.warp, overlap=arch.overlaps),
         )  # fmt: skip

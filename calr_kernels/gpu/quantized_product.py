@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calr_kernels.gpu.launch import arch_of, on, options, unit
 from calr_kernels.gpu.packing import WORDS, Packed
-from calr_kernels.gpu.parts import LEVELS, field, level, rounded, wait
+from calr_kernels.gpu.parts import LEVELS, levels_of, looks_up, rounded, sixteen, wait
 
 MOST_ROWS = 64  # of x: one tile
 BLOCK_N, FINISHED = 64, 128  # outputs of a program, of the second launch
@@ -22,7 +22,8 @@ LEAST_BLOCKS = 4  # that a program reads
 @triton.jit(do_not_specialize=["M", "N", "K", "BLOCKS", "chunk", "x_row"])
 def quantized_product(
     x, words, high, scales, partial, M, N, K, BLOCKS, chunk, x_row,
-    BITS: tl.constexpr, LEVELS: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr,
+    BITS: tl.constexpr, LEVELS: tl.constexpr, SPAN: tl.constexpr, ASSEMBLY: tl.constexpr,
+    PDL: tl.constexpr,
     EMULATE_BF16: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WORDS: tl.constexpr, FIELDS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -41,12 +42,13 @@ def quantized_product(
         bits = word
         if BITS != 8 and BITS != 4:
             bits = tl.load(high + at + block * WORDS, mask=inside, other=0).to(tl.int32)
+        looked_up = sixteen(word, ASSEMBLY)
         for span in tl.static_range(WORDS * FIELDS // SPAN):
             scale = tl.load(
                 scales + (line + block) * (WORDS * FIELDS // SPAN) + span, mask=rows < N, other=0.0
             ).to(tl.float32)[:, None]  # fmt: skip
             for i in tl.static_range(span * SPAN // WORDS, (span + 1) * SPAN // WORDS):
-                numbers = level(field(word, bits, i, BITS), BITS, LEVELS) * scale
+                numbers = levels_of(word, bits, looked_up, i, BITS, LEVELS, ASSEMBLY) * scale
                 weights = rounded(numbers, x.dtype.element_ty, EMULATE_BF16)
                 ks = (block * FIELDS + i) * WORDS + c
                 tile = tl.load(
@@ -106,6 +108,7 @@ def run_quantized_product(
             x, weight.words, weight.words if weight.high is None else weight.high, weight.scales,
             partial, m, n, k // size, blocks, chunk, x.stride(0) // size,
             BITS=weight.form.bits, LEVELS=LEVELS[weight.form.levels], SPAN=weight.span,
+            ASSEMBLY=looks_up(arch, weight.form),
             PDL=arch.overlaps, EMULATE_BF16=emulate_bf16,
             BLOCK_M=max(16, triton.next_power_of_2(m)), BLOCK_N=BLOCK_N, WORDS=WORDS,
             FIELDS=weight.block // WORDS, UNIT=size,

@@ -13,10 +13,7 @@ import contextlib
 import importlib
 import json
 import multiprocessing
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +33,7 @@ from calr_kernels.gpu import launch, linears
 from calr_kernels.gpu.arch import ARCHS, Arch
 from calr_kernels.gpu.gram import gram, run_gram
 from calr_kernels.layout import LAYOUTS, Records, rank_at
+from calr_kernels.tools.disassembly import read
 
 MODELS = {  # (out_features, in_features) of the linear layers
     "SmolLM2-135M": [(576, 576), (192, 576), (1536, 576), (576, 1536)],
@@ -59,12 +57,6 @@ POINTERS = {
     torch.int16: "*i16", torch.uint8: "*u8",
 }  # fmt: skip
 VECTOR = ("gemv", "quantized_gemv")  # products with few rows: 16 bytes of weights at a time
-MATRIX = {  # instruction of the matrix unit: pattern in the disassembly
-    "wgmma": r"\bHGMMA",
-    "tcgen05": r"\bUTC\w*MMA",
-    "mma": r"\bHMMA",
-    "mfma": r"\bv_mfma",
-}
 
 
 @dataclass(frozen=True)
@@ -176,7 +168,7 @@ def compile_launch(made: Launch, arch: Arch) -> dict[str, Any]:
     compiled = triton.compile(
         source, target=GPUTarget(arch.backend, arch.version, arch.warp), options=options
     )
-    found = _amd(compiled.asm["amdgcn"]) if arch.backend == "hip" else _nvidia(compiled.asm)
+    found = read(compiled.asm)
     threads = options["num_warps"] * arch.warp
     return found | {"shared": compiled.metadata.shared, "threads": threads}
 
@@ -276,59 +268,10 @@ def describe(row: dict[str, Any]) -> str:
     fault = "; ".join(row["faults"])
     return (
         f"{row['arch']} {row['kernel']} {row['dtype']} {constants} registers={row['registers']} "
-        f"spilled={row['spilled']} shared={row['shared']} matrix={matrix} "
+        f"spilled={row['spilled']} shared={row['shared']} loop={row['loop']} matrix={matrix} "
         f"wide={row['wide_loads']} async={row['asynchronous']}"
         + (f"  FAULT: {fault}" if fault else "")
     )
-
-
-def _nvidia(asm: dict[str, Any]) -> dict[str, Any]:
-    """Read a cubin with the tools that triton carries."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
-        text = _output(tools / "nvdisasm", file.name)
-    registers = re.search(r"REG:(\d+)", usage)
-    stack = re.search(r"STACK:(\d+)", usage)
-    assert registers and stack
-    return {
-        "registers": int(registers[1]),
-        "spilled": int(stack[1]),
-        "matrix": _matrix(text),
-        "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\S*\.128", text)),
-        # evict-first, as weights are; the high bits of 32 of them take 4 to 8 bytes
-        "narrow_loads": len(re.findall(r"\bLDG\.E\.EF(?!\.(?:128|64))", text)),
-        "asynchronous": len(re.findall(r"\b(?:LDGSTS|UTMALDG)", text)),
-    }
-
-
-def _amd(text: str) -> dict[str, Any]:
-    """Read the footer and the instructions of an amdgcn listing."""
-
-    def footer(name: str) -> int:
-        match = re.search(rf"\.{name}:\s*(\d+)", text)
-        assert match, name
-        return int(match[1])
-
-    return {
-        "registers": footer("vgpr_count"),
-        "spilled": footer("private_segment_fixed_size"),
-        "matrix": _matrix(text),
-        "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4", text)),
-        "narrow_loads": 0,  # not told from loads of scales and inputs
-        "asynchronous": len(re.findall(r"\bbuffer_load\S* .*\blds\b", text)),
-    }
-
-
-def _matrix(text: str) -> dict[str, int]:
-    counts = {name: len(re.findall(pattern, text)) for name, pattern in MATRIX.items()}
-    return {name: count for name, count in counts.items() if count}
-
-
-def _output(*command: Any) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 if __name__ == "__main__":
