@@ -85,8 +85,7 @@ def run_gemv(
     y [M, …] of unit column stride, as wide as the goals reach; t [M, N] contiguous.
     """
     (m, k), n = x.shape, w.shape[0]
-    # every processor has work
-    height = triton.next_power_of_2(max(1, min(ROWS, triton.cdiv(n, arch_of(x).processors))))
+    height = ROWS if n >= ROWS * arch_of(x).processors else 1  # every processor has work
     most = STEP[w.itemsize][m - 1]
     block = min(most // height, max(LEAST, triton.next_power_of_2(k)))
     warps = max(1, WARPS * block * height // most)  # as many weights a thread, whatever the block

@@ -13,8 +13,8 @@ from calr_kernels.gpu.packing import WORDS, Packed
 from calr_kernels.gpu.parts import LEVELS, levels_of, looks_up, rounded, sixteen, wait
 
 MOST_ROWS = 4  # of x: each takes a sum in registers of its own
-BLOCK_N, RANKS, THREADS = 4, 16, 128  # RANKS: terms of the corrective path at a time
-STEP = (16, 16, 8, 8)  # blocks at a time, by M: what the sums of more rows leave registers for
+BLOCK_N, RANKS = 4, 16  # rows of w, and terms of the corrective path at a time
+MOST_HELD = {4: 2, 8: 3, 16: 0}  # rows of x up to which a thread holds 8 words, by their fields
 
 
 @triton.jit(do_not_specialize=["N", "K", "BLOCKS", "RANK", "y_row", "x_row"])
@@ -120,6 +120,10 @@ def run_quantized_gemv(
     size = unit(k, x.stride(0))
     arch = arch_of(x)
     blocks = weight.words.shape[1]
+    fields = weight.block // WORDS
+    held = 4 if m > MOST_HELD[fields] else 8  # words a thread: registers are for sums, too
+    step = min(2 * held, triton.next_power_of_2(blocks))
+    warps = max(1, BLOCK_N * step * WORDS // held // arch.warp)
     with on(x):
         quantized_gemv[(triton.cdiv(n, BLOCK_N),)](
             x, weight.words, weight.words if weight.high is None else weight.high, weight.scales,
@@ -128,7 +132,7 @@ def run_quantized_gemv(
             M=m, BITS=weight.form.bits, LEVELS=LEVELS[weight.form.levels], SPAN=weight.span,
             ASSEMBLY=looks_up(arch, weight.form),
             HAS_BIAS=bias is not None, PDL=arch.overlaps, EMULATE_BF16=emulate_bf16,
-            BLOCK_N=BLOCK_N, STEP=min(STEP[m - 1], triton.next_power_of_2(blocks)), RANKS=RANKS,
-            WORDS=WORDS, FIELDS=weight.block // WORDS, UNIT=size,
-            **options(THREADS // arch.warp, overlap=arch.overlaps),
+            BLOCK_N=BLOCK_N, STEP=step, RANKS=RANKS,
+            WORDS=WORDS, FIELDS=fields, UNIT=size,
+            **options(warps, overlap=arch.overlaps),
         )  # fmt: skip
