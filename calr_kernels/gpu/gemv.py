@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from calr_kernels.gpu.kept import settle
 from calr_kernels.gpu.launch import arch_of, on, options, unit
 from calr_kernels.gpu.parts import rounded, wait
 
@@ -91,6 +92,8 @@ def run_gemv(
     warps = max(1, WARPS * block * height // most)  # as many weights a thread, whatever the block
     size = unit(k, x.stride(0))
     overlap = arch_of(x).overlaps
+    if overlap:
+        settle(w, *(() if goal is None else (goal,)))
     with on(x):
         gemv[(triton.cdiv(n, height),)](
             x, w, y if t is None else t, y, y if goal is None else goal,

@@ -25,3 +25,20 @@ def kept(tensor: Tensor, make: Callable[..., Made], *arguments: Any) -> Made:
         held[what] = (state, make(tensor, *arguments))
     found: Made = held[what][1]
     return found
+
+
+def settle(*tensors: Tensor) -> None:
+    """See to it that what wrote tensors has ended before a launch that overlaps the one before it.
+
+    Such a launch reads them without waiting. Where one is new or was written to since the last
+    launch that read it, an operation is put in between that waits for all before it as usual.
+    """
+    marks = [kept(tensor, _unmarked) for tensor in tensors]
+    if not all(marks):
+        tensors[0].new_zeros(1)
+        for mark in marks:
+            mark["read"] = True
+
+
+def _unmarked(tensor: Tensor) -> dict[str, bool]:
+    return {}

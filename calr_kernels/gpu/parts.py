@@ -14,39 +14,58 @@ C3_0, C3_1, C3_2 = tl.constexpr(2.0), tl.constexpr(24.69694), tl.constexpr(0.106
 C3_3, C3_4, C3_5 = tl.constexpr(0.2746599), tl.constexpr(0.05697279), tl.constexpr(0.02840136)
 C4_0, C4_1, C4_2 = tl.constexpr(1.0), tl.constexpr(11.42644), tl.constexpr(0.01887354)
 C4_3, C4_4 = tl.constexpr(0.08171047), tl.constexpr(0.001072552)
-# 8 nibbles to 8 numbers 2^23 + 128 + level: bytes 0 to 7 and 8 to 15 of the table by the nibbles'
-# low bits, of both the one that a nibble's highest bit says, and each under a float32's exponent
-SIXTEEN = tl.constexpr(
-    """{
-    .reg .b32 low, high, first, second, four;
-    and.b32 low, $8, 0x77777777;
-    shr.u32 high, $8, 1;
-    and.b32 high, high, 0x44444444;
-    or.b32 high, high, 0x32103210;
-    prmt.b32 first, 0x3f2d1801, 0x766a5d4f, low;
-    prmt.b32 second, 0xa6998d81, 0xf1d9c5b5, low;
-    prmt.b32 four, first, second, high;
-    prmt.b32 $0, four, 0x4b000000, 0x7650;
-    prmt.b32 $1, four, 0x4b000000, 0x7651;
-    prmt.b32 $2, four, 0x4b000000, 0x7652;
-    prmt.b32 $3, four, 0x4b000000, 0x7653;
-    shr.u32 low, low, 16;
-    shr.u32 high, high, 16;
-    prmt.b32 first, 0x3f2d1801, 0x766a5d4f, low;
-    prmt.b32 second, 0xa6998d81, 0xf1d9c5b5, low;
-    prmt.b32 four, first, second, high;
-    prmt.b32 $4, four, 0x4b000000, 0x7650;
-    prmt.b32 $5, four, 0x4b000000, 0x7651;
-    prmt.b32 $6, four, 0x4b000000, 0x7652;
-    prmt.b32 $7, four, 0x4b000000, 0x7653;
-    }"""
-)
 NEAREST = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding it leaves a float32 no fraction
 
 
 def looks_up(arch: Arch, form: Form) -> bool:
-    """Tell whether kernels look levels up: those of the table of sixteen, on NVIDIA's GPUs."""
-    return arch.assembles and form.bits == 4 and form.levels == "table"
+    """Tell whether kernels look levels up: those of LOOKED_UP, on NVIDIA's GPUs."""
+    return arch.assembles and (form.bits, form.levels) in LOOKED_UP
+
+
+def byte_permutes(values: tuple[int, ...]) -> str:
+    """Write PTX that turns 8 codes into 8 numbers 2^23 + 128 + level, as the bits of float32.
+
+    $8: the codes' low 4 bits, a nibble each; $9: of 32 values, their fifth bits in as many bits.
+    prmt takes four of the eight bytes of its first two operands, by the nibbles of the third: eight
+    values by the low three bits, then of two such choices the one that the next bit says.
+    """
+    table = [0] * (len(values) // 4)
+    for code, value in enumerate(values):
+        table[code // 4] |= (value + 128) << code % 4 * 8
+    chosen = [
+        "and.b32 low, $8, 0x77777777",
+        "shr.u32 middle, $8, 1",
+        "and.b32 middle, middle, 0x44444444",
+        "or.b32 middle, middle, 0x32103210",
+    ]
+    if len(values) == 32:  # a bit to every nibble
+        for shift, mask in ((12, 0x000F000F), (6, 0x03030303), (3, 0x11111111)):
+            before = "$9" if shift == 12 else "top"
+            chosen += [f"shl.b32 moved, {before}, {shift}", f"or.b32 top, {before}, moved"]
+            chosen += [f"and.b32 top, top, {mask:#x}"]
+        chosen += ["shl.b32 top, top, 2", "or.b32 top, top, 0x32103210"]
+    halves = len(values) // 16
+    for first in (0, 4):
+        for half in range(halves):
+            quarters = [f"{word:#x}" for word in table[4 * half : 4 * half + 4]]
+            chosen += [
+                f"prmt.b32 one, {quarters[0]}, {quarters[1]}, low",
+                f"prmt.b32 other, {quarters[2]}, {quarters[3]}, low",
+                f"prmt.b32 four{half}, one, other, middle",
+            ]
+        if halves == 2:
+            chosen += ["prmt.b32 four0, four0, four1, top"]
+        chosen += [f"prmt.b32 ${first + i}, four0, 0x4b000000, 0x765{i}" for i in range(4)]
+        if first == 0:
+            names = ("low", "middle", "top")[: 1 + halves]
+            chosen += [f"shr.u32 {name}, {name}, 16" for name in names]
+    registers = "low, middle, top, moved, one, other, four0, four1"
+    return "{ .reg .b32 " + registers + "; " + "; ".join(chosen) + "; }"
+
+
+LOOKED_UP = {(4, "table"), (5, "formula")}
+SIXTEEN = tl.constexpr(byte_permutes(Form(4, "table", 32).values))
+THIRTY_TWO = tl.constexpr(byte_permutes(Form(5, "formula", 32).values))
 
 
 @triton.jit
@@ -115,12 +134,12 @@ def field(words, high, i: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def sixteen(words, ASSEMBLY: tl.constexpr):
-    """Return for each field of words, codes of 4 bits, 2^23 + 128 + its level in the table, as the
-    bits of a float32; without ASSEMBLY (NVIDIA's) nothing of use."""
+def look_up(words, high, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Return for each field of words 2^23 + 128 + its level, as the bits of a float32 (LOOKED_UP);
+    without ASSEMBLY nothing of use."""
     if ASSEMBLY:
         return tl.inline_asm_elementwise(
-            SIXTEEN, "=r,=r,=r,=r,=r,=r,=r,=r,r", [words],
+            SIXTEEN if BITS == 4 else THIRTY_TWO, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [words, high],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=True, pack=1,
         )  # fmt: skip
@@ -132,7 +151,7 @@ def levels_of(
     words, high, looked_up, i: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """Return the levels, float32, in field i of words: those looked up, or computed."""
+    """Return the levels, float32, in field i of words: what `look_up` found, or computed."""
     if ASSEMBLY:
         return looked_up[i].to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
     return level(field(words, high, i, BITS), BITS, LEVELS)

@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from calr_kernels.gpu.kept import settle
 from calr_kernels.gpu.launch import arch_of, on, options, unit
 from calr_kernels.gpu.packing import WORDS, Packed
-from calr_kernels.gpu.parts import LEVELS, levels_of, looks_up, rounded, sixteen, wait
+from calr_kernels.gpu.parts import LEVELS, levels_of, look_up, looks_up, rounded, wait
 
 MOST_ROWS = 4  # of x: each takes a sum in registers of its own
 BLOCK_N, RANKS = 4, 16  # rows of w, and terms of the corrective path at a time
@@ -48,7 +49,7 @@ def quantized_gemv(
                 high + at + begin * WORDS, mask=now[:, :, None], other=0,
                 eviction_policy="evict_first",
             ).to(tl.int32)  # fmt: skip
-        looked_up = sixteen(word, ASSEMBLY)
+        looked_up = look_up(word, bits, BITS, ASSEMBLY)
         later = inside & (blocks < BLOCKS - begin - STEP)[None, :]
         ahead = tl.load(
             words + at + (begin + STEP) * WORDS, mask=later[:, :, None], other=0,
@@ -120,6 +121,8 @@ def run_quantized_gemv(
     size = unit(k, x.stride(0))
     arch = arch_of(x)
     blocks = weight.words.shape[1]
+    if arch.overlaps:
+        settle(weight.words)
     fields = weight.block // WORDS
     held = 4 if m > MOST_HELD[fields] else 8  # words a thread: registers are for sums, too
     step = min(2 * held, triton.next_power_of_2(blocks))

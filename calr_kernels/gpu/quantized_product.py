@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calr_kernels.gpu.launch import arch_of, on, options, unit
 from calr_kernels.gpu.packing import WORDS, Packed
-from calr_kernels.gpu.parts import LEVELS, levels_of, looks_up, rounded, sixteen, wait
+from calr_kernels.gpu.parts import LEVELS, levels_of, look_up, looks_up, rounded, wait
 
 MOST_ROWS = 64  # of x: one tile
 BLOCK_N, FINISHED = 64, 128  # outputs of a program, of the second launch
@@ -42,7 +42,7 @@ def quantized_product(
         bits = word
         if BITS != 8 and BITS != 4:
             bits = tl.load(high + at + block * WORDS, mask=inside, other=0).to(tl.int32)
-        looked_up = sixteen(word, ASSEMBLY)
+        looked_up = look_up(word, bits, BITS, ASSEMBLY)
         for span in tl.static_range(WORDS * FIELDS // SPAN):
             scale = tl.load(
                 scales + (line + block) * (WORDS * FIELDS // SPAN) + span, mask=rows < N, other=0.0

@@ -4,13 +4,14 @@ The interpreter runs its plain twin; on a GPU (--device cuda) every test of the 
 """
 
 import numpy as np
+import pytest
 
-from calr_kernels.forms import TABLES
+from calr_kernels.forms import Form
 from calr_kernels.gpu import parts
 
 
 def run(text: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Execute and, or, shr and prmt on uint32 arrays; return all registers."""
+    """Execute and, or, shifts and prmt on uint32 arrays; return all registers."""
     registers = dict(inputs)
 
     def value(word: str) -> np.ndarray:
@@ -33,6 +34,7 @@ def run(text: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "and.b32": lambda a, b: a & b,
         "or.b32": lambda a, b: a | b,
         "shr.u32": lambda a, b: a >> b,
+        "shl.b32": lambda a, b: a << b,
         "prmt.b32": permuted,
     }
     for line in text.strip().strip("{}").split(";"):
@@ -43,13 +45,17 @@ def run(text: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return registers
 
 
-def test_eight_nibbles_become_eight_levels():
-    nibbles = np.random.default_rng(0).integers(0, 16, (500, 8)).astype(np.uint32)
-    words = (nibbles << np.arange(0, 32, 4, dtype=np.uint32)).sum(1).astype(np.uint32)
-    found = run(parts.SIXTEEN.value, {"$8": words})
+@pytest.mark.parametrize(("bits", "levels"), sorted(parts.LOOKED_UP))
+def test_eight_codes_become_eight_levels(bits, levels):
+    values = np.array(Form(bits, levels, 32).values)
+    codes = np.random.default_rng(0).integers(0, 1 << bits, (2000, 8)).astype(np.uint32)
+    words = ((codes & 15) << np.arange(0, 32, 4, dtype=np.uint32)).sum(1).astype(np.uint32)
+    high = ((codes >> 4) << np.arange(8, dtype=np.uint32)).sum(1).astype(np.uint32)
+    text = parts.SIXTEEN.value if bits == 4 else parts.THIRTY_TWO.value
+    found = run(text, {"$8": words, "$9": high})
     for i in range(8):
-        levels = found[f"${i}"].view(np.float32) - np.float32(8388608 + 128)
-        assert (levels == np.array(TABLES[4])[nibbles[:, i]]).all()
+        numbers = found[f"${i}"].view(np.float32) - np.float32(8388608 + 128)
+        assert (numbers == values[codes[:, i]]).all()
 
 
 def test_prmt_takes_bytes_of_the_second_above_those_of_the_first():
