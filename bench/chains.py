@@ -2,8 +2,8 @@
 
     python bench/chains.py [--model 8B 1B] [--rows 1 4 16 64 256 2048] [--rounds 9]
 
-Blocks of Llama-3-8B's and Llama-3.2-1B's shapes, three of them so that weights do not stay in the
-L2 cache, run as a chain in bfloat16: "dense" as seven layers, "dense, grouped" with q, k and v one
+Blocks of Llama-3-8B's and Llama-3.2-1B's shapes, three or as many as no L2 cache holds the weights
+of, run as a chain in bfloat16: "dense" as seven layers, "dense, grouped" with q, k and v one
 product and gate and up another, which is the base of all ratios; pivoted layers at keep 0.5 and
 0.8; quantised ones, with corrective paths of rank 16 in 8 bits; for comparison two of the vendor's
 products on two factors. All sides are captured and replayed by turns in one process; the table has
@@ -40,16 +40,18 @@ FORMS = {
     "4 bits, uniform, rank 16": Form(4, "uniform", 64, corrective_rank=16),
     "4 bits": Form(4, "table", 64),
 }
-KEEPS, BLOCKS, RANK_STEP = (0.5, 0.8), 3, 16
+KEEPS, RANK_STEP = (0.5, 0.8), 16
+BLOCKS, CACHE = 3, 256 << 20  # blocks of a chain, or as many as no cache holds the weights of
 GROUPED = "dense, grouped"
 Groups = list[tuple[tuple[int, ...], int]]
 
 
 class Chain(NamedTuple):
-    """BLOCKS blocks, one layer after another, and the bytes of a block's tensors."""
+    """Blocks, one layer after another; the bytes of a block's tensors, and the number of blocks."""
 
     run: Callable[[], None]
     nbytes: int
+    blocks: int
 
 
 def quantized(n: int, k: int, form: Form, device: str) -> nn.Module:
@@ -73,18 +75,21 @@ def lowrank(n: int, k: int, keep: float, layout: str, device: str) -> nn.Module:
 
 def chain(groups: Groups, xs: list[Tensor], make: Callable[[int, int], nn.Module]) -> Chain:
     """Make a chain of layers, each made of its rows and columns."""
-    layers = [
-        (x, make(n, k)) for _ in range(BLOCKS) for x, (ns, k) in zip(xs, groups, strict=True)
-        for n in ns
-    ]  # fmt: skip
+
+    def block() -> list[tuple[Tensor, nn.Module]]:
+        return [(x, make(n, k)) for x, (ns, k) in zip(xs, groups, strict=True) for n in ns]
+
+    layers = block()
+    tensors = [t for _, layer in layers for t in (*layer.parameters(), *layer.buffers())]
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    blocks = max(BLOCKS, -(-CACHE // nbytes)) if xs[0].is_cuda else 1
+    layers += [pair for _ in range(blocks - 1) for pair in block()]
 
     def run() -> None:
         for x, layer in layers:
             layer(x)
 
-    block = [layer for _, layer in layers[: len(layers) // BLOCKS]]
-    tensors = [t for layer in block for t in (*layer.parameters(), *layer.buffers())]
-    return Chain(run, sum(tensor.nbytes for tensor in tensors))
+    return Chain(run, nbytes, blocks)
 
 
 def sides(groups: Groups, rows: int, device: str) -> dict[str, Chain]:
@@ -114,6 +119,7 @@ def sides(groups: Groups, rows: int, device: str) -> dict[str, Chain]:
 
 def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """Capture a chain, after it has compiled and packed what it needs."""
+    torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         run()
         run()
@@ -124,8 +130,9 @@ def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def by_turns(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:
-    """Replay all graphs by turns, one round to warm up; return microseconds a block."""
+def by_turns(made: dict[str, Chain], rounds: int) -> dict[str, list[float]]:
+    """Replay all chains by turns, one round to warm up; return microseconds a block."""
+    graphs = {name: captured(side.run) for name, side in made.items()}
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for turn in range(rounds + 1):
         for name, graph in graphs.items():
@@ -136,7 +143,7 @@ def by_turns(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, 
             end.record()
             torch.cuda.synchronize()
             if turn:
-                times[name].append(start.elapsed_time(end) / 5 / BLOCKS * 1e3)
+                times[name].append(start.elapsed_time(end) / 5 / made[name].blocks * 1e3)
     return times
 
 
@@ -171,9 +178,7 @@ def main() -> None:
     for model in arguments.model:
         for rows in arguments.rows:
             made = sides(MODELS[model], rows, "cuda")
-            times = by_turns(
-                {name: captured(side.run) for name, side in made.items()}, arguments.rounds
-            )
+            times = by_turns(made, arguments.rounds)
             base = statistics.median(times[GROUPED])
             for name, found in times.items():
                 us, reading = statistics.median(found), made[name].nbytes / rate * 1e6

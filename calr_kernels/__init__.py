@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calr_kernels.forms import Form
-    from calr_kernels.nn import LowRankLinear, QuantizedEmbedding, QuantizedLinear
+    from calr_kernels.nn import LowRankLinear, QuantizedEmbedding, QuantizedLinear, warmup
     from calr_kernels.ops import gram, grouped_linear, lowrank_linear, pivoted_linear
     from calr_kernels.quantized import quantized_linear
     from calr_kernels.svd import error_estimate, randomized_svd, truncated_eigh
@@ -27,6 +27,7 @@ _HOMES = {
     "quantized_linear": "quantized",
     "randomized_svd": "svd",
     "truncated_eigh": "svd",
+    "warmup": "nn",
 }
 __all__ = [
     "Form",
@@ -41,6 +42,7 @@ __all__ = [
     "quantized_linear",
     "randomized_svd",
     "truncated_eigh",
+    "warmup",
 ]
 
 

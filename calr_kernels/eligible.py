@@ -13,6 +13,9 @@ from calr_kernels import gpu
 from calr_kernels.layout import Factors, Records
 from calr_kernels.native import TYPES, library
 
+if gpu.AVAILABLE:
+    from calr_kernels.gpu.arch import supported
+
 PLAIN = (Tensor, nn.Parameter)
 # rows of x above which torch's products are faster (bench/kernels.py, bench/decode.py --batch 16)
 MAX_ROWS = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), 16)
@@ -258,6 +261,7 @@ def triton(x: Tensor, *weights: Tensor) -> bool:
     return (
         x.is_cuda
         and gpu.AVAILABLE
+        and supported(x.device)
         and x.dtype in TYPES
         and x.numel() > 0
         and type(x) in PLAIN
@@ -289,8 +293,10 @@ def triton_records(x: Tensor, layer: Records) -> bool:
 def triton_dequantizes(records: Tensor, dtype: torch.dtype) -> bool:
     """Tell whether a Triton kernel makes records numbers of a dtype."""
     return (
-        records.is_cuda
+        not watched()
+        and records.is_cuda
         and gpu.AVAILABLE
+        and supported(records.device)
         and dtype in TYPES
         and records.numel() > 0
         and type(records) in PLAIN

@@ -1,7 +1,7 @@
 """The Triton kernels, one operation a file, and which of them a layer runs on (`linears`)."""
 
 try:
-    import triton  # noqa: F401 (whether it is there, and whole)
+    from triton.language.extra.cuda import gdc_wait  # noqa: F401 (whether it is there, and whole)
 except ImportError:  # it has no build for every platform
     AVAILABLE = False
 else:

@@ -10,14 +10,13 @@ import torch
 
 @dataclass(frozen=True)
 class Arch:
-    """A GPU: peak memory rate in bytes/s, processors, shared memory of one of them in bytes."""
+    """A GPU: threads of a warp, processors, shared memory of one of them in bytes."""
 
     name: str
     backend: Literal["cuda", "hip"]
     version: int | str
     warp: int
     processors: int
-    bandwidth: float
     shared: int
 
     @property
@@ -35,33 +34,38 @@ class Arch:
 ARCHS = {
     arch.name: arch
     for arch in (
-        Arch("sm_80", "cuda", 80, 32, 108, 2.04e12, 166_912),  # A100 80 GB SXM
-        Arch("sm_90", "cuda", 90, 32, 132, 3.35e12, 232_448),  # H100 SXM
-        Arch("sm_100", "cuda", 100, 32, 148, 8.0e12, 232_448),  # B200
-        Arch("gfx942", "hip", "gfx942", 64, 304, 5.3e12, 65_536),  # MI300X
+        Arch("sm_80", "cuda", 80, 32, 108, 166_912),  # A100 80 GB SXM
+        Arch("sm_90", "cuda", 90, 32, 132, 232_448),  # H100 SXM
+        Arch("sm_100", "cuda", 100, 32, 148, 232_448),  # B200
+        Arch("gfx942", "hip", "gfx942", 64, 304, 65_536),  # MI300X
     )
 }
-INTERPRETED = Arch("interpreter", "cuda", 0, 32, 4, 1.0, 232_448)
+INTERPRETED = Arch("interpreter", "cuda", 0, 32, 4, 232_448)
 
 
 @cache
 def device_arch(device: torch.device) -> Arch:
-    """Return the model of a device: the newest known architecture not newer than it, or the oldest,
-    with the processors and the shared memory that it has; of AMD's, always the one known."""
+    """Return the model of a device: the newest known architecture not newer than it, with the
+    processors that it has; of AMD's, always the one known."""
     if device.type != "cuda":
         return INTERPRETED
     if torch.version.hip:
         return ARCHS["gfx942"]
+    version = _version(device)
+    older = [a for a in ARCHS.values() if a.backend == "cuda" and int(a.version) <= version]
+    newest = max(older, key=lambda arch: int(arch.version))
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return dataclasses.replace(newest, processors=count)
+
+
+@cache
+def supported(device: torch.device) -> bool:
+    """Tell whether the kernels are meant for a GPU: NVIDIA's from Ampere on, AMD's CDNA."""
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).startswith("gfx9")
+    return _version(device) >= 80
+
+
+def _version(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
-    known = sorted((a for a in ARCHS.values() if a.backend == "cuda"), key=lambda a: int(a.version))
-    older = [a for a in known if int(a.version) <= 10 * major + minor]
-    found = older[-1] if older else dataclasses.replace(known[0], version=10 * major + minor)
-    properties = torch.cuda.get_device_properties(device)
-    # consumer GPUs have less shared memory than the best of their generation; torch may not say
-    shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
-    return dataclasses.replace(
-        found,
-        name=f"{found.name}/{properties.name.replace(' ', '_')}",
-        processors=properties.multi_processor_count,
-        shared=min(found.shared, shared),
-    )
+    return 10 * major + minor

@@ -28,7 +28,7 @@ def gemv(
 
     x [M, K] rows, w [N, K], t [M, N], goal [N] int32. Sums in float32, in a fixed order.
     """
-    K, x_row = K * UNIT, x_row * UNIT
+    K, x_row = K * UNIT, x_row.to(tl.int64) * UNIT
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
     inside = (rows < N)[:, None]

@@ -65,6 +65,7 @@ def quantized_linear(x: Tensor, layer: Records, *, emulate_bf16: bool = False) -
     In kernels of ours the sum of both paths rounds to x's dtype once. emulate_bf16: see above.
     """
     rows, n = _rows(x), layer.out_features
+    bias = None if layer.bias is None else layer.bias.contiguous()
     t, up = None, None
     if layer.corrective_down is not None and layer.corrective_up is not None:
         down = _numbers(layer.corrective_down, layer.in_features, x.dtype)
@@ -73,15 +74,17 @@ def quantized_linear(x: Tensor, layer: Records, *, emulate_bf16: bool = False) -
     few = len(rows) <= quantized_gemv.MOST_ROWS
     # float32 is the vendor's: for Blackwell, Triton makes TF32 of products asked for in full
     exact = x.dtype is torch.float32 and not emulate_bf16
-    if len(rows) > quantized_product.MOST_ROWS or (exact and not few):
-        y = _streamed(rows, layer)
+    many = len(rows) > quantized_product.MOST_ROWS or (exact and not few)
+    if many or layer.weight.is_inference():  # whose packed copy would be made anew every time
+        y = _streamed(rows, layer._replace(bias=bias))
         if t is not None and up is not None:
             y = torch.addmm(y, t, up)
         return y.view(*x.shape[:-1], n)
     y = x.new_empty(len(rows), n)
-    weight = kept(layer.weight, pack, layer.form, layer.in_features)
+    form = layer.form
+    weight = kept(layer.weight, pack, form.bits, form.levels, form.scale_group, layer.in_features)
     run = quantized_gemv.run_quantized_gemv if few else quantized_product.run_quantized_product
-    run(rows, weight, y, t=t, up=up, bias=layer.bias, emulate_bf16=emulate_bf16)
+    run(rows, weight, y, t=t, up=up, bias=bias, emulate_bf16=emulate_bf16)
     return y.view(*x.shape[:-1], n)
 
 
@@ -110,10 +113,14 @@ def _numbers(factor: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
 def _streamed(rows: Tensor, layer: Records) -> Tensor:
     """Return x ŵᵀ + bias [M, N], ŵ in numbers a part at a time."""
     size = max(1, BUFFER // (layer.in_features * rows.itemsize))
-    parts = []
+    y = None
     for first in range(0, layer.out_features, size):
         here = slice(first, first + size)
         weights = run_dequantize(layer.weight[here], layer.form, layer.in_features, rows.dtype)
-        bias = None if layer.bias is None else layer.bias[here]
-        parts.append(linear(rows, weights, bias))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        part = linear(rows, weights, None if layer.bias is None else layer.bias[here])
+        if size >= layer.out_features:
+            return part
+        y = rows.new_empty(len(rows), layer.out_features) if y is None else y
+        y[:, here] = part
+    assert y is not None
+    return y

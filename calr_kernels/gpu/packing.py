@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from calr_kernels import records
-from calr_kernels.forms import PLANES, Form
+from calr_kernels.forms import PLANES, Form, Levels
 
 WORDS = 16  # of a block
 ROWS = 4096  # made at a time: their codes take 4 bytes a weight meanwhile
@@ -46,8 +46,9 @@ def span_of(form: Form) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def pack(weight: Tensor, form: Form, columns: int) -> Packed:
-    """Pack records; what pads a row has scale 0."""
+def pack(weight: Tensor, bits: int, levels: Levels, scale_group: int, columns: int) -> Packed:
+    """Pack records of a form; what pads a row has scale 0."""
+    form = Form(bits, levels, scale_group)
     span, block = span_of(form)
     low, *more = PLANES[form.bits]
     blocks, rows = -(-columns // block), weight.shape[0]

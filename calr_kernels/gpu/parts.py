@@ -139,7 +139,8 @@ def look_up(words, high, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
     without ASSEMBLY nothing of use."""
     if ASSEMBLY:
         return tl.inline_asm_elementwise(
-            SIXTEEN if BITS == 4 else THIRTY_TWO, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [words, high],
+            SIXTEEN if BITS == 4 else THIRTY_TWO,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r", [words, high],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=True, pack=1,
         )  # fmt: skip

@@ -27,7 +27,7 @@ def quantized_gemv(
     FIELDS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] rows; words, high, scales as in `packing`; t [M, RANK], up [RANK, N] -> y [M, N]."""
-    K, x_row = K * UNIT, x_row * UNIT
+    K, x_row = K * UNIT, x_row.to(tl.int64) * UNIT
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     blocks, c = tl.arange(0, STEP), tl.arange(0, WORDS)
     inside = (rows < N)[:, None]

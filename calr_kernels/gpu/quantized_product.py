@@ -28,7 +28,7 @@ def quantized_product(
     WORDS: tl.constexpr, FIELDS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] rows; words, high, scales as in `packing` -> partial [chunks of blocks, M, N]."""
-    K, x_row = K * UNIT, x_row * UNIT
+    K, x_row = K * UNIT, x_row.to(tl.int64) * UNIT
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     ms, c = tl.arange(0, BLOCK_M), tl.arange(0, WORDS)
@@ -52,7 +52,7 @@ def quantized_product(
                 weights = rounded(numbers, x.dtype.element_ty, EMULATE_BF16)
                 ks = (block * FIELDS + i) * WORDS + c
                 tile = tl.load(
-                    x + ms.to(tl.int64)[None, :] * x_row + ks[:, None],
+                    x + ms[None, :] * x_row + ks[:, None],
                     mask=taken & (ks < K)[:, None], other=0.0,
                 )  # fmt: skip
                 acc = tl.dot(weights, tile, acc, input_precision="ieee")
@@ -112,7 +112,7 @@ def run_quantized_product(
             PDL=arch.overlaps, EMULATE_BF16=emulate_bf16,
             BLOCK_M=max(16, triton.next_power_of_2(m)), BLOCK_N=BLOCK_N, WORDS=WORDS,
             FIELDS=weight.block // WORDS, UNIT=size,
-            **options(4, stages=3, overlap=arch.overlaps),
+            **options(4, 2 if arch.backend == "hip" else 3, overlap=arch.overlaps),
         )  # fmt: skip
         finish[(m, triton.cdiv(n, FINISHED))](
             partial, y if t is None else t, y if up is None else up, y if bias is None else bias, y,

@@ -1,1 +1,1 @@
-"""Programs for those who write kernels: `aot` compiles for named GPUs, `tune` measures tiles."""
+"""Programs for those who write kernels: `aot` compiles them for named GPUs."""

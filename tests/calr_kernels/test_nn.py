@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from calr_kernels import LowRankLinear, lowrank_linear
+from calr_kernels import Form, LowRankLinear, QuantizedLinear, lowrank_linear, warmup
 
 LAYOUTS = ["two_factor", "pivoted"]
 
@@ -246,3 +246,22 @@ def test_pivots_that_do_not_fit_are_refused_where_down_is_hooked(rows):
     layer.pivots = layer.pivots[:1]
     with pytest.raises((RuntimeError, ValueError)), torch.no_grad():
         layer(torch.randn(rows, 6))
+
+
+def test_warmup_runs_every_layer_with_every_number_of_rows(device):
+    made = {"dtype": torch.float16, "device": device}
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 8, **made),
+        LowRankLinear(8, 8, 2, **made),
+        QuantizedLinear(8, 8, Form(4, "table", 32), bias=False, device=device),
+    )
+    seen = []
+    for layer in model:
+        layer.register_forward_hook(lambda layer, x, y: seen.append((layer, x[0].shape, y.dtype)))
+    warmup(model, rows=(1, 5))
+    assert [(layer, shape[0]) for layer, shape, _ in seen] == [
+        (model[i], rows) for i in (1, 2) for rows in (1, 5)
+    ]
+    assert {dtype for *_, dtype in seen} == {torch.float16}
+    warmup(model[2])
+    assert seen[-1][2] == torch.get_default_dtype()

@@ -53,7 +53,10 @@ def test_numbers_are_those_of_the_reference_bit_for_bit(form, dtype, made, draw)
 def test_packed_words_hold_the_codes_in_their_places(form, k, made):
     """Field i of word c of a block is its weight 16 i + c."""
     weight = made(form, 5, k)
-    found, (codes, scales) = pack(weight, form, k), records.unpack(weight, form, k)
+    found, (codes, scales) = (
+        pack(weight, form.bits, form.levels, form.scale_group, k),
+        records.unpack(weight, form, k),
+    )
     low = {3: 2, 5: 4, 6: 4}.get(form.bits, form.bits)
     span, block = span_of(form)
     for n, at in ((0, 0), (3, k // 2), (4, k - 1)):
@@ -121,3 +124,29 @@ def test_a_scale_of_zero_silences_whatever_its_codes(made, draw):
     form = Form(4, "table", 32)
     weight = records.rescaled(made(form, 8, 64), torch.zeros_like(draw(8, 2), dtype=torch.float16))
     assert not linears.quantized_linear(draw(1, 64), Records(weight, form, 64)).any()
+
+
+@pytest.mark.parametrize("m", [2, 17, 70])
+def test_takes_a_bias_that_is_a_view(m, made, draw, close):
+    form, x, bias = Form(4, "table", 32), draw(m, 64, dtype=torch.float16), draw(16).half()[::2]
+    weight = made(form, 8, 64)
+    wanted = x.double() @ records.dequantize(weight, form, 64, x.dtype).double().T + bias.double()
+    close(linears.quantized_linear(x, Records(weight, form, 64, bias)), wanted)
+
+
+def test_many_rows_are_multiplied_a_part_of_the_weights_at_a_time(made, draw, close, monkeypatch):
+    monkeypatch.setattr(linears, "BUFFER", 3 * 64 * 4)  # three rows of float32
+    form, x, bias = Form(4, "table", 32), draw(70, 64), draw(8)
+    weight = made(form, 8, 64)
+    wanted = x.double() @ records.dequantize(weight, form, 64, x.dtype).double().T + bias.double()
+    close(linears.quantized_linear(x, Records(weight, form, 64, bias)), wanted)
+
+
+def test_records_made_under_inference_mode_are_not_packed(made, draw, close, monkeypatch):
+    """Nobody counts who writes to them: a packed copy would be made anew with every call."""
+    form, x = Form(4, "table", 32), draw(2, 64)
+    monkeypatch.setattr(linears, "pack", None)
+    with torch.inference_mode():
+        weight = made(form, 8, 64)
+        wanted = x.double() @ records.dequantize(weight, form, 64, x.dtype).double().T
+        close(linears.quantized_linear(x, Records(weight, form, 64)), wanted)
