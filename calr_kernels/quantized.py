@@ -67,9 +67,6 @@ def _checked(
 def _forward(x: Tensor, weight: Tensor, form: Form, bias: Tensor | None) -> Tensor:
     """Choose the backend: the Triton kernels, the native kernel for few rows, or torch's product
     with numbers."""
-    if torch.is_autocast_enabled(x.device.type):  # types are those of the arguments
-        with torch.autocast(x.device.type, enabled=False):
-            return _forward(x, weight, form, bias)
     layer = Records(weight, form, x.shape[-1], bias)
     if eligible.triton_records(x, layer):
         return linears.quantized_linear(x, layer)

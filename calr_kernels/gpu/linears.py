@@ -62,8 +62,16 @@ def lowrank_linear(
 def quantized_linear(x: Tensor, layer: Records, *, emulate_bf16: bool = False) -> Tensor:
     """Compute what `calr_kernels.nn.QuantizedLinear` does, its corrective path included.
 
-    In kernels of ours the sum of both paths rounds to x's dtype once. emulate_bf16: see above.
+    In kernels of ours the sum of both paths rounds to x's dtype once. Under autocast it runs in
+    that dtype, and returns x's. emulate_bf16: see above.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        kind = torch.get_autocast_dtype(x.device.type)
+        parts = (layer.bias, layer.corrective_down, layer.corrective_up)
+        tensors = (p if p is None or p.dtype is torch.uint8 else p.to(kind) for p in parts)
+        with torch.autocast(x.device.type, enabled=False):
+            own = Records(layer.weight, layer.form, layer.in_features, *tensors)
+            return quantized_linear(x.to(kind), own).to(x.dtype)
     rows, n = _rows(x), layer.out_features
     bias = None if layer.bias is None else layer.bias.contiguous()
     t, up = None, None

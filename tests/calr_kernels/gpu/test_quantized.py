@@ -150,3 +150,16 @@ def test_records_made_under_inference_mode_are_not_packed(made, draw, close, mon
         weight = made(form, 8, 64)
         wanted = x.double() @ records.dequantize(weight, form, 64, x.dtype).double().T
         close(linears.quantized_linear(x, Records(weight, form, 64)), wanted)
+
+
+@pytest.mark.parametrize("m", [2, 70])
+def test_autocast_rounds_what_is_multiplied_and_not_the_result(m, made, draw, close, device):
+    form, x, bias = Form(4, "table", 32), draw(m, 64), draw(8)
+    weight = made(form, 8, 64)
+    with torch.autocast(device.type, torch.float16):
+        y = linears.quantized_linear(x, Records(weight, form, 64, bias))
+    assert y.dtype == torch.float32
+    assert torch.equal(y, y.half().float())
+    x, bias = x.half(), bias.half()
+    wanted = x.double() @ records.dequantize(weight, form, 64, x.dtype).double().T + bias.double()
+    close(y, wanted, 2e-3)
