@@ -65,7 +65,7 @@ def quantized_linear(x: Tensor, layer: Records, *, emulate_bf16: bool = False) -
     In kernels of ours the sum of both paths rounds to x's dtype once. Under autocast it runs in
     that dtype, and returns x's. emulate_bf16: see above.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         kind = torch.get_autocast_dtype(x.device.type)
         parts = (layer.bias, layer.corrective_down, layer.corrective_up)
         tensors = (p if p is None or p.dtype is torch.uint8 else p.to(kind) for p in parts)
