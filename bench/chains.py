@@ -15,6 +15,7 @@ bench/results. Needs a GPU.
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,11 +110,10 @@ def sides(groups: Groups, rows: int, device: str) -> dict[str, Chain]:
         "keep 0.5, two products": chain(groups, xs, products),
     }
     for keep in KEEPS:
-        make = lambda n, k, keep=keep: lowrank(n, k, keep, "pivoted", device)  # noqa: E731
+        make = partial(lowrank, keep=keep, layout="pivoted", device=device)
         found[f"keep {keep}, pivoted"] = chain(groups, xs, make)
     for name, form in FORMS.items():
-        make = lambda n, k, form=form: quantized(n, k, form, device)  # noqa: E731
-        found[name] = chain(groups, xs, make)
+        found[name] = chain(groups, xs, partial(quantized, form=form, device=device))
     return found
 
 
@@ -170,6 +170,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here to measure on; python bench/modelled.py needs none")
     torch.manual_seed(0)
     rate, kept = copy_rate(), []
     print(f"{torch.cuda.get_device_name()}, a copy moves {rate / 1e12:.2f} TB/s")

@@ -24,7 +24,7 @@ from calr_kernels.tools.aot import VECTOR, Launch, compile_launch, recording
 LAUNCH, SLOWER, RATE = 1.1e-6, 1.2, 4.27e12  # s; reading; bytes/s of a copy on an H200
 LANES = 132 * 128 * 1.7e9  # instructions of a lane, a second
 GROUPED = {"8B": 120.3e-6, "1B": 51.4e-6}  # s, measured
-THREADS = 32
+WARP = 32  # threads
 
 
 def launches(layer: nn.Module, k: int) -> list[Launch]:
@@ -49,13 +49,18 @@ def instructions(made: Launch, compiled: dict[Launch, int]) -> float:
         if made.name == "gemv"
         else constants["STEP"] * constants["WORDS"] * constants["FIELDS"]
     )
-    return compiled[made] * THREADS * dict(made.options)["num_warps"] / weights
+    return compiled[made] * WARP * dict(made.options)["num_warps"] / weights
+
+
+def stored(layer: nn.Module) -> int:
+    """Count the bytes of a layer's tensors."""
+    return sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
 
 
 def seconds(layer: nn.Module, n: int, k: int, compiled: dict[Launch, int]) -> float:
     """Model a layer's time for one row."""
     made = launches(layer, k)
-    nbytes = sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
+    nbytes = stored(layer)
     if isinstance(layer, QuantizedLinear):
         work = n * k * instructions(made[-1], compiled)  # the corrective path's is a hundredth
     else:
@@ -80,8 +85,7 @@ def main() -> None:
             total = sum(
                 seconds(layer, n, k, compiled) for layer, (n, k) in zip(layers, shapes, strict=True)
             )
-            parts = (t for layer in layers for t in (*layer.parameters(), *layer.buffers()))
-            size = sum(part.nbytes for part in parts) / 1e6
+            size = sum(map(stored, layers)) / 1e6
             ratio = GROUPED[model] / total
             print(f"| {model} | {name} | {size:.0f} | {1e6 * total:.0f} | {ratio:.2f} |")
 

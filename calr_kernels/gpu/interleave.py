@@ -7,7 +7,6 @@ from torch import Tensor
 
 from calr_kernels.gpu.kept import kept
 from calr_kernels.gpu.launch import on, options
-from calr_kernels.gpu.parts import rounded
 
 BLOCK = 1024
 
@@ -15,7 +14,7 @@ BLOCK = 1024
 @triton.jit(do_not_specialize=["N", "R"])
 def interleave(
     t, rest, source, bias, y, N, R,
-    HAS_BIAS: tl.constexpr, EMULATE_BF16: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """t [M, R], rest [M, N - R], source [N] int32 -> y [M, N]: columns of t, then those of rest."""
     m = tl.program_id(0).to(tl.int64)
@@ -27,12 +26,10 @@ def interleave(
     value = tl.where(at < R, value, other).to(tl.float32)
     if HAS_BIAS:
         value += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + m * N + columns, rounded(value, y.dtype.element_ty, EMULATE_BF16), mask=inside)
+    tl.store(y + m * N + columns, value.to(y.dtype.element_ty), mask=inside)
 
 
-def run_interleave(
-    t: Tensor, rest: Tensor, pivots: Tensor, bias: Tensor | None, *, emulate_bf16: bool = False
-) -> Tensor:
+def run_interleave(t: Tensor, rest: Tensor, pivots: Tensor, bias: Tensor | None) -> Tensor:
     """Launch it: t [M, r], rest [M, N - r], contiguous; pivots [r] int32, bias [N] -> y [M, N]."""
     m, n = t.shape[0], t.shape[1] + rest.shape[1]
     y = t.new_empty(m, n)
@@ -40,7 +37,7 @@ def run_interleave(
     with on(t):
         interleave[(m, triton.cdiv(n, BLOCK))](
             t, rest, source, y if bias is None else bias, y, n, t.shape[1],
-            HAS_BIAS=bias is not None, EMULATE_BF16=emulate_bf16, BLOCK=BLOCK, **options(4),
+            HAS_BIAS=bias is not None, BLOCK=BLOCK, **options(4),
         )  # fmt: skip
     return y
 

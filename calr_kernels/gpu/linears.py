@@ -33,19 +33,18 @@ def lowrank_linear(
 ) -> Tensor:
     """Compute what `calr_kernels.lowrank_linear` and `pivoted_linear` do; pivots must ascend.
 
-    emulate_bf16: float32 tensors that hold bfloat16 values are rounded as bfloat16 would be (the
-    interpreter cannot compute in bfloat16).
+    emulate_bf16: kernels of ours round float32 tensors that hold bfloat16 values as bfloat16 would
+    be (the interpreter cannot compute in bfloat16).
     """
     rows = _rows(x)
     r, n = down.shape[0], up.shape[0] + (0 if pivots is None else down.shape[0])
     whole = down.is_contiguous() and up.is_contiguous()
     if len(rows) > gemv.MOST_ROWS or not whole:
         t = linear(rows, down)
-        y = (
-            linear(t, up, bias)
-            if pivots is None
-            else run_interleave(t, linear(t, up), pivots, bias, emulate_bf16=emulate_bf16)
-        )
+        if pivots is None:
+            y = linear(t, up, bias)
+        else:
+            y = run_interleave(t, linear(t, up), pivots, bias)
         return y.view(*x.shape[:-1], n)
     y, t = x.new_empty(len(rows), n), x.new_empty(len(rows), r)
     if pivots is None:

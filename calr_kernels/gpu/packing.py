@@ -29,12 +29,6 @@ class Packed(NamedTuple):
     span: int
     block: int
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory."""
-        high = 0 if self.high is None else self.high.nbytes
-        return self.words.nbytes + high + self.scales.nbytes
-
 
 def span_of(form: Form) -> tuple[int, int]:
     """Return the weights that share a packed scale, and those of a block."""
