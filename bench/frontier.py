@@ -40,15 +40,19 @@ from calr.evaluation import compare
 from calr.model import gguf_files, recast, tensor_bytes
 from calr.ranks import bits as ranks_bits
 from calr.text import spread_windows
+from calr.training import Primary
 
 OUTPUT = Path("bench/results/frontier.json")
+LONGEST = 250_000  # tokens of correction for which there is text: one text for every cell
 PARTS = {  # what --without leaves out, as what a budget may choose otherwise
     "corrective path": {"corrective_ranks": (0,)},
     "other levels than uniform ones": {
         "levels": {bits: "uniform" for bits in ranks_bits.BEST_LEVELS}
     },
     "widths but 4 and 8": {"levels": {4: "table", 8: "uniform"}},
-    "rotation": {},
+    "rotation": {},  # the others are a matter of the recipe, or of training
+    "scale groups but 64": {},
+    "trained scales": {},
 }
 
 
@@ -69,7 +73,7 @@ def main() -> None:
     rows = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     dense, tokenizer = calr.load(arguments.model, dtype="float32")
     texts = unseen_windows(arguments.data, tokenizer, arguments.windows)
-    count = 64 + max(arguments.tokens) // WINDOW + 8
+    count = 64 + max(LONGEST, *arguments.tokens) // WINDOW + 8
     text = pages(arguments.data)[:-HELD_OUT_PAGES]
     ids = spread_windows(text, tokenizer, count, WINDOW, seed=0)
     with tempfile.TemporaryDirectory() as folder:
@@ -80,9 +84,13 @@ def main() -> None:
             cell = {"bits": bits, "tokens": tokens, "windows": arguments.windows}
             cell |= {"without": without}
             if not any(cell.items() <= row.items() for row in rows):
-                turned = without != "rotation"  # which has statistics of its own
-                recipe = calr.Recipe(bits=bits, correction_tokens=tokens, rotate=turned)
-                kept = place if turned else place.with_name(f"{place.name}-unrotated")
+                recipe = calr.Recipe(
+                    bits=bits,
+                    correction_tokens=tokens,
+                    rotate=without != "rotation",  # which has statistics of its own
+                    scale_group=64 if without == "scale groups but 64" else None,
+                )
+                kept = place if recipe.rotate else place.with_name(f"{place.name}-unrotated")
                 with leaving_out(without):
                     found = measure(arguments.model, dense, recipe, ids, texts, kept)
                 rows.append(cell | found)
@@ -101,13 +109,21 @@ def main() -> None:
 
 @contextlib.contextmanager
 def leaving_out(part):
-    """Have budgets choose without a part of the method."""
-    whole = ranks_bits.ANY
+    """Have budgets choose, and the correction train, without a part of the method."""
+    whole, made = ranks_bits.ANY, Primary.__init__
+
+    def frozen(primary, *given):
+        made(primary, *given)
+        scales = primary.scales.detach()
+        del primary.scales
+        primary.register_buffer("scales", scales)
+
     ranks_bits.ANY = dataclasses.replace(whole, **PARTS[part]) if part else whole
+    Primary.__init__ = frozen if part == "trained scales" else made
     try:
         yield
     finally:
-        ranks_bits.ANY = whole
+        ranks_bits.ANY, Primary.__init__ = whole, made
 
 
 def measure(source, dense, recipe, ids, texts, place):

@@ -96,6 +96,7 @@ class Job:
         budget = byte_budget(model, structure, recipe, stored) or Budget.of(structure, recipe)
         if isinstance(budget, Budget) and recipe.allocation == "uniform":
             uniform(budget)
+        recipe = recipe.with_learning_rate(budget.bits if isinstance(budget, ByteBudget) else None)
         sampled = not isinstance(calibration, Tensor) and "sampled" in parts_of(calibration)
         held = 0 if absent(model) else tensor_bytes(model)
         work = Work.of(model, structure, recipe, model.dtype, sampled, held)

@@ -146,7 +146,7 @@ class Quantiser:
     def _rounded(
         self, matrix: Matrix, form: Form, curvature: "_Curvature | None" = None
     ) -> Rounding:
-        name = f"rounded-{matrix.name}-{form.bits}-{form.corrective_rank}"
+        name = f"rounded-{matrix.name}-{form.bits}-{form.scale_group}-{form.corrective_rank}"
         if name not in self.finished:
             curvature = curvature or self._curvature(matrix)
             weight = weight_of(self.model, matrix.name)
@@ -183,7 +183,7 @@ def operations(matrix: Matrix) -> float:
 def losses_name(budget: ByteBudget) -> str:
     """Name what rounding to PRICED bits costs, among the statistics."""
     form = budget.form(PRICED, LEAST_GROUP)
-    return f"losses-{budget.scale_group}-{form.levels}-{form.scale_dtype}"
+    return f"losses-{budget.scale_groups[0]}-{form.levels}-{form.scale_dtype}"
 
 
 def smoothed(counts: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from calr_kernels.layout import Layout
 
 Target = Literal["gguf", "compressed-tensors"]
 BITS, KEEP = 5.0, 0.8  # of a recipe that names no budget
-SCALE_GROUPS = (64, 32, 128)  # the usual one first
+SCALE_GROUPS = (32, 64, 128)
+CHOSEN_SCALE_GROUPS = (64, 128)  # of those that a budget chooses: 32 never pays for its scales
 TARGET_SCALE_GROUPS: dict[Target, tuple[int, ...]] = {  # the usual one first
     "gguf": (32,),
     "compressed-tensors": (64, 32),
@@ -48,7 +49,7 @@ class Recipe:
             quantised matrices.
         size: A budget: bytes of the tensors, such as 90MB, as quantised matrices.
         scale_group: Weights along a row of a quantised matrix that share a scale: 32, 64 or 128; by
-            default 64, or what the target has.
+            default the budget chooses 64 or 128 for each, or the target's usual one is taken.
         target: A format to export to later (`calr export`), which limits the forms of quantised
             matrices to those that it holds: gguf has 4, 5 and 8 bits in groups of 32;
             compressed-tensors 4 and 8 in groups of 64 or 32, one width for the layers of one input,
@@ -78,10 +79,10 @@ class Recipe:
         block_learning_rate: Learning rate at the start of that training.
         correction_tokens: Tokens of text on which the compressed layers are trained to give the
             dense model's outputs again; 0: no training.
-        learning_rate: Peak learning rate of that training; by default 2.5e-4 (1 - keep), since a
-            model that lost more has farther to go, or 2e-4 for a quantised one, whose scales and
-            factors move in proportion to their size; beyond 81,920 tokens less, as their square
-            root.
+        learning_rate: Peak learning rate of that training; by default more for a model that lost
+            more: 2.5e-4 (1 - keep), or for a quantised one, whose scales and factors move in
+            proportion to their size, 2e-4 down to 4.5 bits per parameter and 4 times that for each
+            bit less, at most 8e-4; beyond 81,920 tokens less, as their square root.
         step_tokens: Tokens of one step of that training, at least a window; gradients are
             accumulated, so that more takes no more memory.
         cross_entropy: Weight, in [0, 1], of the text's own next tokens beside the dense model's
@@ -150,7 +151,7 @@ class Recipe:
             )
         if self.bits is not None and not 0 < self.bits <= 16:
             raise CalrError(f"bits={self.bits}: must be above 0 and at most 16")
-        self._set_scale_group()
+        self._check_forms()
         if not 0 <= self.seed < 2**63:
             raise CalrError(f"seed={self.seed}: must be in [0, 2^63)")
         for name, least in (
@@ -171,17 +172,17 @@ class Recipe:
         if not 0 <= self.cross_entropy <= 1:
             raise CalrError(f"cross_entropy={self.cross_entropy}: must be in [0, 1]")
 
-    def _set_scale_group(self) -> None:
+    def _check_forms(self) -> None:
         if self.widths and not self.quantised:
             raise CalrError(f"widths={self.widths}: are of quantised matrices; name bits or size")
         if self.target is not None and not self.quantised:
             raise CalrError(f"target={self.target}: holds no low-rank layers; name bits or size")
         held = SCALE_GROUPS if self.target is None else TARGET_SCALE_GROUPS[self.target]
         if self.scale_group is None:
-            object.__setattr__(self, "scale_group", held[0])
-        elif self.scale_group not in SCALE_GROUPS:
+            return
+        if self.scale_group not in SCALE_GROUPS:
             raise CalrError(f"scale_group={self.scale_group}: must be one of {SCALE_GROUPS}")
-        elif self.scale_group not in held:
+        if self.scale_group not in held:
             has = " or ".join(map(str, held))
             raise CalrError(f"scale_group={self.scale_group}: target={self.target} has {has}")
 
@@ -212,19 +213,28 @@ class Recipe:
         return 1.0 if self.keep is None else self.keep
 
     @property
-    def peak_learning_rate(self) -> float:
-        """The learning rate of the correction, asked for or by default."""
+    def scale_groups(self) -> tuple[int, ...]:
+        """The scale groups that a quantised matrix may have, the usual one first."""
+        if self.scale_group is not None:
+            return (self.scale_group,)
+        if self.target is not None:
+            return TARGET_SCALE_GROUPS[self.target][:1]
+        return CHOSEN_SCALE_GROUPS
+
+    def with_learning_rate(self, bits: float | None) -> "Recipe":
+        """Name the learning rate where it is the default; bits: per parameter of a quantised model,
+        None of a low-rank one."""
+        if bits is None:
+            usual = 2.5e-4 * (1 - self.fraction)
+        else:
+            usual = 2e-4 * min(4.0, max(1.0, 4 ** (4.5 - bits)))
         longer = max(1.0, self.correction_tokens / 81_920) ** 0.5
-        usual = 2e-4 if self.quantised else 2.5e-4 * (1 - self.fraction)
-        return self.learning_rate or usual / longer
+        rate = self.learning_rate or usual / longer or None  # nothing to train at keep 1
+        return dataclasses.replace(self, learning_rate=rate)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values, the learning rate as it is used."""
-        return dataclasses.asdict(self) | {
-            "skip": list(self.skip),
-            "widths": list(self.widths),
-            "learning_rate": self.peak_learning_rate or None,  # nothing to train at keep 1
-        }
+        """Return the fields as plain JSON values."""
+        return dataclasses.asdict(self) | {"skip": list(self.skip), "widths": list(self.widths)}
 
 
 _TYPES = get_type_hints(Recipe)

@@ -33,6 +33,8 @@ RATIOS: dict[tuple[int, Levels], float] = {
     (6, "uniform"): 0.0746,
     (8, "uniform"): 0.0046,
 }
+# by what it grows when a scale group has twice as many weights (bench/LOG.md, 2026-11-30)
+DOUBLED: dict[int, float] = {3: 1.14, 4: 1.23, 5: 1.23, 6: 1.23, 8: 1.23}
 CORRECTIVE_RANKS = (0, 8, 16, 32, 64)  # of a linear layer's corrective path
 
 Forms = dict[str, Form | None]  # by matrix; None leaves it as it is
@@ -84,8 +86,9 @@ class ByteBudget:
 
     matrices: those that may be quantised; fixed: bytes of all others; total: bytes allowed;
     element: bytes of a number that is not quantised; parameters: of the whole model; widths:
-    bits that a matrix may have, all that are allowed where none is named. Raises CalrError for a
-    width that is not, and for a budget below what the smallest forms take.
+    bits that a matrix may have, all that are allowed where none is named; scale_groups: that it may
+    have, the usual one first. Raises CalrError for a width that is not allowed, and for a budget
+    below what the smallest forms take.
     """
 
     matrices: tuple[Matrix, ...]
@@ -93,7 +96,7 @@ class ByteBudget:
     total: int
     element: int
     parameters: int
-    scale_group: int = 64
+    scale_groups: tuple[int, ...] = (64,)
     allowed: Allowed = ANY
     widths: tuple[int, ...] = ()
 
@@ -105,8 +108,8 @@ class ByteBudget:
                 raise CalrError(f"widths={bits}: must be of {there} bits")
         if self.smallest > self.total:
             raise CalrError(
-                f"{self.total / 1e6:.3g} MB ({8 * self.total / self.parameters:.2f} bits per "
-                f"parameter): is below the {self.smallest / 1e6:.3g} MB "
+                f"{self.total / 1e6:.3g} MB ({self.bits:.2f} bits per parameter): is below "
+                f"the {self.smallest / 1e6:.3g} MB "
                 f"({8 * self.smallest / self.parameters:.2f} bits) that the smallest forms take; "
                 "raise bits or size"
             )
@@ -115,6 +118,11 @@ class ByteBudget:
     def smallest(self) -> int:
         """Bytes of the smallest model that the forms allow."""
         return self.fixed + sum(map(min, self.costs()))
+
+    @property
+    def bits(self) -> float:
+        """The budget, per parameter of the whole model."""
+        return 8 * self.total / self.parameters
 
     @cached_property
     def bundles(self) -> list[tuple[Matrix, ...]]:
@@ -136,8 +144,12 @@ class ByteBudget:
         ]
 
     def form(self, bits: int, columns: int) -> Form:
-        """Return the form of a width, without a corrective path, for rows of some columns."""
-        group, allowed = fitting_group(self.scale_group, columns), self.allowed
+        """Return a width's form in the usual scale group, without a corrective path, for rows of
+        some columns."""
+        return self._form(bits, columns, self.scale_groups[0])
+
+    def _form(self, bits: int, columns: int, scale_group: int) -> Form:
+        group, allowed = fitting_group(scale_group, columns), self.allowed
         return Form(bits, allowed.levels[bits], group, scale_dtype=allowed.scale_dtype)
 
     def costs(self) -> list[list[int]]:
@@ -162,9 +174,13 @@ class ByteBudget:
             return []
         if not allowed.padded and matrix.in_features % LEAST_GROUP:
             return []
-        form = replace(self.form(bits, matrix.in_features), corrective_bits=allowed.corrective_bits)
+        forms = [self._form(bits, matrix.in_features, group) for group in self.scale_groups]
         ranks = [rank for rank in corrective_ranks(matrix) if rank in allowed.corrective_ranks]
-        return [replace(form, corrective_rank=rank) for rank in ranks]
+        return [
+            replace(form, corrective_rank=rank, corrective_bits=allowed.corrective_bits)
+            for form in dict.fromkeys(forms)
+            for rank in ranks
+        ]
 
 
 def corrective_ranks(matrix: Matrix) -> tuple[int, ...]:
@@ -198,10 +214,9 @@ def byte_budget(
     element = (dtype or weight_of(model, structure.layers[0].name).dtype).itemsize
     others = tensor_bytes(model, dtype) - element * sum(m.parameters for m in found)
     parameters = structure.model_parameters
-    group, widths = recipe.scale_group, recipe.widths
-    assert group is not None
+    groups, widths = recipe.scale_groups, recipe.widths
     allowed = ANY if recipe.target is None else HELD[recipe.target]
-    return ByteBudget(found, others, total, element, parameters, group, allowed, widths)
+    return ByteBudget(found, others, total, element, parameters, groups, allowed, widths)
 
 
 def least_loss(
@@ -209,9 +224,9 @@ def least_loss(
 ) -> Forms:
     """Minimise the summed loss of all matrices: a multiple-choice knapsack over their forms.
 
-    prices: the losses, in nats, that rounding a matrix to PRICED bits costs with each of its
-    corrective ranks; another width costs a fixed multiple of that. exact: by HiGHS, else by
-    Lagrangian bisection.
+    prices: the losses, in nats, that rounding a matrix to PRICED bits in the usual scale group
+    costs with each of its corrective ranks; another form costs a fixed multiple of that. exact: by
+    HiGHS, else by Lagrangian bisection.
     """
     priced = RATIOS[PRICED, budget.allowed.levels[PRICED]]
 
@@ -219,7 +234,9 @@ def least_loss(
         if form is None:
             return 0.0
         rank = corrective_ranks(matrix).index(form.corrective_rank)
-        return prices[matrix.name][rank] * RATIOS[form.bits, form.levels] / priced
+        usual = budget.form(PRICED, matrix.in_features).scale_group
+        longer = math.pow(DOUBLED[form.bits], math.log2(form.scale_group / usual))
+        return prices[matrix.name][rank] * longer * RATIOS[form.bits, form.levels] / priced
 
     choices = budget.choices()
     values = [

@@ -164,7 +164,7 @@ def _train(
         parameters,
         targets,
         held_out,
-        learning_rate=recipe.peak_learning_rate,
+        learning_rate=recipe.learning_rate or 0.0,  # none at keep 1
         rates=rates,
         step_tokens=recipe.step_tokens,
         cross_entropy=recipe.cross_entropy,

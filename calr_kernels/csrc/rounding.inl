@@ -2,7 +2,7 @@
 // numbers from -128 to 127, so that the nearest one changes only at multiples of a half: 512 cells.
 
 constexpr int64_t kCells = 512;
-constexpr int64_t kLargestGroup = 512;
+constexpr int64_t kLargestGroup = 4096;  // that a form may have
 constexpr int64_t kBlock = 64;  // columns whose codes are chosen together
 
 // The entries of cells for ratios; also the numbers of the cells, in places.

@@ -249,7 +249,7 @@ def test_options_of_low_rank_are_refused_under_a_budget_of_bytes(name, value):
 
 
 def test_targets_have_their_scale_group():
-    assert calr.Recipe(bits=5, target="gguf").scale_group == 32
+    assert calr.Recipe(bits=5, target="gguf").scale_groups == (32,)
     with pytest.raises(CalrError, match="scale_group=64: target=gguf has 32"):
         calr.Recipe(bits=5, target="gguf", scale_group=64)
     with pytest.raises(CalrError, match="target=gguf: holds no low-rank layers"):

@@ -259,11 +259,16 @@ def test_the_learning_rate_that_was_used_is_recorded(asked, used, text):
 
 
 def test_a_longer_training_has_a_lower_peak_by_default():
-    tokens = 4 * 81_920
-    assert calr.Recipe(keep=0.6).peak_learning_rate == pytest.approx(1e-4)
-    assert calr.Recipe(keep=0.6, correction_tokens=tokens).peak_learning_rate == pytest.approx(5e-5)
-    asked = calr.Recipe(keep=0.6, correction_tokens=tokens, learning_rate=3e-4)
-    assert asked.peak_learning_rate == 3e-4
+    def rate(at=None, **given):
+        return calr.Recipe(**given).with_learning_rate(at).learning_rate
+
+    longer = {"correction_tokens": 4 * 81_920}
+    assert rate(keep=0.6) == pytest.approx(1e-4)
+    assert rate(keep=0.6, **longer) == pytest.approx(5e-5)
+    assert rate(keep=0.6, learning_rate=3e-4, **longer) == 3e-4
+    assert rate(keep=1) is None
+    budgets = [(6, {"bits": 6}), (4, {"size": "90MB"}), (3.5, {"bits": 3.5}), (3, {"bits": 3})]
+    assert [rate(at, **given) for at, given in budgets] == [2e-4, 4e-4, 8e-4, 8e-4]
 
 
 def test_a_loss_that_is_not_finite_is_an_error(text):

@@ -5,6 +5,7 @@ import torch
 
 from calr.rounding import gptq, scales
 from calr_kernels import Form
+from calr_kernels.forms import MOST_GROUP
 from calr_kernels.native import rounding
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -15,6 +16,7 @@ FORMS = [
     Form(4, "uniform", 64, scale_dtype="bfloat16"),
     Form(5, "formula", 96),
     Form(8, "uniform", 128),
+    Form(4, "table", MOST_GROUP),
 ]
 
 
@@ -34,7 +36,7 @@ def plainly(monkeypatch):
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 31), (33, 200), (50, 128)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 31), (33, 200), (50, 128), (15, 700)])
 def test_scales_are_those_of_the_plain_search(shape, dtype, form, plainly):
     weight, moment = problem(*shape, dtype)
     found = scales.search(weight, moment.diagonal(), form)
