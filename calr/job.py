@@ -54,7 +54,7 @@ from calr.ranks import (
 )
 from calr.recipe import Recipe
 from calr.statistics import Statistics, open_statistics
-from calr.storage import Store
+from calr.storage import Store, nearest_rung
 from calr.text import Source, calibration_windows, content_of, describe, parts_of, spread
 from calr.training import corrected, windows_needed, windows_used
 
@@ -207,6 +207,8 @@ class Job:
             widths = Counter(row["bits"] or 8 * self.budget.element for row in rows)
             found |= {f"matrices_of_{bits}_bits": count for bits, count in sorted(widths.items())}
             found["rotated"] = "yes" if self.rotated else "no"
+            if rung := nearest_rung(self.model.config, found["tensor_bytes"]):
+                found["nearest_type_of_llama_cpp"] = rung
         else:
             found |= report.outcome(self.structure, config.layers)
         training = config.recipe.get("correction", {})

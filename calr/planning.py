@@ -20,10 +20,11 @@ from calr.model import (
     tensor_bytes,
 )
 from calr.progress import Phase
-from calr.quantising import losses_name
+from calr.quantising import prices_name
 from calr.ranks import (
     Budget,
     ByteBudget,
+    Price,
     Ranks,
     Shape,
     by_block,
@@ -130,8 +131,8 @@ def _quantised(
     if statistics is None:
         forms = even(budget)
     else:
-        losses = _known_losses(budget, Path(statistics))
-        forms = least_loss(budget, losses, exact=recipe.solver == "exact")
+        prices = _known_prices(budget, Path(statistics))
+        forms = least_loss(budget, prices, exact=recipe.solver == "exact")
     stored = {name: form.to_dict() for name, form in forms.items() if form is not None}
     rows = report.quantised_rows(budget.matrices, stored, budget.element)
     after = budget.fixed + sum(row["bytes"] for row in rows)
@@ -160,9 +161,9 @@ def _taken(work: Work, phases: dict[str, Phase], after: int) -> dict[str, Any]:
     }
 
 
-def _known_losses(budget: ByteBudget, statistics: Path) -> dict[str, list[float]]:
+def _known_prices(budget: ByteBudget, statistics: Path) -> dict[str, Price]:
     """Read what an earlier run found rounding to cost; CalrError where it is none of this."""
-    name = losses_name(budget)
+    name = prices_name(budget)
     known = Store(statistics / name) if (statistics / name).is_dir() else Store()
     found = {}
     for matrix in budget.matrices:
@@ -171,8 +172,10 @@ def _known_losses(budget: ByteBudget, statistics: Path) -> dict[str, list[float]
                 f"{statistics}: does not say what rounding {matrix.name} costs ({name}); compress "
                 "with it first"
             )
-        found[matrix.name] = known.load(matrix.name)["losses"].tolist()
-        if len(found[matrix.name]) != len(corrective_ranks(matrix)):
+        price = Price(**{k: v.tolist() for k, v in known.load(matrix.name).items()})
+        found[matrix.name] = price
+        counts = len(corrective_ranks(matrix)), len(budget.groups(matrix.in_features))
+        if (len(price.losses), len(price.growth)) != counts:
             raise CalrError(
                 f"{statistics}: {matrix.name} is of another shape there; it is another model's"
             )

@@ -13,9 +13,9 @@ from calr import parallel
 from calr.methods import Moments
 from calr.model import Absent, Matrix, absent, balance, present, quantize, weight_of
 from calr.progress import give_back, progress
-from calr.ranks import PRICED, ByteBudget, Forms, corrective_ranks, least_loss
+from calr.ranks import PRICED, ByteBudget, Forms, Price, corrective_ranks, least_loss
 from calr.recipe import Recipe
-from calr.rounding import round_matrix, rounding_operations, truncate
+from calr.rounding import gptq, round_matrix, rounding_operations, truncate
 from calr.statistics import Statistics
 from calr.storage import Store
 from calr.training import (
@@ -30,6 +30,7 @@ from calr_kernels.forms import CORRECTIVE, LEAST_GROUP, Form
 from calr_kernels.nn.corrective import factor_numbers
 
 ROWS = 4096  # of a matrix by which the price of its rounding is told
+FEW_ROWS = 128  # by which is told what scale groups of other lengths cost
 
 Rounding = dict[str, Tensor]  # what is stored of a matrix, by its name in the module
 
@@ -90,18 +91,20 @@ class Quantiser:
 
         What it costs is kept with the statistics, for other budgets.
         """
-        prices, known = {}, self.statistics.store.within(losses_name(self.budget))
+        prices, known = {}, self.statistics.store.within(prices_name(self.budget))
         if parallel.agree(any(matrix.name not in known for matrix in self.budget.matrices)):
             self.statistics.collect()
         own = parallel.share(self.budget.matrices, [operations(m) for m in self.budget.matrices])
         for matrix in progress(own, desc="prices", unit="matrix"):
             form = self.budget.form(PRICED, matrix.in_features)
             if matrix.name not in known:
-                known.save(matrix.name, {"losses": self._losses(matrix, form)})
+                known.save(matrix.name, self._price(matrix, form))
                 give_back()
         parallel.wait()
         for matrix in self.budget.matrices:
-            prices[matrix.name] = known.load(matrix.name)["losses"].tolist()
+            prices[matrix.name] = Price(
+                **{k: v.tolist() for k, v in known.load(matrix.name).items()}
+            )
         return least_loss(self.budget, prices, exact=exact)
 
     def rounded(self, forms: dict[Matrix, Form]) -> dict[Matrix, Rounding]:
@@ -125,32 +128,53 @@ class Quantiser:
             for key, tensor in made.items()
         }
 
-    def _losses(self, matrix: Matrix, form: Form) -> Tensor:
-        """Return the loss of rounding a matrix to a form, with each rank of a corrective path."""
+    def _price(self, matrix: Matrix, form: Form) -> dict[str, Tensor]:
+        """Return what a `Price` has of rounding a matrix to a form."""
         curvature, ranks = self._curvature(matrix), corrective_ranks(matrix)
         weight = weight_of(self.model, matrix.name)
+        moment = curvature.inputs.to(weight.device)
+        order = gptq.ordered(moment)
+        growth = self._growth(weight, form, curvature, order)
         if len(weight) <= ROWS:
-            stored = present(self._rounded(matrix, form, curvature)["weight"])
+            stored = present(self._rounded(matrix, form, curvature, order)["weight"])
         else:
             rows, counts = curvature.sampled(ROWS)
-            weight, moment = weight[rows], curvature.inputs.to(weight.device)
-            stored = round_matrix(weight, form, moment).records
-            curvature = curvature.at(rows, counts)
+            weight, curvature = weight[rows], curvature.at(rows, counts)
+            stored = round_matrix(weight, form, moment, order).records
+        del moment, order
         error = _error(weight, form, stored)
         losses = torch.full((len(ranks),), curvature.loss(error)).double()
         if ranks[-1]:
             *_, gains = truncate(error, *curvature.one, ranks[-1])
             losses[1:] -= gains.cpu().cumsum(0)[[rank - 1 for rank in ranks[1:]]]
-        return losses.clamp(min=0)
+        return {"losses": losses.clamp(min=0), "growth": growth}
+
+    def _growth(
+        self, weight: Tensor, form: Form, curvature: "_Curvature", order: gptq.Ordered
+    ) -> Tensor:
+        """Return the losses of a few rows with each scale group, over that of the form's own."""
+        rows, counts = curvature.sampled(min(FEW_ROWS, len(weight)))
+        weight, curvature = weight[rows], curvature.at(rows, counts)
+        moment, groups = curvature.inputs.to(weight.device), self.budget.groups(weight.shape[1])
+        losses: list[float] = []
+        for group in groups if len(groups) > 1 else ():
+            tried = dataclasses.replace(form, scale_group=group)
+            found = round_matrix(weight, tried, moment, order)
+            losses.append(curvature.loss(_error(weight, tried, found.records)))
+        return torch.tensor([x / losses[0] if losses[0] else 1.0 for x in losses] or [1.0])
 
     def _rounded(
-        self, matrix: Matrix, form: Form, curvature: "_Curvature | None" = None
+        self,
+        matrix: Matrix,
+        form: Form,
+        curvature: "_Curvature | None" = None,
+        order: gptq.Ordered | None = None,
     ) -> Rounding:
         name = f"rounded-{matrix.name}-{form.bits}-{form.scale_group}-{form.corrective_rank}"
         if name not in self.finished:
             curvature = curvature or self._curvature(matrix)
             weight = weight_of(self.model, matrix.name)
-            found = round_matrix(weight, form, curvature.inputs.to(weight.device))
+            found = round_matrix(weight, form, curvature.inputs.to(weight.device), order)
             made = {"weight": found.records}
             if form.corrective_rank:
                 error = _error(weight, form, found.records)
@@ -180,10 +204,11 @@ def operations(matrix: Matrix) -> float:
     return rounding_operations(matrix.parameters, matrix.in_features)
 
 
-def losses_name(budget: ByteBudget) -> str:
+def prices_name(budget: ByteBudget) -> str:
     """Name what rounding to PRICED bits costs, among the statistics."""
     form = budget.form(PRICED, LEAST_GROUP)
-    return f"losses-{budget.scale_groups[0]}-{form.levels}-{form.scale_dtype}"
+    groups = "-".join(map(str, budget.scale_groups))
+    return f"prices-{groups}-{form.levels}-{form.scale_dtype}"
 
 
 def smoothed(counts: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ from calr_kernels.layout import Layout
 
 Target = Literal["gguf", "compressed-tensors"]
 BITS, KEEP = 5.0, 0.8  # of a recipe that names no budget
-SCALE_GROUPS = (32, 64, 128)
-CHOSEN_SCALE_GROUPS = (64, 128)  # of those that a budget chooses: 32 never pays for its scales
+SCALE_GROUPS = (64, 32, 128, 256)  # the usual one first
 TARGET_SCALE_GROUPS: dict[Target, tuple[int, ...]] = {  # the usual one first
     "gguf": (32,),
     "compressed-tensors": (64, 32),
@@ -48,8 +47,8 @@ class Recipe:
         bits: A budget: average bits per parameter of the whole model, everything stored counted, as
             quantised matrices.
         size: A budget: bytes of the tensors, such as 90MB, as quantised matrices.
-        scale_group: Weights along a row of a quantised matrix that share a scale: 32, 64 or 128; by
-            default the budget chooses 64 or 128 for each, or the target's usual one is taken.
+        scale_group: Weights along a row of a quantised matrix that share a scale: 32, 64, 128 or
+            256; by default the budget chooses, or the target's usual one is taken.
         target: A format to export to later (`calr export`), which limits the forms of quantised
             matrices to those that it holds: gguf has 4, 5 and 8 bits in groups of 32;
             compressed-tensors 4 and 8 in groups of 64 or 32, one width for the layers of one input,
@@ -219,7 +218,7 @@ class Recipe:
             return (self.scale_group,)
         if self.target is not None:
             return TARGET_SCALE_GROUPS[self.target][:1]
-        return CHOSEN_SCALE_GROUPS
+        return SCALE_GROUPS
 
     def with_learning_rate(self, bits: float | None) -> "Recipe":
         """Name the learning rate where it is the default; bits: per parameter of a quantised model,

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby, product
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,11 +34,23 @@ RATIOS: dict[tuple[int, Levels], float] = {
     (6, "uniform"): 0.0746,
     (8, "uniform"): 0.0046,
 }
-# by what it grows when a scale group has twice as many weights (bench/LOG.md, 2026-11-30)
-DOUBLED: dict[int, float] = {3: 1.14, 4: 1.23, 5: 1.23, 6: 1.23, 8: 1.23}
+# with another scale group it grows as at PRICED bits, to this power (bench/LOG.md, 2026-11-30)
+POWERS = {3: 0.8, 4: 1.0, 5: 1.1, 6: 1.1, 8: 1.1}
+DOUBLED = 1.15  # times the error of scale groups half as long, where weights are Gaussian
 CORRECTIVE_RANKS = (0, 8, 16, 32, 64)  # of a linear layer's corrective path
 
 Forms = dict[str, Form | None]  # by matrix; None leaves it as it is
+
+
+class Price(NamedTuple):
+    """What rounding a matrix to PRICED bits costs.
+
+    losses: in the usual scale group, with each of its corrective ranks, in nats; growth: with each
+    of the groups that it may have (`ByteBudget.groups`), over that.
+    """
+
+    losses: Sequence[float]
+    growth: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -146,11 +159,12 @@ class ByteBudget:
     def form(self, bits: int, columns: int) -> Form:
         """Return a width's form in the usual scale group, without a corrective path, for rows of
         some columns."""
-        return self._form(bits, columns, self.scale_groups[0])
+        allowed, (usual, *_) = self.allowed, self.groups(columns)
+        return Form(bits, allowed.levels[bits], usual, scale_dtype=allowed.scale_dtype)
 
-    def _form(self, bits: int, columns: int, scale_group: int) -> Form:
-        group, allowed = fitting_group(scale_group, columns), self.allowed
-        return Form(bits, allowed.levels[bits], group, scale_dtype=allowed.scale_dtype)
+    def groups(self, columns: int) -> list[int]:
+        """List the scale groups that rows of some columns may have, the usual one first."""
+        return list(dict.fromkeys(fitting_group(group, columns) for group in self.scale_groups))
 
     def costs(self) -> list[list[int]]:
         """List the bytes that these take."""
@@ -174,11 +188,11 @@ class ByteBudget:
             return []
         if not allowed.padded and matrix.in_features % LEAST_GROUP:
             return []
-        forms = [self._form(bits, matrix.in_features, group) for group in self.scale_groups]
+        form = replace(self.form(bits, matrix.in_features), corrective_bits=allowed.corrective_bits)
         ranks = [rank for rank in corrective_ranks(matrix) if rank in allowed.corrective_ranks]
         return [
-            replace(form, corrective_rank=rank, corrective_bits=allowed.corrective_bits)
-            for form in dict.fromkeys(forms)
+            replace(form, scale_group=group, corrective_rank=rank)
+            for group in self.groups(matrix.in_features)
             for rank in ranks
         ]
 
@@ -219,24 +233,21 @@ def byte_budget(
     return ByteBudget(found, others, total, element, parameters, groups, allowed, widths)
 
 
-def least_loss(
-    budget: ByteBudget, prices: Mapping[str, Sequence[float]], *, exact: bool = False
-) -> Forms:
+def least_loss(budget: ByteBudget, prices: Mapping[str, Price], *, exact: bool = False) -> Forms:
     """Minimise the summed loss of all matrices: a multiple-choice knapsack over their forms.
 
-    prices: the losses, in nats, that rounding a matrix to PRICED bits in the usual scale group
-    costs with each of its corrective ranks; another form costs a fixed multiple of that. exact: by
-    HiGHS, else by Lagrangian bisection.
+    Another width than PRICED costs a fixed multiple of the matrix's price. exact: by HiGHS, else by
+    Lagrangian bisection.
     """
     priced = RATIOS[PRICED, budget.allowed.levels[PRICED]]
 
     def loss(matrix: Matrix, form: Form | None) -> float:
         if form is None:
             return 0.0
-        rank = corrective_ranks(matrix).index(form.corrective_rank)
-        usual = budget.form(PRICED, matrix.in_features).scale_group
-        longer = math.pow(DOUBLED[form.bits], math.log2(form.scale_group / usual))
-        return prices[matrix.name][rank] * longer * RATIOS[form.bits, form.levels] / priced
+        price, groups = prices[matrix.name], budget.groups(matrix.in_features)
+        loss = price.losses[corrective_ranks(matrix).index(form.corrective_rank)]
+        growth = math.pow(price.growth[groups.index(form.scale_group)], POWERS[form.bits])
+        return loss * growth * RATIOS[form.bits, form.levels] / priced
 
     choices = budget.choices()
     values = [
@@ -254,8 +265,13 @@ def least_loss(
 
 def even(budget: ByteBudget) -> Forms:
     """Return nearly the same width for every matrix: what a plan shows before calibration."""
-    size = len(CORRECTIVE_RANKS)
-    return least_loss(budget, {m.name: [float(m.parameters)] * size for m in budget.matrices})
+    prices = {}
+    for matrix in budget.matrices:
+        usual, *others = budget.groups(matrix.in_features)
+        growth = [1.0, *(math.pow(DOUBLED, math.log2(group / usual)) for group in others)]
+        losses = [float(matrix.parameters)] * len(CORRECTIVE_RANKS)
+        prices[matrix.name] = Price(losses, growth)
+    return least_loss(budget, prices)
 
 
 def parse_size(size: str, name: str = "size") -> int:

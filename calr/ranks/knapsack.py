@@ -76,16 +76,15 @@ def _spend(
     costs: list[list[int]], values: list[np.ndarray], at: list[int], budget: int
 ) -> list[int]:
     """Spend what is left by gain per parameter until no better choice fits."""
-    at = list(at)
-    left = budget - sum(c[i] for c, i in zip(costs, at, strict=True))
+    sizes = np.array([len(c) for c in costs])
+    starts = np.cumsum(sizes) - sizes
+    cost, value = np.concatenate([np.array(c) for c in costs]), np.concatenate(values)
+    chosen = starts + at
     while True:
-        best, move = 0.0, None
-        for layer, (c, v) in enumerate(zip(costs, values, strict=True)):
-            for choice in range(len(c)):
-                extra, gain = c[choice] - c[at[layer]], v[at[layer]] - v[choice]
-                if gain > 0 and extra <= left and gain / max(extra, 1e-9) > best:
-                    best, move = gain / max(extra, 1e-9), (layer, choice, extra)
-        if move is None:
-            return at
-        at[move[0]] = move[1]
-        left -= move[2]
+        extra = cost - np.repeat(cost[chosen], sizes)
+        gain = np.repeat(value[chosen], sizes) - value
+        fits = (gain > 0) & (extra <= budget - cost[chosen].sum())
+        if not fits.any():
+            return [int(i) for i in chosen - starts]
+        best = int(np.where(fits, gain / np.maximum(extra, 1e-9), 0.0).argmax())
+        chosen[np.searchsorted(starts, best, side="right") - 1] = best

@@ -38,15 +38,18 @@ class Rounded:
 
 
 @torch.no_grad()
-def round_matrix(weight: Tensor, form: Form, moment: Tensor | None = None) -> Rounded:
+def round_matrix(
+    weight: Tensor, form: Form, moment: Tensor | None = None, order: gptq.Ordered | None = None
+) -> Rounded:
     """Round a weight [N, K] to a form.
 
     moment [K, K]: the second moment of its inputs. With it the scales are searched under its
     diagonal, the integers chosen by GPTQ, and the scales fitted to them; None rounds to nearest
-    with searched scales.
+    with searched scales. order: `gptq.ordered` of it, where it is known.
     """
     rows = max(1, PART // weight.shape[1])
-    order = None if moment is None else gptq.ordered(moment)
+    if moment is not None and order is None:
+        order = gptq.ordered(moment)
     made = torch.empty(0)
     for start in range(0, len(weight), rows):
         part = weight[start : start + rows]

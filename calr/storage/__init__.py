@@ -16,6 +16,7 @@ from calr.storage.ledger import claim
 from calr.storage.lock import locked
 from calr.storage.manifest import read_manifest, verify
 from calr.storage.offload import open_parts, remove_offloaded
+from calr.storage.rungs import nearest_rung
 from calr.storage.spilled import Spilled
 from calr.storage.store import Store
 
@@ -28,6 +29,7 @@ __all__ = [
     "finished",
     "locked",
     "model_card",
+    "nearest_rung",
     "one_sentence",
     "open_parts",
     "prepare",

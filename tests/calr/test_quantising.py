@@ -301,7 +301,7 @@ def test_some_rows_tell_the_price_of_all(ids, monkeypatch):
     def prices():
         quantiser = quantising.Quantiser(model, budget, statistics, Store())
         form = {m.name: budget.form(4, m.in_features) for m in budget.matrices}
-        return {m.name: quantiser._losses(m, form[m.name]) for m in budget.matrices}
+        return {m.name: quantiser._price(m, form[m.name])["losses"] for m in budget.matrices}
 
     whole = prices()
     monkeypatch.setattr(quantising, "ROWS", 48)
@@ -310,6 +310,31 @@ def test_some_rows_tell_the_price_of_all(ids, monkeypatch):
     assert len(changed) == 5  # gate_proj and up_proj of two blocks, of 80 rows, and the embedding
     for name in changed:
         assert torch.allclose(whole[name], some[name], rtol=0.35), name
+
+
+def test_the_price_of_a_scale_group_is_measured(ids):
+    model = tiny_llama(hidden_size=128, intermediate_size=128)
+    structure = analyse(model)
+    recipe = calr.Recipe(bits=5.5, correction_tokens=0)
+    budget = byte_budget(model, structure, recipe)
+    uneven = "model.layers.1.mlp.down_proj"
+    with torch.no_grad():
+        model.get_submodule(uneven).weight[:, ::32] *= 30
+    statistics = Statistics(model, structure, ids, Store(), gradient_ids=ids[:2])
+    quantiser = quantising.Quantiser(model, budget, statistics, Store())
+    growth = {}
+    for matrix in budget.matrices:
+        assert budget.groups(matrix.in_features) == [64, 32, 128]
+        found = quantiser._price(matrix, budget.form(4, matrix.in_features))["growth"].tolist()
+        growth[matrix.name] = found
+        assert found[0] == 1 and found[1] < found[2], matrix.name
+    exact = quantiser._curvature(next(m for m in budget.matrices if m.name == uneven))
+    weight, losses = model.get_submodule(uneven).weight.detach(), []
+    for group in (64, 32, 128):
+        form = dataclasses.replace(budget.form(4, 128), scale_group=group)
+        rounded = round_matrix(weight, form, exact.inputs)
+        losses.append(exact.loss(weight - rounded.weight()))
+    assert growth[uneven] == pytest.approx([loss / losses[0] for loss in losses], rel=1e-4)
 
 
 @pytest.mark.parametrize("call", [3, 17, 22])  # among the prices, and among what follows them
