@@ -260,7 +260,7 @@ class Work:
             bits = 8 * parse_size(recipe.size) if recipe.size else 0
             student = (bits or (recipe.bits or 0) * structure.model_parameters) / 8
             factors = USUAL_RANK * sum(x.in_features + x.out_features for x in structure.layers)
-            trained = 18 * structure.model_parameters / (recipe.scale_groups[0]) + 20 * factors
+            trained = 18 * structure.model_parameters / recipe.scale_groups[0] + 20 * factors
         else:
             student = self.dtype.itemsize * around
             trained = 5 * 4 * recipe.fraction * structure.linear_parameters
