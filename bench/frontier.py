@@ -213,7 +213,9 @@ def plot(rows: list[dict], file: Path) -> None:
     """Draw mean KL against bytes, and against tokens per second where they are known."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    timed = [row for row in rows if "tokens_per_second" in row]
+    figure, axes = plt.subplots(1, 2 if timed else 1, figsize=(11, 4.5), sharey=True, squeeze=False)
+    left, right = axes[0, 0], axes[0, -1]
     groups: dict[str, list[dict]] = {}
     for row in rows:
         name = "llama.cpp" if "rung" in row else label(row)
@@ -223,16 +225,17 @@ def plot(rows: list[dict], file: Path) -> None:
         members.sort(key=lambda row: row["tensor_bytes"])
         points = [(row["tensor_bytes"] / 1e6, mean_kl(row)) for row in members]
         left.plot(*zip(*points, strict=True), style, label=name)
-        timed = [row for row in members if "tokens_per_second" in row]
-        right.plot([r["tokens_per_second"] for r in timed], [mean_kl(r) for r in timed], style)
-        for row in timed:
+        fast = [row for row in members if row in timed]
+        if fast:
+            right.plot([r["tokens_per_second"] for r in fast], [mean_kl(r) for r in fast], style)
+        for row in fast:
             place = row["tokens_per_second"], mean_kl(row)
             right.annotate(f"{row['bits_per_parameter']:.1f} bits", place, fontsize=7)
     for row in groups.get("llama.cpp", []):
         if "," not in row["rung"]:
             left.annotate(row["rung"], (row["tensor_bytes"] / 1e6, mean_kl(row)), fontsize=7)
-    left.set(xlabel="MB of tensors", ylabel="mean KL to the dense model, nats", yscale="log")
     right.set(xlabel="tokens per second, one sequence on a CPU")
+    left.set(xlabel="MB of tensors", ylabel="mean KL to the dense model, nats", yscale="log")
     left.legend()
     figure.savefig(file, dpi=120, bbox_inches="tight")
 
