@@ -28,7 +28,7 @@ from calr_kernels.eligible import cpu_multiplies_bfloat16
 LIBRARY_BYTES = 600_000_000  # resident size of Python with torch and transformers loaded
 ACTIVATIONS = 1 << 30  # of the training, above which they are computed twice
 SAMPLED = 4.0  # times a prefill's of as many tokens at a product's speed: text that is sampled
-DEARER = 1.5  # times a rounding: its price
+DEARER = 2.0  # times a rounding: its price
 EIGEN = 25  # eigenvalues and vectors of an n × n matrix cost about 25 n³
 USUAL_RANK = 8  # of a corrective path, over all matrices
 
