@@ -153,15 +153,17 @@ class Quantiser:
         self, weight: Tensor, form: Form, curvature: "_Curvature", order: gptq.Ordered
     ) -> Tensor:
         """Return the losses of a few rows with each scale group, over that of the form's own."""
+        groups = self.budget.groups(weight.shape[1])
+        if len(groups) == 1:
+            return torch.ones(1)
         rows, counts = curvature.sampled(min(FEW_ROWS, len(weight)))
         weight, curvature = weight[rows], curvature.at(rows, counts)
-        moment, groups = curvature.inputs.to(weight.device), self.budget.groups(weight.shape[1])
-        losses: list[float] = []
-        for group in groups if len(groups) > 1 else ():
+        moment, losses = curvature.inputs.to(weight.device), []
+        for group in groups:
             tried = dataclasses.replace(form, scale_group=group)
             found = round_matrix(weight, tried, moment, order)
             losses.append(curvature.loss(_error(weight, tried, found.records)))
-        return torch.tensor([x / losses[0] if losses[0] else 1.0 for x in losses] or [1.0])
+        return torch.tensor(losses) / losses[0] if losses[0] else torch.ones(len(groups))
 
     def _rounded(
         self,
