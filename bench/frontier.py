@@ -44,13 +44,15 @@ from calr.training import Primary
 
 OUTPUT = Path("bench/results/frontier.json")
 LONGEST = 250_000  # tokens of correction for which there is text: one text for every cell
-PARTS = {  # what --without leaves out, as what a budget may choose otherwise
+# what --without leaves out, as what a budget may choose otherwise; where that is nothing, the part
+# is a matter of the recipe or of the training
+PARTS = {
     "corrective path": {"corrective_ranks": (0,)},
     "other levels than uniform ones": {
         "levels": {bits: "uniform" for bits in ranks_bits.BEST_LEVELS}
     },
     "widths but 4 and 8": {"levels": {4: "table", 8: "uniform"}},
-    "rotation": {},  # the others are a matter of the recipe, or of training
+    "rotation": {},
     "scale groups but 64": {},
     "trained scales": {},
 }
@@ -215,7 +217,7 @@ def plot(rows: list[dict], file: Path) -> None:
 
     timed = [row for row in rows if "tokens_per_second" in row]
     figure, axes = plt.subplots(1, 2 if timed else 1, figsize=(11, 4.5), sharey=True, squeeze=False)
-    left, right = axes[0, 0], axes[0, -1]
+    left = axes[0, 0]
     groups: dict[str, list[dict]] = {}
     for row in rows:
         name = "llama.cpp" if "rung" in row else label(row)
@@ -225,19 +227,23 @@ def plot(rows: list[dict], file: Path) -> None:
         members.sort(key=lambda row: row["tensor_bytes"])
         points = [(row["tensor_bytes"] / 1e6, mean_kl(row)) for row in members]
         left.plot(*zip(*points, strict=True), style, label=name)
-        fast = [row for row in members if row in timed]
-        if fast:
-            right.plot([r["tokens_per_second"] for r in fast], [mean_kl(r) for r in fast], style)
-        for row in fast:
-            place = row["tokens_per_second"], mean_kl(row)
-            right.annotate(f"{row['bits_per_parameter']:.1f} bits", place, fontsize=7)
+        if timed:
+            plot_speeds(axes[0, 1], [row for row in members if row in timed], style)
     for row in groups.get("llama.cpp", []):
         if "," not in row["rung"]:
             left.annotate(row["rung"], (row["tensor_bytes"] / 1e6, mean_kl(row)), fontsize=7)
-    right.set(xlabel="tokens per second, one sequence on a CPU")
     left.set(xlabel="MB of tensors", ylabel="mean KL to the dense model, nats", yscale="log")
     left.legend()
     figure.savefig(file, dpi=120, bbox_inches="tight")
+
+
+def plot_speeds(axes, rows: list[dict], style: str) -> None:
+    """Draw mean KL against tokens per second."""
+    axes.plot([row["tokens_per_second"] for row in rows], [mean_kl(row) for row in rows], style)
+    for row in rows:
+        place = row["tokens_per_second"], mean_kl(row)
+        axes.annotate(f"{row['bits_per_parameter']:.1f} bits", place, fontsize=7)
+    axes.set(xlabel="tokens per second, one sequence on a CPU")
 
 
 if __name__ == "__main__":

@@ -172,8 +172,7 @@ def _known_prices(budget: ByteBudget, statistics: Path) -> dict[str, Price]:
                 f"{statistics}: does not say what rounding {matrix.name} costs ({name}); compress "
                 "with it first"
             )
-        price = Price(**{k: v.tolist() for k, v in known.load(matrix.name).items()})
-        found[matrix.name] = price
+        found[matrix.name] = price = Price.of(known.load(matrix.name))
         counts = len(corrective_ranks(matrix)), len(budget.groups(matrix.in_features))
         if (len(price.losses), len(price.growth)) != counts:
             raise CalrError(

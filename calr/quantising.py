@@ -102,9 +102,7 @@ class Quantiser:
                 give_back()
         parallel.wait()
         for matrix in self.budget.matrices:
-            prices[matrix.name] = Price(
-                **{k: v.tolist() for k, v in known.load(matrix.name).items()}
-            )
+            prices[matrix.name] = Price.of(known.load(matrix.name))
         return least_loss(self.budget, prices, exact=exact)
 
     def rounded(self, forms: dict[Matrix, Form]) -> dict[Matrix, Rounding]:

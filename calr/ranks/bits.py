@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from calr.errors import CalrError
@@ -51,6 +52,11 @@ class Price(NamedTuple):
 
     losses: Sequence[float]
     growth: Sequence[float]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Price":
+        """Make one of the tensors, by these names, that are kept of it."""
+        return cls(tensors["losses"].tolist(), tensors["growth"].tolist())
 
 
 @dataclass(frozen=True)
