@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import typing as numbers
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from calr.errors import CalrError
@@ -23,6 +24,8 @@ CALIBRATION = (
     "[#field], sampled (by the model itself: measured to serve unseen text best), builtin (English "
     "that every Python carries), or several of these separated by commas, in equal shares."
 )
+
+Seed = numbers.restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])  # as a recipe's
 
 LISTS = ("--skip", "--tasks", "--widths")  # options that take several values
 
@@ -42,12 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name = parsed.subcommand.replace("-", "_")
             run: Callable[[Namespace], None] = getattr(commands, name)
             run(parsed[parsed.subcommand])
-    except CalrError as error:
-        print(f"calr: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # of a reader that has seen enough, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (CalrError, OSError) as error:  # the latter of a file that may not be read
+        print(f"calr: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         resumes = "; the same command continues where it stopped"
         print(
@@ -288,7 +291,7 @@ def _eval(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=PositiveInt | None, default=None, help="First rows of each task."
     )
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the tasks' own sampling.")
+    parser.add_argument("--seed", type=Seed, default=0, help="Seed of the tasks' own sampling.")
     _loading(parser)
 
 
@@ -326,7 +329,7 @@ def _generate(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=NonNegativeFloat, default=0.0, help="0: greedy; otherwise sample."
     )
-    parser.add_argument("--seed", type=int, default=0, help="Seed of sampling.")
+    parser.add_argument("--seed", type=Seed, default=0, help="Seed of sampling.")
     _packing(parser)
     _loading(parser)
 

@@ -206,8 +206,11 @@ def bench(arguments: Namespace) -> None:
     """Print tokens per second of one model, or of two taking turns."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    sources = [arguments.model] + ([arguments.against] if arguments.against else [])
-    timed = {source: _load(arguments, source)[0] for source in sources}
+    timed = {arguments.model: _load(arguments, arguments.model)[0]}
+    if arguments.against:
+        same = arguments.against == arguments.model
+        name = f"{arguments.against}, not optimized" if same else arguments.against
+        timed[name] = _load(arguments, arguments.against)[0]
     for model in timed.values():
         check_window(model, "prompt_tokens", arguments.prompt_tokens)
         check_window(model, "new_tokens", benchmark.START + arguments.new_tokens - 1)

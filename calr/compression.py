@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calr import parallel
@@ -41,7 +42,7 @@ from calr.storage import (
     write,
     writing,
 )
-from calr.text import Source
+from calr.text import Source, evaluation_windows
 
 
 def compress(
@@ -87,11 +88,11 @@ def compress(
 
 
 def compress_to(
-    source: str,
+    source: str | Path,
     directory: str | Path,
     recipe: Recipe | None = None,
     *,
-    calibration: str = "sampled",
+    calibration: str | Path = "sampled",
     statistics: str | Path | None = None,
     elastic: bool = False,
     overwrite: bool = False,
@@ -111,26 +112,29 @@ def compress_to(
     weights that are quantised there are not rotated, off the grid on which they lie. eval_windows:
     windows of held-out built-in text on which the result is compared with the dense model, which is
     loaded again for that; 0: none. "phases" of the result: what each took, beside what was
-    expected. Raises CalrError for a directory that holds something else (without overwrite), and
-    for what `load` and `compress` refuse.
+    expected. Raises CalrError for a directory that holds something else (without overwrite), for
+    calibration that has no name, and for what `load` and `compress` refuse.
     """
     started, recipe = time.monotonic(), recipe or _default(elastic)
+    if not isinstance(calibration, str | Path):
+        raise CalrError("calibration: name a file or a source; what is in memory is for `compress`")
+    source, calibration = str(source), str(calibration)
     place = destination(
         directory, source, statistics=statistics, overwrite=overwrite, offload=offload
     )
-    files = gguf_files(source) if dtype == "auto" else []
+    files = gguf_files(source)
+    widened = bool(files) and dtype == "auto"
     loading: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
-    loading |= {"dtype": "float32" if files else dtype, "lazily": not elastic}
+    loading |= {"dtype": "float32" if widened else dtype, "lazily": not elastic}
     options = {"calibration": calibration, "elastic": elastic, "eval_windows": eval_windows}
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
     with measured_phases("loading") as phases:
         model, tokenizer = load(source, **loading)
-        stored = GGUF_DTYPE if files else None
+        stored = GGUF_DTYPE if widened else None
         if recipe.quantised and on_grid(source):
             recipe = dataclasses.replace(recipe, rotate=False)
         job = Job.of(model, recipe, calibration, tokenizer, elastic, stored, max_memory)
-        if eval_windows:
-            check_window(model, "window", recipe.window)
+        held_out = _held_out(model, tokenizer, eval_windows, recipe.window)
         before = sum(file.stat().st_size for file in files) or tensor_bytes(model)
         key, results = job.key, None
         with writing(place) if parallel.first() else nullcontext():
@@ -144,9 +148,9 @@ def compress_to(
             job.run(parts, statistics)
             if parallel.first():
                 results = job.outcome(before)
-                if eval_windows:
+                if held_out is not None:
                     dense, _ = load(source, **loading)
-                    results |= measured(model, dense, tokenizer, eval_windows, recipe.window)
+                    results |= measured(model, dense, held_out)
                     del dense
                 results["seconds"] = round(time.monotonic() - started, 1)
                 _write(job, source, place, results, options)
@@ -154,6 +158,19 @@ def compress_to(
             results = parallel.agree(results) or {}
     results |= {"bytes": size(place), "directory": str(place)}
     return results | {"phases": _beside(phases, job.expected)}
+
+
+def _held_out(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: int, window: int
+) -> Tensor | None:
+    """Return the text [S, T] on which the result is compared, before anything long begins."""
+    if not windows:
+        return None
+    check_window(model, "window", window)
+    try:
+        return evaluation_windows("builtin", tokenizer, windows=windows, window=window)
+    except CalrError as error:
+        raise CalrError(f"{error}; lower window, or leave it out: eval_windows=0") from error
 
 
 def _parts(
@@ -164,7 +181,7 @@ def _parts(
     with parallel.first_then_others():
         if parallel.first():
             prepare(place, job.key, summary, overwrite=overwrite)
-        return open_parts(place, offload, job.key)
+        return open_parts(place, offload, job.key, overwrite=overwrite)
 
 
 def _write(

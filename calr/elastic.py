@@ -90,7 +90,7 @@ def resize(
 
 
 def resize_to(
-    source: str,
+    source: str | Path,
     directory: str | Path,
     keep: float,
     *,
@@ -106,6 +106,7 @@ def resize_to(
     source, dtype, device and trust_remote_code: as in `load`. Raises CalrError as `resize` does,
     and for a directory that holds something else (without overwrite).
     """
+    source = str(source)
     place = destination(directory, source, statistics=None, overwrite=overwrite)
     if read_manifest(Path(source)) is not None:
         verify(Path(source))

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from calr.errors import CalrError
 from calr.model import check_vocabulary
 from calr.progress import progress
-from calr.text import evaluation_windows
 
 
 @dataclass(frozen=True)
@@ -96,19 +95,10 @@ def compare(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> Comp
     return Comparison(kl, agreement, _exp(mean), _exp(more))
 
 
-def measured(
-    model: PreTrainedModel,
-    dense: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    windows: int,
-    window: int,
-) -> dict[str, Any]:
-    """Report how a model compares with the dense one on built-in text that calibration never sees;
-    nothing for no windows."""
-    if not windows:
-        return {}
-    ids = evaluation_windows("builtin", tokenizer, windows=windows, window=window)
-    found = compare(model, dense, ids)
+def measured(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+    """Report how a model compares with the dense one on windows of token ids [S, T] of the built-in
+    text that calibration never sees."""
+    found, (windows, window) = compare(model, dense, ids), ids.shape
     return {
         "measured_on": f"{windows} windows of {window} tokens of the built-in text, held out",
         "kl_from_dense": round(found.kl, 4),

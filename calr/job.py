@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from calr import parallel
 from calr.elastic import LOW_RANK, complete, every_rank
+from calr.errors import CalrError
 from calr.estimates import Ways, Work
 from calr.factoring import factorise
 from calr.integrations.config import CalrConfig
@@ -53,7 +54,7 @@ from calr.ranks import (
     uniform,
 )
 from calr.recipe import Recipe
-from calr.statistics import Statistics, open_statistics
+from calr.statistics import Statistics, described, open_statistics
 from calr.storage import Store, nearest_rung
 from calr.text import Source, calibration_windows, content_of, describe, parts_of, spread
 from calr.training import corrected, windows_needed, windows_used
@@ -103,6 +104,11 @@ class Job:
         ways = work.within(max_memory)
         check_finite(model)
         require_supported(model, structure)
+        if recipe.correction_tokens and model.dtype == torch.float64 and not elastic:
+            raise CalrError(
+                "dtype=float64: is not trained in; name float32, or train nothing: "
+                "correction_tokens=0"
+            )
         return cls(
             model, recipe, calibration, tokenizer, elastic, structure, budget, work, ways, stored
         )
@@ -248,11 +254,12 @@ class Job:
         parts_of_key = [self.identity, ids, windows, recipe.seed]
         parts_of_key += ["rotated"] if self.rotated else []
         key = "" if directory is None else digest(*parts_of_key)
+        summary = described(self.model, self.model.dtype, describe(self.calibration), recipe)
         return Statistics(
             self.model,
             self.structure,
             ids,
-            open_statistics(directory, key),
+            open_statistics(directory, key, summary),
             gradient_ids=spread(ids, windows) if gradients else None,
             outputs=method.needs_outputs and not recipe.quantised,
             seed=recipe.seed,

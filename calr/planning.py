@@ -16,6 +16,7 @@ from calr.model import (
     analyse,
     gguf_files,
     load_skeleton,
+    on_grid,
     resolve_dtype,
     tensor_bytes,
 )
@@ -39,6 +40,7 @@ from calr.ranks import (
     uniform,
 )
 from calr.recipe import Recipe
+from calr.statistics import described, known_statistics
 from calr.storage import Store
 from calr.text import parts_of
 
@@ -89,6 +91,8 @@ def plan(
     shown are nearly uniform ones, with the same totals to within one rank step.
     """
     recipe = recipe or Recipe()
+    if recipe.quantised and on_grid(source):
+        recipe = dataclasses.replace(recipe, rotate=False)
     model = load_skeleton(source, trust_remote_code=trust_remote_code)
     structure, stored = analyse(model, recipe.skip), _dtype(source, model, dtype)
     files = gguf_files(source)
@@ -97,14 +101,17 @@ def plan(
     computed = torch.float32 if files else stored
     work = Work.of(model, structure, recipe, computed, "sampled" in parts_of(calibration))
     phases = work.phases(work.within(max_memory))
+    known = None
+    if statistics is not None:
+        known = known_statistics(statistics, described(model, computed, calibration, recipe))
     if bytes_allowed is not None:
-        return _quantised(source, work, phases, bytes_allowed, before, statistics)
+        return _quantised(source, work, phases, bytes_allowed, before, known)
     budget = Budget.of(structure, recipe)
-    ranks, exact = _ranks(budget, recipe, statistics)
+    ranks, exact = _ranks(budget, recipe, known)
     layers, element = report.stored_at(ranks, recipe.layout), stored.itemsize
     totals = report.totals(structure, layers)
     removed = totals["linear_parameters"] - totals["kept_parameters"]
-    after = tensor_bytes(model, stored) - element * int(removed)
+    after = tensor_bytes(model, stored) - element * int(removed) + report.pivot_bytes(layers)
     totals = {"source_bytes": before} | report.byte_totals(structure, after) | totals
     return Plan(
         model=source,
@@ -124,14 +131,14 @@ def _quantised(
     phases: dict[str, Phase],
     budget: ByteBudget,
     before: int,
-    statistics: str | Path | None,
+    statistics: Store | None,
 ) -> Plan:
     """Plan the forms that statistics lead to, or forms of nearly one width without any."""
     structure, recipe = work.structure, work.recipe
     if statistics is None:
         forms = even(budget)
     else:
-        prices = _known_prices(budget, Path(statistics))
+        prices = _known_prices(budget, statistics)
         forms = least_loss(budget, prices, exact=recipe.solver == "exact")
     stored = {name: form.to_dict() for name, form in forms.items() if form is not None}
     rows = report.quantised_rows(budget.matrices, stored, budget.element)
@@ -161,27 +168,26 @@ def _taken(work: Work, phases: dict[str, Phase], after: int) -> dict[str, Any]:
     }
 
 
-def _known_prices(budget: ByteBudget, statistics: Path) -> dict[str, Price]:
+def _known_prices(budget: ByteBudget, statistics: Store) -> dict[str, Price]:
     """Read what an earlier run found rounding to cost; CalrError where it is none of this."""
-    name = prices_name(budget)
-    known = Store(statistics / name) if (statistics / name).is_dir() else Store()
-    found = {}
+    name, place, found = prices_name(budget), statistics.directory, {}
+    known = Store() if place is None or not (place / name).is_dir() else statistics.within(name)
     for matrix in budget.matrices:
         if matrix.name not in known:
             raise CalrError(
-                f"{statistics}: does not say what rounding {matrix.name} costs ({name}); compress "
+                f"{place}: does not say what rounding {matrix.name} costs ({name}); compress "
                 "with it first"
             )
         found[matrix.name] = price = Price.of(known.load(matrix.name))
         counts = len(corrective_ranks(matrix)), len(budget.groups(matrix.in_features))
         if (len(price.losses), len(price.growth)) != counts:
             raise CalrError(
-                f"{statistics}: {matrix.name} is of another shape there; it is another model's"
+                f"{place}: {matrix.name} is of another shape there; it is another model's"
             )
     return found
 
 
-def _ranks(budget: Budget, recipe: Recipe, statistics: str | Path | None) -> tuple[Ranks, bool]:
+def _ranks(budget: Budget, recipe: Recipe, statistics: Store | None) -> tuple[Ranks, bool]:
     """Return ranks, and whether they are those that a compression will choose."""
     exact = recipe.solver == "exact"
     if statistics is not None and recipe.allocation == "global":
@@ -191,19 +197,16 @@ def _ranks(budget: Budget, recipe: Recipe, statistics: str | Path | None) -> tup
     return least_error(budget, {s.name: _even(s, recipe) for s in budget.shapes}), False
 
 
-def _known_curves(budget: Budget, recipe: Recipe, statistics: str | Path) -> dict[str, np.ndarray]:
+def _known_curves(budget: Budget, recipe: Recipe, statistics: Store) -> dict[str, np.ndarray]:
     """Read the error curves that an earlier run left; CalrError where they are none of this."""
-    name, place = curves_name(recipe), Path(statistics)
-    if not (place / f"{name}.safetensors").exists():
-        raise CalrError(f"{statistics}: holds no error curves of {name}; compress with it first")
-    store = Store(place)
-    if name not in store:
-        raise CalrError(f"{statistics}: its error curves are damaged; compress with it again")
-    curves = store.load(name)
+    name, place = curves_name(recipe), statistics.directory
+    if name not in statistics:
+        raise CalrError(f"{place}: holds no whole error curves of {name}; compress with it first")
+    curves = statistics.load(name)
     for shape in budget.shapes:
         length = min(shape.out_features, shape.in_features) + 1
         if shape.name not in curves or len(curves[shape.name]) != length:
-            raise CalrError(f"{statistics}: has no curve of {shape.name}; it is another model's")
+            raise CalrError(f"{place}: has no curve of {shape.name}; it is another model's")
     return {name: curve.numpy() for name, curve in curves.items()}
 
 

@@ -176,6 +176,12 @@ class Recipe:
             raise CalrError(f"widths={self.widths}: are of quantised matrices; name bits or size")
         if self.target is not None and not self.quantised:
             raise CalrError(f"target={self.target}: holds no low-rank layers; name bits or size")
+        for name in ("scale_group", "rotate") if not self.quantised else ():
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise CalrError(
+                    f"{name}={getattr(self, name)}: is of quantised matrices; name bits or size, "
+                    "or leave it out"
+                )
         held = SCALE_GROUPS if self.target is None else TARGET_SCALE_GROUPS[self.target]
         if self.scale_group is None:
             return

@@ -60,8 +60,7 @@ def export_gguf(
     place, template = Path(file), _template(like)
     adapter = place.with_name(f"{place.stem}-adapter.gguf")
     for path in (place, adapter):
-        if path.exists() and not overwrite:
-            raise CalrError(f"{path}: exists; name another file or pass --overwrite")
+        _refuse(path, [*gguf_files(str(like)), Path(like)], overwrite)
     model, _ = load_compressed(source, trust_remote_code=trust_remote_code)
     require_no_experts(model, "GGUF")
     tensors, terms = _tensors(model, template), _terms(model, template)
@@ -79,6 +78,23 @@ def export_gguf(
         "file": str(place),
     }
     return results | ({"adapter": str(adapter)} if terms else {})
+
+
+def _refuse(place: Path, dense: list[Path], overwrite: bool) -> None:
+    """Raise CalrError for a place where something is that must not be replaced."""
+    if not place.exists():
+        return
+    if any(place.samefile(file) for file in dense):
+        raise CalrError(f"{place}: is the dense model itself; name another file")
+    if not overwrite:
+        raise CalrError(f"{place}: exists; name another file or pass --overwrite")
+    if place.is_dir() or _begin(place) != b"GGUF":
+        raise CalrError(f"{place}: is no GGUF file, so --overwrite refuses to replace it")
+
+
+def _begin(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(4)
 
 
 def _template(like: str | Path) -> gguf.GGUFReader:

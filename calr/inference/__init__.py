@@ -27,11 +27,11 @@ def optimize_for_inference(model: PreTrainedModel, *, pack: bool = False) -> Pre
     takes their bytes a second time in memory. Those of 16 and 32 bits are read where they are or,
     with pack, packed in the same way now, and read faster until they are written to; the log says
     how many bytes that takes. Training, moving or reloading the model stays right. Larger batches,
-    a GPU, autograd, torch.compile and layers with hooks or adapters run as before. Returns the
-    model.
+    a GPU, autograd, torch.compile and layers with hooks or adapters run as before, and so does a
+    model that compressed-tensors quantised. Returns the model.
     """
     dtype = floating_dtype(model)
-    if native.library() is None or dtype is None:
+    if native.library() is None or dtype is None or _of_compressed_tensors(model):
         return model
     if pack:
         _pack(model)
@@ -42,6 +42,11 @@ def optimize_for_inference(model: PreTrainedModel, *, pack: bool = False) -> Pre
     ]
     logger.debug(f"native kernel: {counts}; whole decoders: {decoders}")
     return model
+
+
+def _of_compressed_tensors(model: nn.Module) -> bool:
+    """Tell whether another library quantised a model: it changes forwards itself, when it runs."""
+    return any(hasattr(module, "quantization_status") for module in model.modules())
 
 
 def _pack(model: PreTrainedModel) -> None:

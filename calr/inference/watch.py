@@ -15,7 +15,7 @@ VERSION = operator.attrgetter("_version")
 
 
 class Watch:
-    """Modules as they are: classes, forwards, parts, hooks, and where their tensors lie.
+    """Modules as they are: classes, forwards, numbers, parts, hooks, where their tensors lie.
 
     Asked at every token of a model with hundreds of them, whose objects the weights have driven out
     of the cache: it took a tenth of a token's time. So all is flat lists; hooks are looked for when
@@ -29,7 +29,9 @@ class Watch:
         self._hooks = [vars(module)[name] for module in modules for name in HOOKS]
         places: list[tuple[dict[str, Any], str]] = []
         for module in modules:
-            places.append((vars(module), "forward"))
+            own = vars(module)
+            numbers = [name for name, value in own.items() if type(value) in (int, float)]
+            places += [(own, name) for name in ("forward", *numbers)]
             for parts in (module._modules, module._parameters, module._buffers):
                 places += [(parts, name) for name in parts]
         self._dicts, self._names = ([place[i] for place in places] for i in (0, 1))

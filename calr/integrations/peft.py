@@ -9,8 +9,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from calr.errors import CalrError
-from calr_kernels import LowRankLinear, QuantizedLinear
+from calr.integrations.experts import all_experts
+from calr_kernels import LowRankLinear, QuantizedEmbedding, QuantizedLinear
 
 COMPRESSED = (LowRankLinear, QuantizedLinear)
 READ_WEIGHT = (  # ways to start an adapter that read or change the base weight
@@ -73,18 +76,36 @@ def _guard_model(module: Any, name: str) -> None:
     @functools.wraps(original)
     def guarded(self: Any, *args: Any, merge: bool = True, **kwargs: Any) -> Any:
         adapted = [m for m in self.model.modules() if isinstance(m, module.BaseTunerLayer)]
-        bases = [m.get_base_layer() for m in adapted]
-        if merge and any(isinstance(base, LowRankLinear) for base in bases):
-            raise CalrError(MERGE)
-        other = [m for m, base in zip(adapted, bases, strict=True) if not hasattr(m, "lora_A")]
-        if merge and any(isinstance(m.get_base_layer(), QuantizedLinear) for m in other):
-            raise CalrError("only a LoRA can be merged into a quantised layer")
+        if merge:
+            _refuse_merge(self.model, adapted)
         given = {} if name == "merge_adapter" else {"merge": merge}
         result = original(self, *args, **given, **kwargs)
         _state_forms(self.model)
         return result
 
     setattr(module.BaseTuner, name, guarded)
+
+
+def _refuse_merge(model: Any, adapted: list[Any]) -> None:
+    """Raise CalrError for an adapter that one of the layers cannot take."""
+    from peft.tuners.lora.layer import Linear
+
+    tables = {
+        id(m.weight): n for n, m in model.named_modules() if isinstance(m, QuantizedEmbedding)
+    }
+    for layer in adapted:
+        base = layer.get_base_layer()
+        if isinstance(base, LowRankLinear):
+            raise CalrError(MERGE)
+        quantised = isinstance(base, QuantizedLinear | QuantizedEmbedding)
+        if quantised and (type(layer) is not Linear or isinstance(base, QuantizedEmbedding)):
+            raise CalrError("only a LoRA of linear layers can be merged into a quantised model")
+        if quantised and id(base.weight) in tables:
+            raise CalrError(
+                f"an adapter cannot be merged into lm_head, whose weight is that of "
+                f"{tables[id(base.weight)]}, too; leave it out of target_modules, or call "
+                "dequantize() on the model before the adapter is added"
+            )
 
 
 def _append_on_merge(linear: Any) -> None:
@@ -124,12 +145,24 @@ def _without_inner(module: Any) -> None:
     @functools.wraps(original)
     def without_inner(config: Any, model: Any) -> Any:
         result = original(config, model)
-        if isinstance(getattr(result, "target_modules", None), set):
+        if isinstance(targets := getattr(result, "target_modules", None), set):
+            _name_experts(result, model)
             layers = [n for n, m in model.named_modules() if isinstance(m, LowRankLinear)]
-            result.target_modules -= {f"{layer}.down" for layer in layers}
+            targets -= {f"{layer}.down" for layer in layers}
         return result
 
     setattr(module, name, without_inner)
+
+
+def _name_experts(config: Any, model: Any) -> None:
+    """Name experts' layers whole where PEFT, which knows them as one tensor, left their numbers."""
+    numbers = {target for target in config.target_modules if target.isdecimal()}
+    inside = tuple(f"{name}." for name, _ in all_experts(model))
+    if numbers and inside:
+        layers = (n for n, m in model.named_modules() if isinstance(m, nn.Linear))
+        config.target_modules -= numbers
+        config.target_modules |= {name for name in layers if name.startswith(inside)}
+        config.target_parameters = None
 
 
 def _guard(

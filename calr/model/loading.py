@@ -215,5 +215,5 @@ def resolve_dtype(name: str) -> Any:
         return "auto"
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise CalrError(f"dtype={name!r}: use auto, float32, bfloat16 or float16")
+        raise CalrError(f"dtype={name!r}: use auto, float64, float32, bfloat16 or float16")
     return dtype

@@ -49,6 +49,11 @@ def totals(structure: Structure, stored: Stored) -> dict[str, float]:
     }
 
 
+def pivot_bytes(stored: Stored) -> int:
+    """Count the bytes of the outputs that pivoted layers name, an int32 each."""
+    return sum(4 * how["rank"] for how in stored.values() if how["layout"] == "pivoted")
+
+
 def outcome(structure: Structure, stored: Stored) -> dict[str, float]:
     """Count what a compressed model keeps of its dense structure, and how many layers are what."""
     return totals(structure, stored) | {

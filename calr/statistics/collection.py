@@ -3,16 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from calr.errors import CalrError
 from calr.methods import Moments
 from calr.model import Layer, Structure, digest
+from calr.recipe import Recipe
 from calr.statistics.folded import unfold
 from calr.statistics.gradients import VOCABULARY, gradient_moments, gradients_name
 from calr.statistics.inputs import input_moments
 from calr.statistics.routed import rarely_chosen
-from calr.storage import Store, claim
+from calr.storage import Store, claim, read_ledger
 
 FORMAT = 2  # of what is in a store
 
@@ -108,14 +111,53 @@ class Statistics:
         return found | {"tokens": counts}
 
 
-def open_statistics(directory: str | Path | None, key: str) -> Store:
-    """Open a directory of calibration statistics, refusing one that holds those of another run."""
+def described(
+    model: PreTrainedModel, dtype: torch.dtype, calibration: str, recipe: Recipe
+) -> dict[str, Any]:
+    """Say what statistics are of, as far as it can be told without weights: their summary.
+
+    dtype: in which the model computes; calibration: the name of its text.
+    """
+    place, head = Path(str(model.name_or_path)), model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    tied = head is not None and head.weight is embeddings.weight
+    found: dict[str, Any] = {"model": str(place.resolve()) if place.exists() else str(place)}
+    found |= {"dtype": str(dtype).removeprefix("torch."), "calibration": calibration}
+    names = ("samples", "gradient_samples", "window", "correction_tokens", "seed")
+    found |= {name: getattr(recipe, name) for name in names}
+    return found | {"rotate": recipe.quantised and recipe.rotate and not tied}
+
+
+def open_statistics(directory: str | Path | None, key: str, summary: dict[str, Any]) -> Store:
+    """Open a directory of calibration statistics, refusing one that holds those of another run.
+
+    summary: what `described` says of them.
+    """
     if directory is None:
         return Store()
-    return claim(
-        Path(directory),
-        digest(key, FORMAT),
+    refusal = (
         "holds statistics of another model, of other calibration windows or of another version; "
-        "model, calibration, samples, gradient_samples, window, correction_tokens and seed must be "
-        "the same; name another directory or delete it",
+        "model, dtype, calibration, samples, gradient_samples, window, correction_tokens, seed and "
+        "rotation must be the same (bits and size rotate a model that can be, without rotate=False,"
+        " keep does not); name another directory or delete it"
     )
+    return claim(Path(directory), digest(key, FORMAT), refusal, summary)
+
+
+def known_statistics(directory: str | Path, summary: dict[str, Any]) -> Store:
+    """Open a directory of statistics as far as they were collected, writing nothing.
+
+    Raises CalrError where there are none, and where they are not of what the summary says.
+    """
+    place = Path(directory)
+    ledger = read_ledger(place) if place.is_dir() else None
+    if ledger is None:
+        raise CalrError(f"{directory}: holds no statistics; compress with it first")
+    for name, wanted in summary.items():
+        there = ledger["summary"].get(name)
+        if there != wanted:
+            raise CalrError(
+                f"{directory}: its statistics are of {name}={there}, not {wanted}; name what they "
+                "are of, or another directory"
+            )
+    return Store(place)

@@ -12,7 +12,7 @@ from calr.storage.checkpoint import (
     write_at_once,
     writing,
 )
-from calr.storage.ledger import claim
+from calr.storage.ledger import claim, read_ledger
 from calr.storage.lock import locked
 from calr.storage.manifest import read_manifest, verify
 from calr.storage.offload import open_parts, remove_offloaded
@@ -33,6 +33,7 @@ __all__ = [
     "one_sentence",
     "open_parts",
     "prepare",
+    "read_ledger",
     "read_manifest",
     "recipe_yaml",
     "remove_offloaded",

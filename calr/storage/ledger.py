@@ -13,11 +13,20 @@ LEDGER = "ledger.json"
 
 
 def read_ledger(directory: Path) -> dict[str, Any] | None:
-    """Return a directory's {"key", "summary"}: what is computed there; None without one."""
+    """Return a directory's {"key", "summary"}: what is computed there; None without one.
+
+    Raises CalrError for a damaged one: whose the parts beside it are is not known then.
+    """
     path = directory / LEDGER
     if not path.exists():
         return None
-    found: dict[str, Any] = json.loads(path.read_text())
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+        whole = isinstance(found["key"], str) and isinstance(found["summary"], dict)
+    except (ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise CalrError(f"{path}: is damaged; delete {directory}, which only saves time")
     return found
 
 
@@ -26,7 +35,10 @@ def write_ledger(
 ) -> None:
     """Note what the parts in a directory will belong to, atomically; replace one that is there."""
     temporary = directory / f"{LEDGER}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps({"key": key, "summary": summary}, indent=2))
+    with temporary.open("w") as file:
+        json.dump({"key": key, "summary": summary}, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
     if not replace:
         with contextlib.suppress(OSError):  # it is there, or the file system has no links
             os.link(temporary, directory / LEDGER)
@@ -35,8 +47,8 @@ def write_ledger(
     temporary.unlink(missing_ok=True)
 
 
-def claim(directory: Path, key: str, refusal: str) -> Store:
-    """Open a directory as a store for what key stands for.
+def claim(directory: Path, key: str, refusal: str, summary: dict[str, Any] | None = None) -> Store:
+    """Open a directory as a store for what key stands for; summary: that in words.
 
     Raises CalrError when it is a file and, with the refusal, when its ledger names another key.
     """
@@ -44,7 +56,9 @@ def claim(directory: Path, key: str, refusal: str) -> Store:
         raise CalrError(f"{directory}: is a file; name a directory")
     store = Store(directory)
     if read_ledger(directory) is None:
-        write_ledger(directory, key, {}, replace=False)  # another run may have just done so
+        write_ledger(
+            directory, key, summary or {}, replace=False
+        )  # another run may have just done so
     found = read_ledger(directory)
     if found is None or found["key"] != key:
         raise CalrError(f"{directory}: {refusal}")

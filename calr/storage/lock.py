@@ -43,6 +43,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
         raise CalrError(f"{path}: is no lock of calr's; move it away or name another directory")
     try:
         os.truncate(file, 0)
+        os.lseek(file, 0, os.SEEK_SET)  # the read above has moved it
         os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
         yield
     finally:

@@ -12,19 +12,25 @@ from calr.storage.store import Store
 NOTE = "offloaded"  # in the work directory: the folder on another disk
 
 
-def open_parts(directory: Path, offload: str | Path | None, key: str) -> Store:
+def open_parts(
+    directory: Path, offload: str | Path | None, key: str, *, overwrite: bool = False
+) -> Store:
     """Open the store of the parts of a run that is prepared in a directory.
 
     offload: where a folder is made for them; None: in the work directory. What such a folder holds
     of another run into the same directory goes. Raises CalrError where this run has its parts
-    elsewhere.
+    elsewhere, without overwrite, which removes them.
     """
     note, folder = directory / WORK / NOTE, _folder(directory, offload)
-    if note.exists() and note.read_text() != str(folder):
-        raise CalrError(
-            f"{directory}: the unfinished run there has its parts in {note.read_text()}; name the "
-            "offload directory that this lies in"
-        )
+    if note.exists() and (elsewhere := note.read_text()) != str(folder):
+        if not overwrite:
+            raise CalrError(
+                f"{directory}: the unfinished run there has its parts in {elsewhere}; name the "
+                "offload directory that this lies in, or pass --overwrite"
+            )
+        if _named(directory) == Path(elsewhere).name:  # and nothing that somebody wrote there
+            shutil.rmtree(elsewhere, ignore_errors=True)
+        note.unlink()
     if folder is None:
         return Store(directory / WORK)
     known = read_ledger(folder)
@@ -46,7 +52,9 @@ def remove_offloaded(directory: Path, offload: str | Path | None) -> None:
 
 
 def _folder(directory: Path, offload: str | Path | None) -> Path | None:
-    if offload is None:
-        return None
-    name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
-    return Path(offload).resolve() / f"calr-{name}"
+    return None if offload is None else Path(offload).resolve() / _named(directory)
+
+
+def _named(directory: Path) -> str:
+    """Name the folder of what belongs to a directory."""
+    return f"calr-{hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]}"

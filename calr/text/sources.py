@@ -80,6 +80,8 @@ def parts_of(source: str | Path | Sequence[str] | None) -> list[str | Path | Seq
     """Split a source string at its commas, unless it is a file's name; None is "sampled"."""
     if source is None:
         return ["sampled"]
+    if source == "":
+        raise CalrError("calibration: is an empty name; name a file, sampled or builtin")
     if isinstance(source, str) and "," in source and not Path(source).exists():
         parts = [part.strip() for part in source.split(",") if part.strip()]
         if not parts:

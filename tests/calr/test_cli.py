@@ -69,11 +69,37 @@ def test_plan_is_exact_for_global_given_statistics(source, tmp_path, capsys):
     text = run(capsys, "plan", source, "--keep", 0.6, *SMALL)
     assert "Ranks follow calibration" in text
     run(capsys, "compress", source, tmp_path / "out", "--keep", 0.7, *SMALL, *BUILTIN, *statistics)
-    plan = json.loads(run(capsys, "plan", source, "--keep", 0.7, *SMALL, *statistics, "--json"))
+    again = ["--keep", 0.7, *SMALL, *BUILTIN, *statistics, "--json"]
+    plan = json.loads(run(capsys, "plan", source, *again))
     assert not plan["ranks_follow_calibration"]
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.quantization_config
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    found = model.config.quantization_config
     planned = {row["name"]: row["rank"] for row in plan["layers"] if row["rank"]}
     assert {name: layer["rank"] for name, layer in found.layers.items()} == planned
+    stored = sum(t.nbytes for t in [*model.parameters(), *model.buffers()] if t.dim())
+    assert 0 <= stored - plan["totals"]["tensor_bytes"] < 1000, "but for rotary frequencies"
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        (["--seed", 1], "seed=0, not 1"),
+        (["--calibration", "sampled"], "calibration=builtin, not sampled"),
+        (["--samples", 5], "samples=4, not 5"),
+        (["--dtype", "float64"], "dtype=float32, not float64"),
+    ],
+)
+def test_plan_refuses_statistics_of_something_else(changed, name, source, tmp_path, capsys):
+    kept = ["--statistics", tmp_path / "kept", "--keep", 0.7, *SMALL, *BUILTIN]
+    fast = ["--correction_tokens", 0, "--eval_windows", 0]
+    run(capsys, "compress", source, tmp_path / "out", *kept, *fast)
+    with pytest.raises(calr.CalrError, match="holds no statistics"):
+        calr.plan(str(source), statistics=tmp_path / "none")
+    assert main([str(a) for a in ["plan", source, *kept, *fast, *changed]]) == 1
+    assert f"its statistics are of {name}" in capsys.readouterr().err
+    other = shutil.copytree(source, tmp_path / "other")
+    assert main([str(a) for a in ["plan", other, *kept, *fast]]) == 1
+    assert "its statistics are of model=" in capsys.readouterr().err
 
 
 def test_plan_accepts_what_compress_does(tmp_path, capsys):
@@ -167,6 +193,9 @@ def test_bench(source, compressed, capsys):
     assert [row["packed_bytes"] for row in rows] == [0, 0]
     packed = json.loads(run(capsys, *arguments, *small, "--pack", "--json"))
     assert packed[0]["packed_bytes"] > 0 == packed[1]["packed_bytes"]
+    arguments[3] = compressed
+    itself = json.loads(run(capsys, *arguments, *small, "--json"))
+    assert [row["model"] for row in itself] == [f"{compressed}", f"{compressed}, not optimized"]
 
 
 @pytest.mark.parametrize(
@@ -193,6 +222,19 @@ def test_bench(source, compressed, capsys):
         (["plan", "{source}", "--elastic"], "nothing to plan"),
         (["generate", "{source}", "--chat"], "has no chat template"),
         (["generate", "{source}", "--prompt", ""], "prompt: is empty"),
+        (["compress", "{source}", "{out}", "--calibration", ""], "calibration: is an empty name"),
+        (
+            ["compress", "{source}", "{out}", *SMALL, *BUILTIN, "--window", "200000"],
+            "not one window of 200000; lower window, or leave it out: eval_windows=0",
+        ),
+        (
+            ["compress", "{source}", "{out}", "--keep", "0.7", "--rotate", "false"],
+            "rotate=False: is of quantised matrices",
+        ),
+        (
+            ["compress", "{source}", "{out}", "--keep", "0.7", "--scale_group", "64"],
+            "scale_group=64: is of quantised matrices",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_1(
@@ -205,6 +247,32 @@ def test_bad_input_is_one_sentence_and_exit_code_1(
     assert message in line
     assert "Traceback" not in errors
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_what_cannot_be_read_is_one_sentence(source, tmp_path, capsys, monkeypatch):
+    def refused(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    text = tmp_path / "text.txt"
+    text.write_text("A text. " * 1000)
+    command = ["compress", source, tmp_path / "out", *SMALL, "--calibration", text]
+    assert main([str(a) for a in command]) == 1
+    assert re.search(r"calr: .*Permission denied.*text\.txt", capsys.readouterr().err)
+
+
+def test_seeds_are_those_that_torch_takes(source):
+    with pytest.raises(SystemExit):
+        main(["generate", str(source), "--seed", "99999999999999999999"])
+
+
+def test_what_was_measured_on_is_what_there_was(source, tmp_path, capsys):
+    few = ["--correction_tokens", 0, "--samples", 4, "--calibration", "builtin", "--window", 2048]
+    out = ["compress", source, tmp_path / "out", *few, "--eval_windows", 1000, "--json"]
+    found = json.loads(run(capsys, *out))["measured_on"]
+    count = len(evaluation_windows("builtin", byte_tokenizer(), windows=1000, window=2048))
+    assert count < 1000
+    assert found.startswith(f"{count} windows of 2048 tokens")
 
 
 def test_more_tokens_than_learned_positions_are_refused(tmp_path, capsys):

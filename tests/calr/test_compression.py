@@ -3,6 +3,7 @@
 import copy
 import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -363,6 +364,26 @@ def test_read_from_its_files_or_in_memory_the_bits_are_the_same(
     assert found == wanted
 
 
+def test_paths_are_taken_and_what_has_no_name_is_refused_at_once(source, ids, tmp_path):
+    recipe = calr.Recipe(bits=8, correction_tokens=0, samples=4, gradient_samples=2, window=16)
+    with pytest.raises(CalrError, match="calibration: name a file or a source"):
+        calr.compress_to(source, tmp_path / "out", recipe, calibration=ids)
+    text = tmp_path / "text.txt"
+    text.write_text("An old lighthouse. " * 100)
+    found = calr.compress_to(Path(source), tmp_path / "out", recipe, calibration=text)
+    assert found["tensor_bytes"] > 0
+
+
+@pytest.mark.parametrize("budget", [{"bits": 6}, {"keep": 0.7}])
+def test_a_model_in_float64_is_compressed_but_not_trained(budget, ids):
+    with pytest.raises(CalrError, match="dtype=float64: is not trained in"):
+        calr.compress(tiny_llama().double(), calr.Recipe(**budget), calibration=ids)
+    recipe = calr.Recipe(**budget, correction_tokens=0)
+    model = calr.compress(tiny_llama().double(), recipe, calibration=ids)
+    assert model.dtype == torch.float64
+    assert model(ids).logits.isfinite().all()
+
+
 def test_a_large_result_is_written_in_shards_that_load_alike(source, tmp_path, monkeypatch):
     recipe = calr.Recipe(bits=6, correction_tokens=0, samples=4, gradient_samples=2, window=16)
     found, before, write, read = [], [], saving.save_file, saving.present
@@ -476,6 +497,13 @@ def test_what_is_kept_in_files_may_lie_elsewhere(every_write, untied, tmp_path):
     found = {file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.safetensors")}
     assert found == wanted
     assert not list(scratch.iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        left[0] = count // 2
+        _limit(patch, fill)
+        with pytest.raises(CalrError, match="the disk is full; make room"):
+            _run(untied, tmp_path / "again", offload=scratch)
+    _run(untied, tmp_path / "again", overwrite=True)
+    assert not list(scratch.iterdir()), "parts of a run that was given up"
     with pytest.raises(CalrError, match=r"offload=.*: lies in .*, which holds only the checkpoint"):
         _run(untied, tmp_path / "other", offload=tmp_path / "other" / "scratch")
     with pytest.raises(CalrError, match=r"offload=.*config\.json: is a file"):

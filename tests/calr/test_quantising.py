@@ -471,7 +471,7 @@ def test_the_command_line_from_plan_to_inspect(source, tmp_path, capsys):
     assert planned["totals"]["tensor_bytes"] <= 30_000
     assert "smallest that the forms reach" in run("plan", source, "--size", "30KB", *few)
     kept = ["--statistics", tmp_path / "kept"]
-    with pytest.raises(CalrError, match=r"does not say what rounding .* compress with it first"):
+    with pytest.raises(CalrError, match="holds no statistics; compress with it first"):
         calr.plan(str(source), calr.Recipe(size="30KB"), statistics=tmp_path / "kept")
     command = ["compress", source, out, "--size", "30KB", *few, *kept, "--json"]
     made = json.loads(run(*command))

@@ -84,6 +84,12 @@ def test_transformers_and_peft_give_the_same_logits(made, ids, tmp_path):
     torch.testing.assert_close(logits.double(), exact, atol=2 * largest, rtol=0)
 
 
+def test_the_command_line_runs_what_it_exported(made, tmp_path, capsys):
+    export_compressed_tensors(str(made[1]), tmp_path / "out")
+    assert main(["generate", str(tmp_path / "out"), "--max_new_tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("Once upon a time")
+
+
 def test_integers_and_scales_are_the_same_bit_for_bit(made, tmp_path):
     model, directory = made
     found = export_compressed_tensors(str(directory), tmp_path / "out")

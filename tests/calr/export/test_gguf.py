@@ -144,6 +144,28 @@ def test_what_gguf_lacks_is_refused_by_name(gguf_file, source, ids, tmp_path, mo
     assert (tmp_path / "there.gguf").read_text() == "mine"
 
 
+def test_only_an_export_is_replaced(gguf_file, ids, tmp_path, monkeypatch):
+    made, out = tmp_path / "made", tmp_path / "out.gguf"
+    compressed(gguf_file, made, TARGET, ids, monkeypatch, forced(4))
+    before = gguf_file.read_bytes()
+    with pytest.raises(CalrError, match="is the dense model itself"):
+        export_gguf(str(made), gguf_file, like=gguf_file.parent, overwrite=True)
+    assert gguf_file.read_bytes() == before
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(CalrError, match=r"mine\.txt: is no GGUF file"):
+        export_gguf(str(made), tmp_path / "mine.txt", like=gguf_file, overwrite=True)
+    for overwrite in (False, True):
+        export_gguf(str(made), out, like=gguf_file, overwrite=overwrite)
+
+
+def test_its_size_is_that_of_the_file_whatever_the_dtype(gguf_file, tmp_path):
+    recipe = calr.Recipe(bits=8, correction_tokens=0, samples=4, gradient_samples=2, window=16)
+    options = {"dtype": "float32", "calibration": "builtin"}
+    found = calr.compress_to(gguf_file, tmp_path / "out", recipe, eval_windows=0, **options)
+    planned = calr.plan(str(gguf_file), recipe, **options)
+    assert found["source_bytes"] == planned.totals["source_bytes"] == gguf_file.stat().st_size
+
+
 def test_another_models_file_is_no_template(gguf_file, ids, tmp_path):
     model = calr.compress(tiny_llama(num_hidden_layers=3), TARGET, calibration=ids)
     model.save_pretrained(tmp_path / "made")

@@ -308,7 +308,9 @@ def test_what_must_not_be_bypassed_is_not(asked, calls):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", ["data", "copied", "replaced", "half", "another copy"])
+@pytest.mark.parametrize(
+    "how", ["data", "copied", "replaced", "half", "scaling", "epsilon", "another copy"]
+)
 def test_weights_that_changed_are_used(how, calls):
     plain, other = family("llama", form=Form(4, "table", 32)), family("llama")
     fast = prepared(plain)
@@ -329,6 +331,12 @@ def test_weights_that_changed_are_used(how, calls):
             mlp.up_proj = copy.deepcopy(source.up_proj)
         elif how == "half":
             model.half()
+        elif how == "scaling":
+            model.model.layers[2].self_attn.scaling *= 4
+        elif how == "epsilon":
+            for norm in model.modules():
+                if hasattr(norm, "variance_epsilon"):
+                    norm.variance_epsilon = 1.0
     calls.clear()
     tolerance = 1e-1 if how == "half" else 1e-4  # of logits up to 6
     torch.testing.assert_close(decoded(fast), decoded(plain), rtol=0, atol=tolerance)

@@ -8,7 +8,7 @@ import torch
 
 import calr
 from calr.errors import CalrError
-from calr.testing import tiny_llama
+from calr.testing import tiny_llama, tiny_mixtral
 from calr_kernels import LowRankLinear
 
 KINDS = ["elastic", "pivoted", "two_factor"]
@@ -80,3 +80,37 @@ def test_after_dequantize_merging_is_right(model, ids):
 def test_a_dense_model_is_not_touched(ids):
     on_top = adapted(tiny_llama(), init_lora_weights="pissa")
     assert on_top.merge_and_unload()(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("recipe", [{"bits": 6}, {"keep": 0.7}])
+def test_all_linear_reaches_every_expert(recipe, ids):
+    mixture = tiny_mixtral()
+    model = calr.compress(mixture, calr.Recipe(**recipe, correction_tokens=0), calibration=ids)
+    with pytest.warns(RuntimeWarning, match="rank_pattern"):  # of experts as one tensor
+        on_top = adapted(model, target_modules="all-linear")
+    wrapped = {n for n, m in on_top.named_modules() if isinstance(m, peft.tuners.lora.Linear)}
+    experts = {name for name in wrapped if ".experts." in name}
+    config = model.config
+    assert len(experts) == 2 * config.num_hidden_layers * config.num_local_experts
+    assert len(wrapped) == len(experts) + 4 * config.num_hidden_layers
+    with torch.no_grad():
+        torch.testing.assert_close(on_top(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "message"),
+    [
+        ("LoraConfig", "lm_head", "merged into lm_head, whose weight is that of model.embed"),
+        ("LoraConfig", "embed_tokens", "only a LoRA of linear layers can be merged"),
+        ("AdaLoraConfig", "q_proj", "only a LoRA of linear layers can be merged"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_what_cannot_be_merged_into_quantised_layers_is_refused(kind, targets, message, ids):
+    recipe = calr.Recipe(bits=7, correction_tokens=0)
+    model = calr.compress(tiny_llama(), recipe, calibration=ids)
+    options = {"total_step": 10, "init_r": 2} if kind == "AdaLoraConfig" else {"r": 2}
+    config = getattr(peft, kind)(target_modules=[targets], task_type="CAUSAL_LM", **options)
+    on_top = peft.get_peft_model(model, config)
+    with pytest.raises(CalrError, match=message):
+        on_top.merge_and_unload()

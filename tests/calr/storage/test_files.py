@@ -20,7 +20,7 @@ from hypothesis import given
 import calr
 from calr.errors import CalrError
 from calr.model import saver
-from calr.storage import Spilled, Store, finished, locked, prepare, verify, write, writing
+from calr.storage import Spilled, Store, claim, finished, locked, prepare, verify, write, writing
 from calr.storage.manifest import MANIFEST, listed
 from calr.testing import byte_tokenizer, tiny_llama
 
@@ -167,6 +167,23 @@ def test_a_finished_checkpoint_is_replaced_only_when_asked(left, source, tmp_pat
     with pytest.raises(CalrError, match="exists; name another directory or pass --overwrite"):
         calr.compress_to(str(source), out, other, **OPTIONS)
     assert weights(out) == before
+
+
+def test_the_lock_of_runs_that_were_killed_one_after_another_is_taken_over(tmp_path):
+    path, kept = tmp_path / "lock", []
+    for _ in range(3):
+        with locked(path, "out"):
+            kept.append(path.read_bytes())
+        path.write_bytes(b"process 1 of another time on a machine with a longer name" + kept[-1])
+    with locked(path, "out"):
+        assert path.read_bytes() == kept[0], "whatever was there before"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"key": 1, "summary": {}}', "\0\0"])
+def test_a_damaged_ledger_is_named(content, tmp_path):
+    (tmp_path / "ledger.json").write_text(content)
+    with pytest.raises(CalrError, match=r"ledger\.json: is damaged; delete"):
+        claim(tmp_path, "key", "is of another run")
 
 
 def test_a_lock_file_of_somebody_else_is_not_touched(tmp_path):
