@@ -72,9 +72,14 @@ def _forward(x: Tensor, weight: Tensor, form: Form, bias: Tensor | None) -> Tens
         return linears.quantized_linear(x, layer)
     if eligible.native_quantized(x, weight, bias):
         return native.quantized_linear(x, weight, form, bias)
+    return product(x, dequantize(weight, form, x.shape[-1], x.dtype), bias)
+
+
+def product(x: Tensor, numbers: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply x [..., K] by numbers [N, K] in the dtype in which the machine does it best."""
     dtype = eligible.product_dtype(x)
-    numbers = dequantize(weight, form, x.shape[-1], x.dtype).to(dtype)
-    return linear(x.to(dtype), numbers, None if bias is None else bias.to(dtype)).to(x.dtype)
+    bias = None if bias is None else bias.to(dtype)
+    return linear(x.to(dtype), numbers.to(dtype), bias).to(x.dtype)
 
 
 def dequantize(

@@ -11,7 +11,7 @@ from calr_kernels.forms import Form
 from calr_kernels.layout import Records
 from calr_kernels.native import Bound
 from calr_kernels.nn.corrective import Corrective
-from calr_kernels.quantized import dequantize, quantized_linear
+from calr_kernels.quantized import dequantize, product, quantized_linear
 
 if gpu.AVAILABLE:
     from calr_kernels.gpu import linears
@@ -58,8 +58,22 @@ class QuantizedLinear(nn.Linear):
                 return self._bound.linears(input, (records,))[0]
             if eligible.triton_records(input, records):
                 return linears.quantized_linear(input, records)
+            if self.corrective is not None and self._many(input):
+                return product(input, self._whole(self.corrective, input.dtype), self.bias)
         y = quantized_linear(input, self.weight, self.form, self.bias)
         return y if self.corrective is None else y + self.corrective(input)
+
+    def _many(self, input: Tensor) -> bool:
+        """Tell whether a product of the corrective factors is less work than both with the rows."""
+        rows, n, k = input.numel() // self.in_features, self.out_features, self.in_features
+        return rows * (n + k) >= n * k and not eligible.native_quantized(
+            input, self.weight, self.bias
+        )
+
+    def _whole(self, corrective: Corrective, dtype: torch.dtype) -> Tensor:
+        """Return the numbers of both paths in one matrix [out_features, in_features]."""
+        down, up = corrective.factors(dtype)
+        return dequantize(self.weight, self.form, self.in_features, dtype).addmm_(up, down)
 
     def records(self) -> Records:
         """Return the layer's tensors."""

@@ -108,7 +108,9 @@ def test_an_embedding_looks_its_rows_up(scale):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("rank", [1, 8, 33])
-def test_the_corrective_path_is_added(rank, bits, dtype, device):
+@pytest.mark.parametrize(("rows", "grad"), [(5, True), (5, False), (20, False), (40, False)])
+def test_the_corrective_path_is_added(rows, grad, rank, bits, dtype, device):
+    """To the outputs, in the native kernel, or of many rows to the numbers of the weights."""
     form = Form(4, "table", 32, corrective_rank=rank, corrective_bits=bits)
     layer, draw = QuantizedLinear(100, 37, form), torch.Generator().manual_seed(0)
     layer.weight.data = matrix(form, 37, 100)
@@ -120,11 +122,12 @@ def test_the_corrective_path_is_added(rank, bits, dtype, device):
         path.down.data = torch.randn(rank, 100, generator=draw) / 10
         path.up.data = torch.randn(rank, 37, generator=draw) / 10
     layer = layer.to(device, dtype)
-    x = torch.randn(5, 100, generator=draw, dtype=torch.float64).to(device, dtype)
+    x = torch.randn(rows, 100, generator=draw, dtype=torch.float64).to(device, dtype)
     down, up = path.factors(torch.float64)
     arguments = (layer.weight, form, layer.bias.double(), down, up)
     wanted = reference.quantized_linear(x.double(), *arguments)
-    found = layer(x)
+    with torch.set_grad_enabled(grad):
+        found = layer(x)
     error = (found.double() - wanted).abs().max() / wanted.abs().max()
     assert float(error) < 2 * TOLERANCE[dtype]
     dense = layer.to_dense(torch.float64)
