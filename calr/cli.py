@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse import typing as numbers
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+from jsonargparse.typing import restricted_number_type as restricted
 
 from calr.errors import CalrError
 from calr.interrupts import interruptible
@@ -25,8 +25,7 @@ CALIBRATION = (
     "that every Python carries), or several of these separated by commas, in equal shares."
 )
 
-Seed = numbers.restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])  # as a recipe's
-
+Seed = restricted("Seed", int, [(">=", 0), ("<", 2**32)])  # NumPy's, in lm-eval, are no larger
 LISTS = ("--skip", "--tasks", "--widths")  # options that take several values
 
 
@@ -58,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+    except ValueError as error:
+        if "CALR_CPU_ISA" not in str(error):  # the variable that names an instruction set
+            raise
+        print(f"calr: {error}", file=sys.stderr)
+        return 1
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise

@@ -32,6 +32,7 @@ from calr.storage import (
     claim,
     destination,
     finished,
+    give_up,
     locked,
     model_card,
     open_parts,
@@ -133,7 +134,8 @@ def compress_to(
         stored = GGUF_DTYPE if widened else None
         if recipe.quantised and on_grid(source):
             recipe = dataclasses.replace(recipe, rotate=False)
-        job = Job.of(model, recipe, calibration, tokenizer, elastic, stored, max_memory)
+        given = recipe, calibration, tokenizer, elastic, stored, max_memory, source
+        job = Job.of(model, *given)
         held_out = _held_out(model, tokenizer, eval_windows, recipe.window)
         before = sum(file.stat().st_size for file in files) or tensor_bytes(model)
         key, results = job.key, None
@@ -180,8 +182,10 @@ def _parts(
     summary = {"model": source, "budget": job.recipe.budget, "method": job.recipe.method}
     with parallel.first_then_others():
         if parallel.first():
+            if overwrite:
+                give_up(place, job.key)
             prepare(place, job.key, summary, overwrite=overwrite)
-        return open_parts(place, offload, job.key, overwrite=overwrite)
+        return open_parts(place, offload, job.key)
 
 
 def _write(

@@ -40,6 +40,8 @@ def factorise(
     blocks = range(structure.blocks)
     wanted = [[x for x in structure.in_block(b) if ranks.get(x.name) is not None] for b in blocks]
     own = blocks if fit is not None else parallel.mine(blocks)
+    if parallel.size() > 1:  # together: what one of them lacks another may have finished
+        decompositions.statistics.collect()
     for block in progress(own, desc="factors", unit="block"):
         layers = wanted[block]
         known = _known(model, layers, finished, f"block-{block:04d}")

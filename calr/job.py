@@ -14,7 +14,6 @@ from transformers.utils import logging
 
 from calr import parallel
 from calr.elastic import LOW_RANK, complete, every_rank
-from calr.errors import CalrError
 from calr.estimates import Ways, Work
 from calr.factoring import factorise
 from calr.integrations.config import CalrConfig
@@ -57,7 +56,7 @@ from calr.recipe import Recipe
 from calr.statistics import Statistics, described, open_statistics
 from calr.storage import Store, nearest_rung
 from calr.text import Source, calibration_windows, content_of, describe, parts_of, spread
-from calr.training import corrected, windows_needed, windows_used
+from calr.training import check_trainable, corrected, windows_needed, windows_used
 
 logger = logging.get_logger(__name__)
 
@@ -76,6 +75,7 @@ class Job:
     work: Work
     ways: Ways
     stored: torch.dtype | None  # of the result, where it is another than the dense model's
+    source: str | None = None  # of the model; None: it came in memory
     rotated: bool = False
     rare: int = 0  # experts' layers that few calibration tokens reached
 
@@ -89,6 +89,7 @@ class Job:
         elastic: bool,
         stored: torch.dtype | None = None,
         max_memory: str | None = None,
+        source: str | None = None,
     ) -> "Job":
         """Check a recipe against a model; CalrError says what does not fit."""
         recipe = every_rank(recipe) if elastic else recipe
@@ -98,20 +99,15 @@ class Job:
         if isinstance(budget, Budget) and recipe.allocation == "uniform":
             uniform(budget)
         recipe = recipe.with_learning_rate(budget.bits if isinstance(budget, ByteBudget) else None)
+        check_trainable(recipe, model.dtype)
         sampled = not isinstance(calibration, Tensor) and "sampled" in parts_of(calibration)
         held = 0 if absent(model) else tensor_bytes(model)
         work = Work.of(model, structure, recipe, model.dtype, sampled, held)
         ways = work.within(max_memory)
         check_finite(model)
         require_supported(model, structure)
-        if recipe.correction_tokens and model.dtype == torch.float64 and not elastic:
-            raise CalrError(
-                "dtype=float64: is not trained in; name float32, or train nothing: "
-                "correction_tokens=0"
-            )
-        return cls(
-            model, recipe, calibration, tokenizer, elastic, structure, budget, work, ways, stored
-        )
+        given = model, recipe, calibration, tokenizer, elastic
+        return cls(*given, structure, budget, work, ways, stored, source)
 
     @property
     def expected(self) -> dict[str, Phase]:
@@ -128,7 +124,7 @@ class Job:
         """What the finished parts depend on."""
         given = self.calibration
         content = given if isinstance(given, Tensor) else content_of(given)
-        return digest(self.identity, self.recipe, self.elastic, content)
+        return digest(self.identity, self.recipe, self.elastic, content, str(self.stored))
 
     @property
     def what(self) -> str:
@@ -254,7 +250,9 @@ class Job:
         parts_of_key = [self.identity, ids, windows, recipe.seed]
         parts_of_key += ["rotated"] if self.rotated else []
         key = "" if directory is None else digest(*parts_of_key)
-        summary = described(self.model, self.model.dtype, describe(self.calibration), recipe)
+        drawn = max(recipe.samples, windows_needed(recipe))
+        about = self.source, recipe, self.model.dtype, self.calibration, drawn
+        summary = described(*about, self.work.tied)
         return Statistics(
             self.model,
             self.structure,

@@ -43,6 +43,7 @@ from calr.recipe import Recipe
 from calr.statistics import described, known_statistics
 from calr.storage import Store
 from calr.text import parts_of
+from calr.training import check_trainable, windows_needed
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,12 @@ class Plan:
 
 
 def plan(
-    source: str,
+    source: str | Path,
     recipe: Recipe | None = None,
     *,
     statistics: str | Path | None = None,
     dtype: str = "auto",
-    calibration: str = "sampled",
+    calibration: str | Path = "sampled",
     trust_remote_code: bool = False,
     max_memory: str | None = None,
 ) -> Plan:
@@ -90,7 +91,7 @@ def plan(
     earlier run with the same method, as bits are; otherwise they follow calibration, and what is
     shown are nearly uniform ones, with the same totals to within one rank step.
     """
-    recipe = recipe or Recipe()
+    source, recipe = str(source), recipe or Recipe()
     if recipe.quantised and on_grid(source):
         recipe = dataclasses.replace(recipe, rotate=False)
     model = load_skeleton(source, trust_remote_code=trust_remote_code)
@@ -98,12 +99,15 @@ def plan(
     files = gguf_files(source)
     before = sum(file.stat().st_size for file in files) or tensor_bytes(model, stored)
     bytes_allowed = byte_budget(model, structure, recipe, stored)
-    computed = torch.float32 if files else stored
+    computed = torch.float32 if files and dtype == "auto" else stored
+    check_trainable(recipe, computed)
     work = Work.of(model, structure, recipe, computed, "sampled" in parts_of(calibration))
     phases = work.phases(work.within(max_memory))
     known = None
-    if statistics is not None:
-        known = known_statistics(statistics, described(model, computed, calibration, recipe))
+    if statistics and (recipe.quantised or recipe.allocation == "global"):
+        drawn = max(recipe.samples, windows_needed(recipe))
+        about = described(source, recipe, computed, calibration, drawn, work.tied)
+        known = known_statistics(statistics, about)
     if bytes_allowed is not None:
         return _quantised(source, work, phases, bytes_allowed, before, known)
     budget = Budget.of(structure, recipe)

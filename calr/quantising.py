@@ -107,6 +107,8 @@ class Quantiser:
 
     def rounded(self, forms: dict[Matrix, Form]) -> dict[Matrix, Rounding]:
         """Round matrices to forms: the tensors that are stored of each."""
+        if parallel.size() > 1:  # together: what one of them lacks another may have finished
+            self.statistics.collect()
         own = parallel.share(list(forms), [operations(matrix) for matrix in forms])
         made = {}
         for matrix in progress(own, desc="rounding", unit="matrix"):

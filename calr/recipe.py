@@ -81,8 +81,8 @@ class Recipe:
         learning_rate: Peak learning rate of that training; by default more for a model that lost
             more: 2.5e-4 (1 - keep), or for a quantised one, whose scales and factors move in
             proportion to their size, 2e-4 from 4.5 to 5 bits per parameter, 4 times that for each
-            bit less, at most 8e-4, and a quarter for each bit more; beyond 81,920 tokens less, as
-            their square root.
+            bit less, at most 8e-4, and less above, 5e-5 from 6 bits on; beyond 81,920 tokens less,
+            as their square root.
         step_tokens: Tokens of one step of that training, at least a window; gradients are
             accumulated, so that more takes no more memory.
         cross_entropy: Weight, in [0, 1], of the text's own next tokens beside the dense model's
@@ -233,7 +233,7 @@ class Recipe:
         if bits is None:
             usual = 2.5e-4 * (1 - self.fraction)
         else:
-            usual = 2e-4 * min(4.0, 4 ** (max(0, 4.5 - bits) - max(0, bits - 5)))
+            usual = 2e-4 * min(4.0, max(0.25, 4 ** (max(0, 4.5 - bits) - max(0, bits - 5))))
         longer = max(1.0, self.correction_tokens / 81_920) ** 0.5
         rate = self.learning_rate or usual / longer or None  # nothing to train at keep 1
         return dataclasses.replace(self, learning_rate=rate)

@@ -198,7 +198,7 @@ def _save(
             lora_dropout=0.0,
             target_modules=sorted(names),
             task_type="CAUSAL_LM",
-            base_model_name_or_path=home,
+            base_model_name_or_path=str(Path(home).resolve()),
             inference_mode=True,
         )
         config.save_pretrained(str(directory / ADAPTER))

@@ -38,6 +38,13 @@ NUMBERS = {
 ROTATED = ("llama",)  # architectures of which GGUF has the rows of q and k in another order
 SHIFTED = ("gemma2", "gemma3")  # and those of which it stores norm weights plus one
 ARCHITECTURES = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"}  # of transformers
+NOT_COPIED = (  # of a file's tensors: their types, their places
+    "GGUF.",
+    "general.architecture",
+    "general.file_type",
+    "general.alignment",
+    "split.",
+)
 COPIED = ("rope_freqs.weight",)  # tensors that no checkpoint has
 
 
@@ -68,6 +75,7 @@ def export_gguf(
         with _whole(place) as unfinished:
             _write_model(unfinished, template, tensors)
             _check(unfinished, tensors)
+            adapter.unlink(missing_ok=True)  # of the file that goes now
         if terms:
             with _whole(adapter) as unfinished:
                 _write_adapter(unfinished, template, terms)
@@ -264,8 +272,8 @@ def _write_model(
 def copy_fields(writer: gguf.GGUFWriter, template: gguf.GGUFReader) -> None:
     """Copy what a GGUF file says of its model, all but what depends on the types of its tensors."""
     for key, field in template.fields.items():
-        if not key.startswith(("GGUF.", "general.architecture", "general.file_type", "split.")):
-            kinds = field.types
+        kinds = field.types
+        if not key.startswith(NOT_COPIED) and len(kinds):
             inner = kinds[-1] if kinds[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(key, field.contents(), kinds[0], inner)
 

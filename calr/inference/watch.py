@@ -30,7 +30,7 @@ class Watch:
         places: list[tuple[dict[str, Any], str]] = []
         for module in modules:
             own = vars(module)
-            numbers = [name for name, value in own.items() if type(value) in (int, float)]
+            numbers = [name for name, value in own.items() if type(value) is float]
             places += [(own, name) for name in ("forward", *numbers)]
             for parts in (module._modules, module._parameters, module._buffers):
                 places += [(parts, name) for name in parts]

@@ -126,18 +126,20 @@ def _write_local_task(manager: Any, task: str, data: Path, target: Path) -> None
     """Write a task file that is lm-eval's own task on local data."""
     import json
 
-    files = sorted(data.glob(f"{task}.*.jsonl"))
-    if not files:
-        raise CalrError(f"task_data: {data} holds no {task}.SPLIT.jsonl")
-    split = files[0].name.split(".")[1]
-    with files[0].open() as lines:
+    files = {split: data / f"{task}.{split}.jsonl" for split in ("test", "validation")}
+    split = next((split for split, file in files.items() if file.exists()), None)
+    if split is None:
+        raise CalrError(
+            f"task_data: {data} holds neither {task}.test.jsonl nor {task}.validation.jsonl"
+        )
+    with files[split].open(encoding="utf-8") as lines:
         columns = set(json.loads(lines.readline()))
     config: dict[str, Any] = {
         "include": str(manager.task_index[task].yaml_path),
         "task": f"local_{task}",
         "dataset_path": "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {split: str(files[0].resolve())}},
+        "dataset_kwargs": {"data_files": {split: str(files[split].resolve())}},
         "training_split": None,
         "validation_split": split if split == "validation" else None,
         "test_split": split if split == "test" else None,

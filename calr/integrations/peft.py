@@ -9,10 +9,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from calr.errors import CalrError
-from calr.integrations.experts import all_experts
+from calr.integrations.experts import PARTS, all_experts
 from calr_kernels import LowRankLinear, QuantizedEmbedding, QuantizedLinear
 
 COMPRESSED = (LowRankLinear, QuantizedLinear)
@@ -79,8 +80,9 @@ def _guard_model(module: Any, name: str) -> None:
         if merge:
             _refuse_merge(self.model, adapted)
         given = {} if name == "merge_adapter" else {"merge": merge}
+        dtype = _dtype(self.model)
         result = original(self, *args, **given, **kwargs)
-        _state_forms(self.model)
+        _state_forms(self.model, dtype)
         return result
 
     setattr(module.BaseTuner, name, guarded)
@@ -98,8 +100,13 @@ def _refuse_merge(model: Any, adapted: list[Any]) -> None:
         if isinstance(base, LowRankLinear):
             raise CalrError(MERGE)
         quantised = isinstance(base, QuantizedLinear | QuantizedEmbedding)
-        if quantised and (type(layer) is not Linear or isinstance(base, QuantizedEmbedding)):
-            raise CalrError("only a LoRA of linear layers can be merged into a quantised model")
+        plain = type(layer) is Linear and not getattr(layer, "lora_variant", None)
+        if quantised and not (plain and isinstance(base, QuantizedLinear)):
+            raise CalrError(
+                "only a plain LoRA of linear layers can be merged into a quantised model"
+            )
+        if quantised and any(layer.lora_bias.values()):
+            raise CalrError("lora_bias: cannot be merged into a quantised layer")
         if quantised and id(base.weight) in tables:
             raise CalrError(
                 f"an adapter cannot be merged into lm_head, whose weight is that of "
@@ -119,8 +126,6 @@ def _append_on_merge(linear: Any) -> None:
             return
         for adapter in self.active_adapters if adapter_names is None else adapter_names:
             if adapter in self.lora_A and adapter not in self.merged_adapters:
-                if self.lora_bias.get(adapter):
-                    raise CalrError("lora_bias: cannot be merged into a quantised layer")
                 down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
                 base.append(down.detach(), up.detach() * self.scaling[adapter])
                 self.merged_adapters.append(adapter)
@@ -128,12 +133,21 @@ def _append_on_merge(linear: Any) -> None:
     linear.merge = merge
 
 
-def _state_forms(model: Any) -> None:
-    """Have a model's configuration state the corrective paths that its layers now have."""
+def _dtype(model: Any) -> torch.dtype | None:
+    """Return the dtype of a model's own numbers: PEFT's, in float32 beside it, are not counted."""
+    own = (p for name, p in model.named_parameters() if "lora_" not in name)
+    return next((p.dtype for p in own if p.is_floating_point()), None)
+
+
+def _state_forms(model: Any, dtype: torch.dtype | None) -> None:
+    """Have a model's configuration state the corrective paths that its layers now have, and have
+    those in the model's dtype."""
     config: Any = getattr(model.config, "quantization_config", None)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear) and name in getattr(config, "layers", {}):
             config.layers[name] = module.form.to_dict()
+            if module.corrective is not None:
+                module.corrective.to(dtype)
 
 
 def _without_inner(module: Any) -> None:
@@ -157,12 +171,17 @@ def _without_inner(module: Any) -> None:
 def _name_experts(config: Any, model: Any) -> None:
     """Name experts' layers whole where PEFT, which knows them as one tensor, left their numbers."""
     numbers = {target for target in config.target_modules if target.isdecimal()}
-    inside = tuple(f"{name}." for name, _ in all_experts(model))
-    if numbers and inside:
-        layers = (n for n, m in model.named_modules() if isinstance(m, nn.Linear))
-        config.target_modules -= numbers
-        config.target_modules |= {name for name in layers if name.startswith(inside)}
-        config.target_parameters = None
+    if not numbers or next(all_experts(model), None) is None:
+        return
+    layers = (n for n, m in model.named_modules() if isinstance(m, nn.Linear))
+    config.target_modules -= numbers
+    config.target_modules |= {name for name in layers if name.rpartition(".")[2] in numbers}
+    stacked = tuple(PARTS.values())  # names of tensors that are no more
+    left = {name for name in config.target_parameters or () if not name.endswith(stacked)}
+    config.target_parameters = left or None
+    for patterns in (config.rank_pattern, config.alpha_pattern):
+        for pattern in [pattern for pattern in patterns if pattern.endswith(stacked)]:
+            del patterns[pattern]
 
 
 def _guard(

@@ -46,7 +46,7 @@ def lazy_model(
     if getattr(model, "_keep_in_fp32_modules", None) or not _quantisation_is_ours(config):
         return None
     files = _gguf(model, gguf) if gguf else _safetensors(model, source)
-    if files is None:
+    if files is None or not _tied_as_stated(model, files):
         return None
     report = _fill(model, files, torch.device(device))
     if not gguf:
@@ -80,6 +80,17 @@ def _empty(config: Any, dtype: torch.dtype, trust: bool) -> PreTrainedModel:
         prepare(model)
     model.tie_weights()
     return model
+
+
+def _tied_as_stated(model: PreTrainedModel, files: dict[str, InFile]) -> bool:
+    """Tell whether tensors that a model ties are one in the files: transformers unties others."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for target, source in ties.items():
+        if target in files and (
+            source not in files or not torch.equal(files[target].read(), files[source].read())
+        ):
+            return False
+    return True
 
 
 def _quantisation_is_ours(config: Any) -> bool:

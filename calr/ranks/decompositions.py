@@ -78,6 +78,8 @@ class Decompositions:
     def _curves(self) -> dict[str, Tensor]:
         """Return each layer's expected increase of the loss (or output error) at every rank."""
         curves, influence = {}, None
+        if parallel.size() > 1:  # together: one of them may have no layer
+            self.statistics.collect()
         layers = self.structure.layers
         costs = [x.parameters * min(x.in_features, x.out_features) for x in layers]
         own = parallel.share(layers, costs)

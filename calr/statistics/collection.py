@@ -16,6 +16,7 @@ from calr.statistics.gradients import VOCABULARY, gradient_moments, gradients_na
 from calr.statistics.inputs import input_moments
 from calr.statistics.routed import rarely_chosen
 from calr.storage import Store, claim, read_ledger
+from calr.text import Source, parts_of
 
 FORMAT = 2  # of what is in a store
 
@@ -112,20 +113,41 @@ class Statistics:
 
 
 def described(
-    model: PreTrainedModel, dtype: torch.dtype, calibration: str, recipe: Recipe
+    source: str | None,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    calibration: Source | None,
+    windows: int,
+    tied: bool,
 ) -> dict[str, Any]:
-    """Say what statistics are of, as far as it can be told without weights: their summary.
+    """Say what statistics are of, as far as it can be told without weights; None: it cannot.
 
-    dtype: in which the model computes; calibration: the name of its text.
+    source: of the model, None for one in memory; dtype: in which it computes; windows: of text that
+    the run draws in all; tied: lm_head is the embedding.
     """
-    place, head = Path(str(model.name_or_path)), model.get_output_embeddings()
-    embeddings: Any = model.get_input_embeddings()
-    tied = head is not None and head.weight is embeddings.weight
-    found: dict[str, Any] = {"model": str(place.resolve()) if place.exists() else str(place)}
-    found |= {"dtype": str(dtype).removeprefix("torch."), "calibration": calibration}
-    names = ("samples", "gradient_samples", "window", "correction_tokens", "seed")
-    found |= {name: getattr(recipe, name) for name in names}
-    return found | {"rotate": recipe.quantised and recipe.rotate and not tied}
+    return {
+        "model": None if source is None else _placed(source),
+        "dtype": str(dtype).removeprefix("torch."),
+        "calibration": _named(calibration),
+        "windows of text": windows,
+        "samples": recipe.samples,
+        "gradient_samples": min(recipe.gradient_samples, recipe.samples),
+        "window": recipe.window,
+        "seed": recipe.seed,
+        "rotate": recipe.rotate if recipe.quantised and not tied else None,
+    }
+
+
+def _named(calibration: Source | None) -> str | None:
+    """Name text, a file by its place; None for what is in memory."""
+    if not (calibration is None or isinstance(calibration, str | Path)):
+        return None
+    return ", ".join(_placed(str(part)) for part in parts_of(calibration))
+
+
+def _placed(name: str) -> str:
+    """Return where a file or directory is, or the name of what is neither."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def open_statistics(directory: str | Path | None, key: str, summary: dict[str, Any]) -> Store:
@@ -155,7 +177,7 @@ def known_statistics(directory: str | Path, summary: dict[str, Any]) -> Store:
         raise CalrError(f"{directory}: holds no statistics; compress with it first")
     for name, wanted in summary.items():
         there = ledger["summary"].get(name)
-        if there != wanted:
+        if None not in (there, wanted) and there != wanted:
             raise CalrError(
                 f"{directory}: its statistics are of {name}={there}, not {wanted}; name what they "
                 "are of, or another directory"

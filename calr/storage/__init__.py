@@ -15,7 +15,7 @@ from calr.storage.checkpoint import (
 from calr.storage.ledger import claim, read_ledger
 from calr.storage.lock import locked
 from calr.storage.manifest import read_manifest, verify
-from calr.storage.offload import open_parts, remove_offloaded
+from calr.storage.offload import give_up, open_parts, remove_offloaded
 from calr.storage.rungs import nearest_rung
 from calr.storage.spilled import Spilled
 from calr.storage.store import Store
@@ -27,6 +27,7 @@ __all__ = [
     "claim",
     "destination",
     "finished",
+    "give_up",
     "locked",
     "model_card",
     "nearest_rung",

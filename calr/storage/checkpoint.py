@@ -276,12 +276,12 @@ def _clear(work: Path, but: Collection[str] = (LOCK,)) -> None:
 
 
 def _refuse_links(directory: Path, names: set[Path]) -> None:
-    """Refuse links in the place of folders that new files go into."""
+    """Refuse links and files in the place of folders that new files go into."""
     for name in names:
-        if len(name.parts) > 1 and (directory / name).parent.is_symlink():
-            raise CalrError(
-                f"{(directory / name).parent}: is a link; move it away or name another directory"
-            )
+        place = (directory / name).parent
+        if len(name.parts) > 1 and (place.is_symlink() or place.is_file()):
+            kind = "link" if place.is_symlink() else "file"
+            raise CalrError(f"{place}: is a {kind}; move it away or name another directory")
 
 
 def _set_aside(directory: Path, new: set[Path], old: set[Path]) -> None:

@@ -26,7 +26,9 @@ def read_ledger(directory: Path) -> dict[str, Any] | None:
     except (ValueError, TypeError, KeyError):
         whole = False
     if not whole:
-        raise CalrError(f"{path}: is damaged; delete {directory}, which only saves time")
+        raise CalrError(
+            f"{path}: is damaged, or no ledger of calr's; move it away or name another directory"
+        )
     return found
 
 
@@ -55,11 +57,12 @@ def claim(directory: Path, key: str, refusal: str, summary: dict[str, Any] | Non
     if directory.is_file():
         raise CalrError(f"{directory}: is a file; name a directory")
     store = Store(directory)
-    if read_ledger(directory) is None:
-        write_ledger(
-            directory, key, summary or {}, replace=False
-        )  # another run may have just done so
+    summary = summary or {}
+    if read_ledger(directory) is None:  # another run may write one just now
+        write_ledger(directory, key, summary, replace=False)
     found = read_ledger(directory)
     if found is None or found["key"] != key:
         raise CalrError(f"{directory}: {refusal}")
+    if found["summary"] != summary:  # of an earlier version, or of another such run
+        write_ledger(directory, key, summary)
     return store

@@ -12,28 +12,33 @@ from calr.storage.store import Store
 NOTE = "offloaded"  # in the work directory: the folder on another disk
 
 
-def open_parts(
-    directory: Path, offload: str | Path | None, key: str, *, overwrite: bool = False
-) -> Store:
+def give_up(directory: Path, key: str) -> None:
+    """Remove what another unfinished run into a directory than that of key has on another disk."""
+    note, found = directory / WORK / NOTE, read_ledger(directory / WORK)
+    if found is not None and found["key"] != key and note.exists():
+        folder = Path(note.read_text())
+        if folder.name == _named(directory):  # and nothing that somebody wrote there
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_parts(directory: Path, offload: str | Path | None, key: str) -> Store:
     """Open the store of the parts of a run that is prepared in a directory.
 
     offload: where a folder is made for them; None: in the work directory. What such a folder holds
     of another run into the same directory goes. Raises CalrError where this run has its parts
-    elsewhere, without overwrite, which removes them.
+    elsewhere.
     """
     note, folder = directory / WORK / NOTE, _folder(directory, offload)
     if note.exists() and (elsewhere := note.read_text()) != str(folder):
-        if not overwrite:
-            raise CalrError(
-                f"{directory}: the unfinished run there has its parts in {elsewhere}; name the "
-                "offload directory that this lies in, or pass --overwrite"
-            )
-        if _named(directory) == Path(elsewhere).name:  # and nothing that somebody wrote there
-            shutil.rmtree(elsewhere, ignore_errors=True)
-        note.unlink()
+        raise CalrError(
+            f"{directory}: the unfinished run there has its parts in {elsewhere}; name the offload "
+            f"directory that this lies in to go on with it, or delete {note} to begin again"
+        )
     if folder is None:
         return Store(directory / WORK)
     known = read_ledger(folder)
+    if note.exists() and known is not None and known["key"] == key:
+        return Store(folder)  # several processes: the first has made it
     if known is not None and known["key"] != key:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

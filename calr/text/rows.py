@@ -15,13 +15,16 @@ Tokenizer = PreTrainedTokenizerBase | None
 
 
 def decoded(path: Path) -> str:
-    """Read a file as UTF-8 or, where its byte order mark says so, UTF-16.
+    """Read a file as UTF-8 or, where its byte order mark says so, UTF-16 or UTF-32.
 
     Without the mark; line ends become newlines.
     """
-    data = path.read_bytes()
-    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = data.decode("utf-16" if wide else "utf-8-sig")
+    data, code = path.read_bytes(), "utf-8-sig"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        code = "utf-16"
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # the former begins as UTF-16's
+        code = "utf-32"
+    text = data.decode(code)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -79,8 +82,10 @@ def _texts(
 
 def _text(value: Any, place: str, tokenizer: Tokenizer) -> str | None:
     """Return a value's text; chat messages go through the tokenizer's template."""
-    if value is None or isinstance(value, str):
-        return value
+    if isinstance(value, str):  # halves of characters, which JSON can name, become U+FFFD
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if value is None:
+        return None
     if not isinstance(value, list) or not all(isinstance(x, dict) and "role" in x for x in value):
         raise CalrError(f"{place}: holds {type(value).__name__} where text or chat messages belong")
     if tokenizer is None or not tokenizer.chat_template:

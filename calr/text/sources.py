@@ -30,6 +30,7 @@ def read_text(source: str | Path | Sequence[str], tokenizer: Tokenizer = None) -
     """
     if not isinstance(source, str | Path):
         return "\n\n".join(source)
+    _require_name(source)
     if source == "builtin":
         return calibration_topics()
     name, field = _split(source)
@@ -48,10 +49,22 @@ def read_text(source: str | Path | Sequence[str], tokenizer: Tokenizer = None) -
     return "\n\n".join(_hub(name, field or "text", tokenizer))
 
 
+def _is_there(name: str | Path) -> bool:
+    try:
+        return Path(name).exists()
+    except OSError:  # a list of names is longer than a name may be
+        return False
+
+
+def _require_name(source: object) -> None:
+    if source == "":
+        raise CalrError("the text's name is empty; name a file, a hub data set or builtin")
+
+
 def _split(source: str | Path) -> tuple[str, str]:
     """Split FILE#field at its last #, unless all of it is a file's name."""
     name, _, field = str(source).rpartition("#")
-    if not name or Path(source).exists():
+    if not name or _is_there(source):
         return str(source), ""
     return name, field
 
@@ -80,9 +93,8 @@ def parts_of(source: str | Path | Sequence[str] | None) -> list[str | Path | Seq
     """Split a source string at its commas, unless it is a file's name; None is "sampled"."""
     if source is None:
         return ["sampled"]
-    if source == "":
-        raise CalrError("calibration: is an empty name; name a file, sampled or builtin")
-    if isinstance(source, str) and "," in source and not Path(source).exists():
+    _require_name(source)
+    if isinstance(source, str) and "," in source and not _is_there(_split(source)[0]):
         parts = [part.strip() for part in source.split(",") if part.strip()]
         if not parts:
             raise CalrError(f"calibration={source!r}: names no text")
@@ -95,7 +107,10 @@ def content_of(source: str | Path | Sequence[str] | None) -> str:
     digests = []
     for part in parts_of(source):
         if isinstance(part, str | Path) and (path := Path(_split(part)[0])).is_file():
-            digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+            try:
+                digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+            except OSError as error:
+                raise CalrError(f"{part}: cannot be read: {error}") from error
     return f"{source} {digests} {sys.version_info[:2]}"
 
 

@@ -112,14 +112,15 @@ def spread_windows(
         if begin:
             begin = max(begin, text.find(" ", begin, begin + 200))
         ids = encode(tokenizer, text[begin : min((i + 1) * part, begin + 8 * size)])
-        if len(ids) < size:
-            ids = encode(tokenizer, text[begin : (i + 1) * part])
+        for start in (begin, i * part):  # of text that makes few tokens all of the part
+            if len(ids) < size:
+                ids = encode(tokenizer, text[start : (i + 1) * part])
         if len(ids) < size:
             break
         rows.append(cut(ids[:size], size, tokenizer))
     if len(rows) == samples:
         return torch.cat(rows)
-    found = cut(encode(tokenizer, text), size, tokenizer)[:samples]
+    found = spread(cut(encode(tokenizer, text), size, tokenizer), samples)
     if not len(found):
         raise CalrError(
             f"{name_of(source)}: too short for calibration, it has less than one window of "

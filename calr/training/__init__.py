@@ -2,6 +2,7 @@
 
 from calr.training.blockwise import BlockFit
 from calr.training.correction import (
+    check_trainable,
     corrected,
     corrected_students,
     norm_parameters,
@@ -22,6 +23,7 @@ __all__ = [
     "StudentLinear",
     "Targets",
     "Trained",
+    "check_trainable",
     "corrected",
     "corrected_students",
     "mixed",

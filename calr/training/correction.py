@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -32,6 +33,15 @@ def windows_needed(recipe: Recipe) -> int:
     if not recipe.correction_tokens:
         return 0
     return math.ceil(recipe.correction_tokens / recipe.window) + MEASURED
+
+
+def check_trainable(recipe: Recipe, dtype: torch.dtype) -> None:
+    """Raise CalrError where a recipe trains a model in a dtype that no training is in."""
+    trains = recipe.correction_tokens and recipe.keep != 1
+    if trains and dtype == torch.float64:
+        raise CalrError(
+            "dtype=float64: is not trained in; name float32, or train nothing: correction_tokens=0"
+        )
 
 
 def windows_used(ids: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:

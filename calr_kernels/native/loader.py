@@ -90,7 +90,7 @@ class Past(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """Load the library, or warn once that it is not there and return None.
 
-    Raises OSError when CALR_CPU_ISA names an instruction set that this machine lacks.
+    Raises ValueError when CALR_CPU_ISA names an instruction set that this machine lacks.
     """
     spec = importlib.util.find_spec("calr_kernels._cpu")
     try:
@@ -106,7 +106,7 @@ def library() -> ctypes.CDLL | None:
     if wanted is not None and (
         wanted not in ISAS or loaded.calr_select_isa(ISAS.index(wanted)) != 0
     ):
-        raise OSError(
+        raise ValueError(
             f"CALR_CPU_ISA={wanted!r}: no instruction set of this machine, which has "
             f"{', '.join(ISAS[: best + 1])}; leave the variable out for the best"
         )

@@ -59,7 +59,7 @@ class QuantizedLinear(nn.Linear):
             if eligible.triton_records(input, records):
                 return linears.quantized_linear(input, records)
             if self.corrective is not None and self._many(input):
-                return product(input, self._whole(self.corrective, input.dtype), self.bias)
+                return product(input, self._whole(self.corrective, input), self.bias)
         y = quantized_linear(input, self.weight, self.form, self.bias)
         return y if self.corrective is None else y + self.corrective(input)
 
@@ -70,10 +70,12 @@ class QuantizedLinear(nn.Linear):
             input, self.weight, self.bias
         )
 
-    def _whole(self, corrective: Corrective, dtype: torch.dtype) -> Tensor:
-        """Return the numbers of both paths in one matrix [out_features, in_features]."""
+    def _whole(self, corrective: Corrective, input: Tensor) -> Tensor:
+        """Return both paths in one matrix [out_features, in_features], in the dtype of products."""
+        dtype = eligible.product_dtype(input)
+        numbers = dequantize(self.weight, self.form, self.in_features, input.dtype).to(dtype)
         down, up = corrective.factors(dtype)
-        return dequantize(self.weight, self.form, self.in_features, dtype).addmm_(up, down)
+        return numbers.addmm_(up, down)
 
     def records(self) -> Records:
         """Return the layer's tensors."""

@@ -502,7 +502,9 @@ def test_what_is_kept_in_files_may_lie_elsewhere(every_write, untied, tmp_path):
         _limit(patch, fill)
         with pytest.raises(CalrError, match="the disk is full; make room"):
             _run(untied, tmp_path / "again", offload=scratch)
-    _run(untied, tmp_path / "again", overwrite=True)
+    with pytest.raises(CalrError, match=r"has its parts in .*scratch"):
+        _run(untied, tmp_path / "again", overwrite=True)
+    _run(untied, tmp_path / "again", bits=7, overwrite=True)
     assert not list(scratch.iterdir()), "parts of a run that was given up"
     with pytest.raises(CalrError, match=r"offload=.*: lies in .*, which holds only the checkpoint"):
         _run(untied, tmp_path / "other", offload=tmp_path / "other" / "scratch")

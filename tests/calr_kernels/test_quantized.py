@@ -109,7 +109,7 @@ def test_an_embedding_looks_its_rows_up(scale):
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("rank", [1, 8, 33])
 @pytest.mark.parametrize(("rows", "grad"), [(5, True), (5, False), (20, False), (40, False)])
-def test_the_corrective_path_is_added(rows, grad, rank, bits, dtype, device):
+def test_the_corrective_path_is_added(rows, grad, rank, bits, dtype, device, monkeypatch):
     """To the outputs, in the native kernel, or of many rows to the numbers of the weights."""
     form = Form(4, "table", 32, corrective_rank=rank, corrective_bits=bits)
     layer, draw = QuantizedLinear(100, 37, form), torch.Generator().manual_seed(0)
@@ -126,8 +126,11 @@ def test_the_corrective_path_is_added(rows, grad, rank, bits, dtype, device):
     down, up = path.factors(torch.float64)
     arguments = (layer.weight, form, layer.bias.double(), down, up)
     wanted = reference.quantized_linear(x.double(), *arguments)
+    whole, added = layer._whole, []
+    monkeypatch.setattr(layer, "_whole", lambda *given: added.append(1) or whole(*given))
     with torch.set_grad_enabled(grad):
         found = layer(x)
+    assert added == ([1] if rows == 40 and x.is_cpu else [])
     error = (found.double() - wanted).abs().max() / wanted.abs().max()
     assert float(error) < 2 * TOLERANCE[dtype]
     dense = layer.to_dense(torch.float64)

@@ -144,7 +144,9 @@ def test_what_gguf_lacks_is_refused_by_name(gguf_file, source, ids, tmp_path, mo
     assert (tmp_path / "there.gguf").read_text() == "mine"
 
 
-def test_only_an_export_is_replaced(gguf_file, ids, tmp_path, monkeypatch):
+def test_neither_the_dense_model_nor_another_kind_of_file_is_replaced(
+    gguf_file, ids, tmp_path, monkeypatch
+):
     made, out = tmp_path / "made", tmp_path / "out.gguf"
     compressed(gguf_file, made, TARGET, ids, monkeypatch, forced(4))
     before = gguf_file.read_bytes()
@@ -154,8 +156,11 @@ def test_only_an_export_is_replaced(gguf_file, ids, tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(CalrError, match=r"mine\.txt: is no GGUF file"):
         export_gguf(str(made), tmp_path / "mine.txt", like=gguf_file, overwrite=True)
-    for overwrite in (False, True):
-        export_gguf(str(made), out, like=gguf_file, overwrite=overwrite)
+    export_gguf(str(made), out, like=gguf_file)
+    old = out.with_name("out-adapter.gguf")
+    old.write_bytes(gguf_file.read_bytes())
+    export_gguf(str(made), out, like=gguf_file, overwrite=True)
+    assert not old.exists(), "an adapter of the file that was there before"
 
 
 def test_its_size_is_that_of_the_file_whatever_the_dtype(gguf_file, tmp_path):

@@ -1,6 +1,7 @@
 """LoRA on top of low-rank layers: trains; what PEFT would get wrong is refused or put right."""
 
 import copy
+import warnings
 
 import peft
 import pytest
@@ -86,7 +87,8 @@ def test_a_dense_model_is_not_touched(ids):
 def test_all_linear_reaches_every_expert(recipe, ids):
     mixture = tiny_mixtral()
     model = calr.compress(mixture, calr.Recipe(**recipe, correction_tokens=0), calibration=ids)
-    with pytest.warns(RuntimeWarning, match="rank_pattern"):  # of experts as one tensor
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*pattern keys did not match")
         on_top = adapted(model, target_modules="all-linear")
     wrapped = {n for n, m in on_top.named_modules() if isinstance(m, peft.tuners.lora.Linear)}
     experts = {name for name in wrapped if ".experts." in name}
@@ -97,12 +99,29 @@ def test_all_linear_reaches_every_expert(recipe, ids):
         torch.testing.assert_close(on_top(ids).logits, model(ids).logits)
 
 
+def test_what_is_merged_has_the_models_dtype(ids):
+    recipe = calr.Recipe(bits=7, correction_tokens=0)
+    model = calr.compress(tiny_llama().bfloat16(), recipe, calibration=ids)
+    merged = adapted(model).merge_and_unload()
+    paths = [m.corrective for m in merged.modules() if getattr(m, "corrective", None) is not None]
+    assert paths
+    assert merged.dtype == torch.bfloat16 == paths[0].down.dtype
+
+
+def test_a_variant_of_lora_is_not_merged_as_if_it_were_a_plain_one(ids):
+    recipe = calr.Recipe(bits=7, correction_tokens=0)
+    model = calr.compress(tiny_llama(), recipe, calibration=ids)
+    on_top = adapted(model, alora_invocation_tokens=[5])
+    with pytest.raises(CalrError, match="only a plain LoRA of linear layers can be merged"):
+        on_top.merge_and_unload()
+
+
 @pytest.mark.parametrize(
     ("kind", "targets", "message"),
     [
         ("LoraConfig", "lm_head", "merged into lm_head, whose weight is that of model.embed"),
-        ("LoraConfig", "embed_tokens", "only a LoRA of linear layers can be merged"),
-        ("AdaLoraConfig", "q_proj", "only a LoRA of linear layers can be merged"),
+        ("LoraConfig", "embed_tokens", "only a plain LoRA of linear layers can be merged"),
+        ("AdaLoraConfig", "q_proj", "only a plain LoRA of linear layers can be merged"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")

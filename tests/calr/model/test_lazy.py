@@ -48,6 +48,24 @@ def saved(kind, directory, dtype=torch.float32, **more):
     byte_tokenizer().save_pretrained(directory)
 
 
+@pytest.mark.parametrize("kept", ["both", "head"])
+def test_a_head_that_is_another_than_the_embedding_is_not_tied_to_it(kept, tmp_path):
+    """transformers ties what a config says is tied only where the files do not say otherwise."""
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    embedding = "model.embed_tokens.weight"
+    tensors["lm_head.weight"] = tensors[embedding].flip(0).contiguous()
+    if kept == "head":
+        del tensors[embedding]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.arange(1, 17)[None]
+    whole, lazy = (load(str(tmp_path), lazily=lazily)[0] for lazily in (False, True))
+    assert torch.equal(whole(ids).logits, lazy(ids).logits)
+    assert not torch.allclose(whole(ids).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("kind", LAZY + MIXTURES + WHOLE)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_tensor_and_every_logit_is_the_same(kind, tied, tmp_path):

@@ -36,8 +36,14 @@ def test_line_ends_become_newlines(tmp_path):
     assert read_text(str(tmp_path / "a.txt")) == "one\ntwo\nthree\n"
 
 
-def test_utf_16_is_known_by_its_mark(tmp_path):
-    (tmp_path / "a.txt").write_bytes("some text ä".encode("utf-16"))
+def test_half_a_character_becomes_the_sign_of_one_that_is_not_known(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "some \\ud83d text \\ud83d\\ude00"}')
+    assert read_text(str(tmp_path / "a.jsonl")) == "some \ufffd text \U0001f600"
+
+
+@pytest.mark.parametrize("code", ["utf-16", "utf-32"])
+def test_wide_characters_are_known_by_their_mark(code, tmp_path):
+    (tmp_path / "a.txt").write_bytes("some text ä".encode(code))
     assert decoded(tmp_path / "a.txt") == "some text ä"
 
 

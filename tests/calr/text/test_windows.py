@@ -45,6 +45,15 @@ def test_windows_come_from_the_text_and_depend_only_on_the_seed(tmp_path):
     assert parts != sorted(parts)  # any few windows are of the whole text
 
 
+def test_a_part_of_few_tokens_moves_no_other_window():
+    tokenizer = byte_tokenizer()
+    text = "x " * 1000 + "y " * 1000 + "z" * 2000
+    tokenizer.add_tokens(["z" * 2000])
+    found = tokenizer.batch_decode(windows([text], tokenizer, samples=8))
+    assert len(found) == 8
+    assert any("x" in row for row in found) and any("y" in row for row in found)
+
+
 def test_bos_follows_the_tokenizers_rule():
     plain, with_bos = byte_tokenizer(), byte_tokenizer(add_bos=True)
     assert (windows([TEXT], plain)[:, 0] != 0).all()

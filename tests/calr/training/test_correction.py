@@ -267,9 +267,15 @@ def test_a_longer_training_has_a_lower_peak_by_default():
     assert rate(keep=0.6, **longer) == pytest.approx(5e-5)
     assert rate(keep=0.6, learning_rate=3e-4, **longer) == 3e-4
     assert rate(keep=1) is None
-    budgets = [(6, {"bits": 6}), (5, {"bits": 5}), (4.5, {"bits": 4.5}), (4, {"size": "90MB"})]
+    budgets = [
+        (1e4, {"size": "90MB"}),
+        (6, {"bits": 6}),
+        (5, {"bits": 5}),
+        (4.5, {"bits": 4.5}),
+        (4, {"size": "90MB"}),
+    ]
     budgets += [(3.5, {"bits": 3.5}), (3, {"bits": 3})]
-    wanted = [5e-5, 2e-4, 2e-4, 4e-4, 8e-4, 8e-4]
+    wanted = [5e-5, 5e-5, 2e-4, 2e-4, 4e-4, 8e-4, 8e-4]
     assert [rate(at, **given) for at, given in budgets] == pytest.approx(wanted)
 
 
