@@ -150,7 +150,9 @@ def _placed(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
-def open_statistics(directory: str | Path | None, key: str, summary: dict[str, Any]) -> Store:
+def open_statistics(
+    directory: str | Path | None, key: str, summary: dict[str, Any] | None = None
+) -> Store:
     """Open a directory of calibration statistics, refusing one that holds those of another run.
 
     summary: what `described` says of them.

@@ -180,7 +180,7 @@ def test_a_merge_cannot_be_undone_and_other_adapters_have_none(saved):
     other = peft.get_peft_model(
         AutoModelForCausalLM.from_pretrained(saved[1]), peft.LoHaConfig(r=2, **settings)
     )
-    with pytest.raises(CalrError, match="only a LoRA can be merged"):
+    with pytest.raises(CalrError, match="only a plain LoRA of linear layers can be merged"):
         other.merge_and_unload()
 
 
