@@ -10,8 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
-from jsonargparse.typing import restricted_number_type as restricted
+from jsonargparse.typing import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    restricted_number_type,
+)
 
 from calr.errors import CalrError
 from calr.interrupts import interruptible
@@ -25,7 +29,7 @@ CALIBRATION = (
     "that every Python carries), or several of these separated by commas, in equal shares."
 )
 
-Seed = restricted("Seed", int, [(">=", 0), ("<", 2**32)])  # NumPy's, in lm-eval, are no larger
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])  # as NumPy's in lm-eval
 LISTS = ("--skip", "--tasks", "--widths")  # options that take several values
 
 
@@ -47,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # of a reader that has seen enough, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (CalrError, OSError) as error:  # the latter of a file that may not be read
+    except (CalrError, OSError, ValueError) as error:
+        if isinstance(error, ValueError) and "CALR_CPU_ISA" not in str(error):
+            raise
         print(f"calr: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -57,11 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-    except ValueError as error:
-        if "CALR_CPU_ISA" not in str(error):  # the variable that names an instruction set
-            raise
-        print(f"calr: {error}", file=sys.stderr)
-        return 1
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
@@ -290,7 +291,7 @@ def _eval(parser: ArgumentParser) -> None:
         "--task_data",
         type=str | None,
         default=None,
-        help="Directory with TASK.SPLIT.jsonl files to use instead of the hub's data.",
+        help="Directory with TASK.test.jsonl or TASK.validation.jsonl in place of the hub's data.",
     )
     parser.add_argument(
         "--limit", type=PositiveInt | None, default=None, help="First rows of each task."
@@ -307,9 +308,7 @@ def _bench(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--new_tokens", type=PositiveInt, default=32, help="Tokens to decode.")
     parser.add_argument("--rounds", type=PositiveInt, default=5, help="Rounds; medians are shown.")
-    parser.add_argument(
-        "--threads", type=PositiveInt | None, default=None, help="CPU threads to use."
-    )
+    parser.add_argument("--threads", type=PositiveInt | None, default=None, help="CPU threads.")
     _packing(parser)
     _loading(parser)
 

@@ -134,8 +134,7 @@ def compress_to(
         stored = GGUF_DTYPE if widened else None
         if recipe.quantised and on_grid(source):
             recipe = dataclasses.replace(recipe, rotate=False)
-        given = recipe, calibration, tokenizer, elastic, stored, max_memory, source
-        job = Job.of(model, *given)
+        job = Job.of(model, recipe, calibration, tokenizer, elastic, stored, max_memory, source)
         held_out = _held_out(model, tokenizer, eval_windows, recipe.window)
         before = sum(file.stat().st_size for file in files) or tensor_bytes(model)
         key, results = job.key, None

@@ -22,7 +22,7 @@ from calr.recipe import Recipe
 from calr.rounding import rounding_operations
 from calr.statistics import HELD_BYTES, LOGITS
 from calr.text import CACHE_BYTES, cache_row, sampled_in, sampling_batch
-from calr.training import PART_TOKENS, windows_needed
+from calr.training import PART_TOKENS, windows_drawn
 from calr_kernels.eligible import cpu_multiplies_bfloat16
 
 LIBRARY_BYTES = 600_000_000  # resident size of Python with torch and transformers loaded
@@ -181,7 +181,7 @@ class Work:
         return 4 * max(sum(self._groups[g] ** 2 for g in {x.group for x in b}) for b in blocks)
 
     def _sampling(self, ways: Ways) -> Phase:
-        windows = max(self.recipe.samples, windows_needed(self.recipe))
+        windows = windows_drawn(self.recipe)
         tokens = windows * self.recipe.window
         dtype = sampled_in(self.dtype)
         operations = 2 * self.structure.active_parameters * tokens

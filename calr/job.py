@@ -56,7 +56,7 @@ from calr.recipe import Recipe
 from calr.statistics import Statistics, described, open_statistics
 from calr.storage import Store, nearest_rung
 from calr.text import Source, calibration_windows, content_of, describe, parts_of, spread
-from calr.training import check_trainable, corrected, windows_needed, windows_used
+from calr.training import check_trainable, corrected, windows_drawn, windows_used
 
 logger = logging.get_logger(__name__)
 
@@ -106,8 +106,19 @@ class Job:
         ways = work.within(max_memory)
         check_finite(model)
         require_supported(model, structure)
-        given = model, recipe, calibration, tokenizer, elastic
-        return cls(*given, structure, budget, work, ways, stored, source)
+        return cls(
+            model,
+            recipe,
+            calibration,
+            tokenizer,
+            elastic,
+            structure,
+            budget,
+            work,
+            ways,
+            stored,
+            source,
+        )
 
     @property
     def expected(self) -> dict[str, Phase]:
@@ -226,7 +237,7 @@ class Job:
                 given,
                 self.tokenizer,
                 self.model,
-                samples=max(recipe.samples, windows_needed(recipe)),
+                samples=windows_drawn(recipe),
                 window=recipe.window,
                 seed=recipe.seed,
                 cache_bytes=self.ways.cache_bytes,
@@ -250,9 +261,14 @@ class Job:
         parts_of_key = [self.identity, ids, windows, recipe.seed]
         parts_of_key += ["rotated"] if self.rotated else []
         key = "" if directory is None else digest(*parts_of_key)
-        drawn = max(recipe.samples, windows_needed(recipe))
-        about = self.source, recipe, self.model.dtype, self.calibration, drawn
-        summary = described(*about, self.work.tied)
+        summary = described(
+            self.source,
+            recipe,
+            self.model.dtype,
+            self.calibration,
+            windows_drawn(recipe),
+            self.work.tied,
+        )
         return Statistics(
             self.model,
             self.structure,

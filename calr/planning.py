@@ -43,7 +43,7 @@ from calr.recipe import Recipe
 from calr.statistics import described, known_statistics
 from calr.storage import Store
 from calr.text import parts_of
-from calr.training import check_trainable, windows_needed
+from calr.training import check_trainable, windows_drawn
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def plan(
     phases = work.phases(work.within(max_memory))
     known = None
     if statistics and (recipe.quantised or recipe.allocation == "global"):
-        drawn = max(recipe.samples, windows_needed(recipe))
+        drawn = windows_drawn(recipe)
         about = described(source, recipe, computed, calibration, drawn, work.tied)
         known = known_statistics(statistics, about)
     if bytes_allowed is not None:

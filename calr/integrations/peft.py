@@ -31,6 +31,7 @@ MERGE = (
     "an adapter cannot be merged into a low-rank layer; keep it beside the model, or call "
     "dequantize() on the model before the adapter is added"
 )
+NOT_PLAIN = "only a plain LoRA of linear layers can be merged into a quantised model"
 UNMERGE = "an adapter that was merged into a quantised layer cannot be taken out again"
 
 
@@ -99,20 +100,25 @@ def _refuse_merge(model: Any, adapted: list[Any]) -> None:
         base = layer.get_base_layer()
         if isinstance(base, LowRankLinear):
             raise CalrError(MERGE)
-        quantised = isinstance(base, QuantizedLinear | QuantizedEmbedding)
-        plain = type(layer) is Linear and not getattr(layer, "lora_variant", None)
-        if quantised and not (plain and isinstance(base, QuantizedLinear)):
-            raise CalrError(
-                "only a plain LoRA of linear layers can be merged into a quantised model"
-            )
-        if quantised and any(layer.lora_bias.values()):
-            raise CalrError("lora_bias: cannot be merged into a quantised layer")
-        if quantised and id(base.weight) in tables:
+        if not isinstance(base, QuantizedLinear | QuantizedEmbedding):
+            continue
+        if type(layer) is not Linear or isinstance(base, QuantizedEmbedding):
+            raise CalrError(NOT_PLAIN)
+        _require_plain(layer)
+        if id(base.weight) in tables:
             raise CalrError(
                 f"an adapter cannot be merged into lm_head, whose weight is that of "
                 f"{tables[id(base.weight)]}, too; leave it out of target_modules, or call "
                 "dequantize() on the model before the adapter is added"
             )
+
+
+def _require_plain(lora: Any) -> None:
+    """Raise CalrError for a LoRA on a linear layer that is more than its two factors."""
+    if getattr(lora, "lora_variant", None):
+        raise CalrError(NOT_PLAIN)
+    if any(lora.lora_bias.values()):
+        raise CalrError("lora_bias: cannot be merged into a quantised layer")
 
 
 def _append_on_merge(linear: Any) -> None:
@@ -124,6 +130,7 @@ def _append_on_merge(linear: Any) -> None:
         if not isinstance(base, QuantizedLinear):
             original(self, safe_merge=safe_merge, adapter_names=adapter_names)
             return
+        _require_plain(self)
         for adapter in self.active_adapters if adapter_names is None else adapter_names:
             if adapter in self.lora_A and adapter not in self.merged_adapters:
                 down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight

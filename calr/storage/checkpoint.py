@@ -172,7 +172,7 @@ def write(
         check(complete)
     write_manifest(complete, key, results or {})
     new, old = set(owned(complete)), set(owned(directory))
-    _refuse_links(directory, new)
+    _require_folders(directory, new)
     (work / MOVING).touch()
     if CONFIG in old:  # first: without it nothing is a checkpoint that could be half replaced
         (directory / CONFIG).unlink(missing_ok=True)
@@ -275,8 +275,8 @@ def _clear(work: Path, but: Collection[str] = (LOCK,)) -> None:
         work.rmdir()
 
 
-def _refuse_links(directory: Path, names: set[Path]) -> None:
-    """Refuse links and files in the place of folders that new files go into."""
+def _require_folders(directory: Path, names: set[Path]) -> None:
+    """Raise CalrError for a link or a file in the place of a folder that new files go into."""
     for name in names:
         place = (directory / name).parent
         if len(name.parts) > 1 and (place.is_symlink() or place.is_file()):

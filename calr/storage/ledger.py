@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from calr.errors import CalrError
+from calr.storage.manifest import write_json
 from calr.storage.store import Store
 
 LEDGER = "ledger.json"
@@ -37,10 +38,7 @@ def write_ledger(
 ) -> None:
     """Note what the parts in a directory will belong to, atomically; replace one that is there."""
     temporary = directory / f"{LEDGER}.{os.getpid()}.tmp"
-    with temporary.open("w") as file:
-        json.dump({"key": key, "summary": summary}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(temporary, {"key": key, "summary": summary})
     if not replace:
         with contextlib.suppress(OSError):  # it is there, or the file system has no links
             os.link(temporary, directory / LEDGER)

@@ -26,11 +26,16 @@ def write_manifest(
     else:
         files = {name.as_posix(): "" for name in sorted(names)}
     temporary = directory / f"{MANIFEST}.tmp"
-    with temporary.open("w") as file:
-        json.dump({"key": key, "results": results, "files": files}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(temporary, {"key": key, "results": results, "files": files})
     os.replace(temporary, directory / MANIFEST)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a value and flush it to disk."""
+    with file.open("w") as opened:
+        json.dump(value, opened, indent=2)
+        opened.flush()
+        os.fsync(opened.fileno())
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

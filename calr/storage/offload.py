@@ -13,7 +13,7 @@ NOTE = "offloaded"  # in the work directory: the folder on another disk
 
 
 def give_up(directory: Path, key: str) -> None:
-    """Remove what another unfinished run into a directory than that of key has on another disk."""
+    """Remove from another disk what a run into a directory left there, unless it is that of key."""
     note, found = directory / WORK / NOTE, read_ledger(directory / WORK)
     if found is not None and found["key"] != key and note.exists():
         folder = Path(note.read_text())

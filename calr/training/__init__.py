@@ -7,7 +7,7 @@ from calr.training.correction import (
     corrected_students,
     norm_parameters,
     recorded_outputs,
-    windows_needed,
+    windows_drawn,
     windows_used,
 )
 from calr.training.loop import Trained, train
@@ -30,6 +30,6 @@ __all__ = [
     "norm_parameters",
     "recorded_outputs",
     "train",
-    "windows_needed",
+    "windows_drawn",
     "windows_used",
 ]

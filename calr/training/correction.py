@@ -28,11 +28,13 @@ MEASURED = 8  # windows that are never trained on, only measured on
 logger = logging.get_logger(__name__)
 
 
-def windows_needed(recipe: Recipe) -> int:
-    """Count the windows that a recipe's correction takes, held-out ones included; 0 without one."""
-    if not recipe.correction_tokens:
-        return 0
-    return math.ceil(recipe.correction_tokens / recipe.window) + MEASURED
+def windows_drawn(recipe: Recipe) -> int:
+    """Count the windows of text that a recipe takes: statistics and correction share them.
+
+    Those of the correction include what it is only measured on.
+    """
+    trained = math.ceil(recipe.correction_tokens / recipe.window) + MEASURED
+    return max(recipe.samples, trained if recipe.correction_tokens else 0)
 
 
 def check_trainable(recipe: Recipe, dtype: torch.dtype) -> None:
