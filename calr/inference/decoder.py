@@ -2,6 +2,7 @@
 
 import operator
 import weakref
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from calr.inference.blocks import HELD, bind, close, same
-from calr.inference.cache import grow
+from calr.inference.cache import Steps, together
 from calr.inference.layers import unfollowed
 from calr.inference.rotary import Turns
 from calr.inference.traces import TOLERANCE, is_gated
@@ -20,7 +21,6 @@ from calr_kernels import eligible, native
 # arguments that change nothing for a decoder that has no such outputs
 IGNORED = {"cache_position", "return_dict"}
 WINDOW, DTYPE = map(operator.attrgetter, ("window", "dtype"))
-LENGTH = operator.methodcaller("get_seq_length")
 
 
 class DecoderForward(eligible.Replacement):
@@ -70,14 +70,14 @@ class DecoderForward(eligible.Replacement):
             and use_cache is not False
             and type(past_key_values) is DynamicCache
             and all(value is None or name in IGNORED for name, value in others.items())
-            and self._follows(given, past_key_values)
+            and self._plain(given, past_key_values)
         ):
             starts = _starts(attention_mask, len(given), past_key_values.get_seq_length() + 1)
             if starts is not None:
                 x = module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-                blocks = self._bound.blocks(module, x[:, 0], past_key_values)
-                if blocks is not None and _takes(blocks, x, past_key_values.layers):
-                    return self._decode(x, blocks, position_ids, past_key_values, *starts)
+                state = self._bound.behind(module, x[:, 0], past_key_values)
+                if state is not None:
+                    return self._decode(x, state, position_ids, past_key_values, *starts)
         return type(module).forward(
             module,
             input_ids=input_ids,
@@ -89,11 +89,10 @@ class DecoderForward(eligible.Replacement):
             **others,
         )
 
-    def _follows(self, given: Tensor, cache: DynamicCache) -> bool:
-        """Tell whether one token a sequence comes behind what a cache holds, and nobody looks."""
+    def _plain(self, given: Tensor, cache: DynamicCache) -> bool:
+        """Tell whether one token a sequence comes, and nobody looks at what is between."""
         module: Any = self._module
-        layers: list[Any] = cache.layers
-        if not (
+        return (
             given.dim() >= 2
             and given.shape[1] == 1
             and given.is_cpu
@@ -104,34 +103,27 @@ class DecoderForward(eligible.Replacement):
             and not module.config.output_hidden_states
             and not module.config.output_attentions
             and module.config._attn_implementation in ("sdpa", "eager")
-            and len(layers) == len(module.layers)
+            and len(cache.layers) == len(module.layers)
             and not cache.offloading
-        ):
-            return False
-        if not grow(layers):
-            return False
-        lengths = set(map(LENGTH, layers))
-        return len(lengths) == 1 and lengths != {0}
+        )
 
     def _decode(
         self,
         x: Tensor,
-        blocks: native.Blocks,
+        state: "_Generation",
         position_ids: Tensor | None,
         cache: Any,
         starts: Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         module: Any = self._module
-        count = cache.get_seq_length()
-        rotations = self._turns.at(module, x, position_ids, count)
+        rotations = self._turns.at(module, x, position_ids, cache.get_seq_length())
         hidden = x[:, 0].clone(memory_format=torch.contiguous_format)
-        pasts = [(*layer.room(1), layer.held, count - layer.held) for layer in cache.layers]
-        blocks.decode(hidden, pasts, rotations, starts)
-        for layer in cache.layers:
-            layer.advance(1)
-        return BaseModelOutputWithPast(
-            last_hidden_state=module.norm(hidden[:, None]), past_key_values=cache
-        )
+        state.blocks.decode(hidden, state.pasts, rotations, starts)
+        state.advance()
+        last = hidden[:, None]
+        if state.blocks.norm is None:
+            last = module.norm(last)
+        return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
 
     @torch.no_grad()
     def _traced(self, dtype: torch.dtype) -> bool:
@@ -158,10 +150,37 @@ class DecoderForward(eligible.Replacement):
         expected = type(module).forward(
             module, input_ids=last, past_key_values=caches[0], use_cache=True
         )
-        if not self._follows(last, caches[1]):
+        x = module.embed_tokens(last)
+        state = self._bound.behind(module, x[:, 0], caches[1])
+        if state is None or not self._plain(last, caches[1]):
             return False
-        found = self._decode(module.embed_tokens(last), blocks, None, caches[1])
+        found = self._decode(x, state, None, caches[1])
         return close(found.last_hidden_state, expected.last_hidden_state, 3 * TOLERANCE[dtype])
+
+
+class _Generation:
+    """Blocks behind a cache: while only they add to it, nothing of it has to be looked at again."""
+
+    def __init__(self, blocks: native.Blocks, x: Tensor, layers: list[Any], steps: Steps) -> None:
+        count = layers[0].get_seq_length()
+        self.blocks, self._layers, self._steps = blocks, list(layers), steps
+        pasts = [(*layer.room(1), layer.held, count - layer.held) for layer in layers]
+        self.pasts = blocks.pasts(x, pasts)
+        self._changes = steps.changes
+
+    def goes_on(self, x: Tensor, layers: list[Any]) -> bool:
+        """Tell whether the cache is as `advance` left it, for as many sequences, and has room."""
+        return (
+            self._steps.changes == self._changes
+            and self._layers == layers
+            and self.pasts.kind == (len(x), x.dtype)
+            and self.pasts.left > 0
+        )
+
+    def advance(self) -> None:
+        """Count the token that was decoded."""
+        self._steps.count += 1
+        self.pasts.advance()
 
 
 class _Bound:
@@ -169,26 +188,42 @@ class _Bound:
 
     def __init__(self) -> None:
         self._held: tuple[Watch, tuple[torch.dtype, int], native.Blocks | None] | None = None
-        self._last: tuple[weakref.ref[Any], int] | None = None  # a cache, and what it then held
+        self._generations: MutableMapping[Any, _Generation] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Copy and pickle as unbound: pointers are of this process and these tensors."""
         return _Bound, ()
 
-    def blocks(self, module: Any, x: Tensor, cache: Any = None) -> native.Blocks | None:
+    def blocks(self, module: Any, x: Tensor, *, whole: bool = True) -> native.Blocks | None:
         """Return the blocks for x [B, hidden_size], or None where they must not be bypassed.
 
-        A generation that goes on with a cache is not looked at as thoroughly as its first token.
+        whole: all that could have changed is looked at, not a share of it.
         """
-        held, last = self._held, self._last
-        count = 0 if cache is None else cache.get_seq_length()
-        on = last is not None and last[0]() is cache is not None and last[1] + 1 == count
-        self._last = None if cache is None else (weakref.ref(cache), count)
+        held = self._held
         kind = x.dtype, native.packs()
-        if held is None or held[1] != kind or not held[0].unchanged(whole=not on):
-            watch = Watch([module.layers, *(m for block in module.layers for m in block.modules())])
+        if held is None or held[1] != kind or not held[0].unchanged(whole):
+            blocks = (m for block in module.layers for m in block.modules())
+            watch = Watch([module.layers, *blocks, module.norm])
             held = self._held = watch, kind, bind(module, x)
         return None if held[0].hooked() else held[2]
+
+    def behind(self, module: Any, x: Tensor, cache: DynamicCache) -> _Generation | None:
+        """Return the blocks behind a cache, for the next token x [B, hidden_size]; None where they
+        must not be bypassed, or do not take it.
+
+        A generation that goes on is not looked at as thoroughly as its first token.
+        """
+        layers: list[Any] = cache.layers
+        last = self._generations.get(cache)
+        on = last is not None and last.goes_on(x, layers)
+        blocks = self.blocks(module, x, whole=not on)
+        if last is not None and on and last.blocks is blocks:
+            return last
+        steps = together(layers)
+        if blocks is None or steps is None or not _takes(blocks, x, layers):
+            return None
+        made = self._generations[cache] = _Generation(blocks, x, layers, steps)
+        return made
 
 
 def _takes(blocks: native.Blocks, x: Tensor, layers: list[Any]) -> bool:

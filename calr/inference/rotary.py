@@ -28,7 +28,7 @@ class Turns:
         position = count if position_ids is None else int(position_ids)
         if not _static(rotary):
             return _turns(module, x, torch.tensor([[position]]))
-        state = x.dtype, rotary, list(map(_state, rotary.buffers()))
+        state = x.dtype, rotary, list(map(_state, rotary._buffers.values()))
         of, first, turns = self._held
         if of != state or not first <= position < first + AHEAD:
             first, positions = position, torch.arange(position, position + AHEAD)
@@ -52,9 +52,11 @@ def _turns(module: Any, x: Tensor, position_ids: Tensor) -> list[tuple[Tensor, T
     return [(c.flatten(0, 1).contiguous(), s.flatten(0, 1).contiguous()) for c, s in found]
 
 
-def _state(buffer: Tensor) -> tuple[int, int]:
+def _state(buffer: Tensor | None) -> tuple[int, int] | None:
     """Return where a buffer lies and how often it was written to, which inference tensors do not
     count."""
+    if buffer is None:
+        return None
     return buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version
 
 

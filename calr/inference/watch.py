@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-SHARES = 8  # of all that there is to look at: one is looked at with every token
+SHARES = 32  # of all that there is to look at: one is looked at with every token
 GET: Any = dict.get
 VERSION = operator.attrgetter("_version")
 

@@ -94,9 +94,9 @@ void calr_gated(const void* x, const calr_layer* layers, void* y, int64_t m, int
 // In place: x [B, hidden size], one token of each sequence, through blocks, which write its keys and
 // values behind those of pasts. starts [B]: the first position that a sequence sees, or null.
 // cosines[i], sines[i]: the i-th rotation, [B, d], or [d] where `shared`. All of x_type but the weights
-// of linear layers.
+// of linear layers. norm: the weight of a last norm, of the last block's form, or null.
 void calr_decode(void* x, const calr_block* blocks, const calr_past* pasts, int64_t count,
-                 const void* const* cosines, const void* const* sines, int32_t shared,
+                 const void* norm, const void* const* cosines, const void* const* sines, int32_t shared,
                  const int64_t* starts, int64_t b, int64_t hidden_size, int32_t x_type,
                  int32_t threads);
 

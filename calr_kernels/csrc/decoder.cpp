@@ -68,17 +68,17 @@ class Decoder {
     feed_forward(block);
   }
 
+  void norm(const calr_block& block, const float* x, const void* weight, float* y, int64_t rows,
+            int64_t width) {
+    CALR_BY_ISA(rms_norm, x, static_cast<const X*>(weight), y, width, block.epsilon, block.from_one != 0,
+                int64_t{0}, rows);
+  }
+
  private:
   static constexpr int32_t type() {
     return std::is_same<X, float>::value ? kFloat32
            : std::is_same<X, bfloat16>::value ? kBFloat16
                                               : kFloat16;
-  }
-
-  void norm(const calr_block& block, const float* x, const void* weight, float* y, int64_t rows,
-            int64_t width) {
-    CALR_BY_ISA(rms_norm, x, static_cast<const X*>(weight), y, width, block.epsilon, block.from_one != 0,
-                int64_t{0}, rows);
   }
 
   // x += out, normed first where the block does.
@@ -213,7 +213,7 @@ class Decoder {
 }  // namespace
 
 void calr_decode(void* x, const calr_block* blocks, const calr_past* pasts, int64_t count,
-                 const void* const* cosines, const void* const* sines, int32_t shared,
+                 const void* norm, const void* const* cosines, const void* const* sines, int32_t shared,
                  const int64_t* starts, int64_t b, int64_t hidden_size, int32_t x_type,
                  int32_t threads) {
   if (count < 1) return;
@@ -235,7 +235,12 @@ void calr_decode(void* x, const calr_block* blocks, const calr_past* pasts, int6
       for (int64_t i = 0; i < count; ++i) decoder.run(blocks[i], pasts[i]);
       team.wait();
       if (team.rank) return;
-      for (int64_t i = 0; i < b * hidden_size; ++i) narrow(own.x[i], out + i);
+      const float* last = own.x.data();
+      if (norm) {
+        decoder.norm(blocks[count - 1], last, norm, own.normed.data(), b, hidden_size);
+        last = own.normed.data();
+      }
+      for (int64_t i = 0; i < b * hidden_size; ++i) narrow(last[i], out + i);
     });
   });
 }

@@ -4,12 +4,11 @@ Callers ask `calr_kernels.eligible` first; all tensors are on the CPU and of one
 """
 
 import ctypes
-import threading
-import weakref
+import sys
 from collections.abc import Sequence
-from operator import is_
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,53 +114,55 @@ class BlockParts(NamedTuple):
     scale: float
 
 
-class _Pasts(threading.local):
-    """Pasts as the kernel takes them. While their tensors stay, a token changes only the lengths;
-    every thread that decodes has its own."""
+class Pasts:
+    """What blocks have seen, as the kernel takes it. A token changes nothing but the lengths.
 
-    def __init__(self, parts: Sequence[BlockParts]) -> None:
-        self._parts = parts
+    left: tokens that there is room for. Whoever decodes keeps the tensors alive and in place.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[BlockParts],
+        kind: tuple[int, torch.dtype],
+        pasts: Sequence[tuple[Tensor, Tensor, int, int]],
+    ) -> None:
         self.array: Any = (Past * len(parts))()
-        self._seen: list[Any] = []  # weak references to the tensors of these pasts, which fit
-        self._kind: tuple[Any, ...] = ()  # how many sequences, and the dtype
-
-    def take(self, x: Tensor, pasts: Sequence[tuple[Tensor, Tensor, int, int]]) -> None:
-        """Describe pasts of x's sequences; ValueError for what does not fit or has no room."""
-        tensors = [held for past in pasts for held in past[:2]]
-        seen = [reference() for reference in self._seen]
-        kind = x.shape[0], x.dtype
-        if len(seen) != len(tensors) or self._kind != kind or not all(map(is_, seen, tensors)):
-            self._seen, self._kind = [], kind
-            for past, own, parts in zip(self.array, pasts, self._parts, strict=True):
-                keys, values = own[:2]
-                wanted = (x.shape[0], parts.key_heads, keys.shape[2], parts.d)
-                for held in (keys, values):
-                    if held.shape != wanted or held.dtype is not x.dtype:
-                        described = f"{list(held.shape)} {held.dtype}"
-                        raise ValueError(f"a past of {described} does not fit {wanted} {x.dtype}")
-                past.keys, past.values = keys.data_ptr(), values.data_ptr()
-                past.capacity = keys.shape[2]
-            self._seen = list(map(weakref.ref, tensors))
-        for past, (_, _, count, dropped) in zip(self.array, pasts, strict=True):
-            if not 0 <= count < past.capacity:
-                raise ValueError(f"a past of {past.capacity} positions has no room behind {count}")
+        self.kind, self.left = kind, sys.maxsize
+        for past, own, part in zip(self.array, pasts, parts, strict=True):
+            keys, values, count, dropped = own
+            wanted = (kind[0], part.key_heads, keys.shape[2], part.d)
+            for held in (keys, values):
+                if held.shape != wanted or held.dtype is not kind[1] or not held.is_contiguous():
+                    described = f"{list(held.shape)} {held.dtype}"
+                    raise ValueError(f"a past of {described} does not fit {wanted} {kind[1]}")
+            past.keys, past.values, past.capacity = keys.data_ptr(), values.data_ptr(), wanted[2]
             past.count, past.dropped = count, dropped
+            self.left = min(self.left, past.capacity - count if count >= 0 else 0)
+        fields = np.frombuffer(memoryview(self.array), np.int64).reshape(
+            -1, ctypes.sizeof(Past) // 8
+        )
+        self._counts = fields[:, Past.count.offset // 8]
+
+    def advance(self) -> None:
+        """Count the token that was decoded."""
+        self._counts += 1
+        self.left -= 1
 
 
 class Blocks:
     """Blocks of a decoder, bound to the kernel. They must be kept alive and unchanged.
 
+    norm [hidden_size]: the weight of a norm behind the last block, of its norms' form, or None.
     windows: of every block; plain: whether a layer of a feed-forward block is not quantised.
     """
 
-    def __init__(self, blocks: Sequence[BlockParts]) -> None:
-        self.parts = blocks
+    def __init__(self, blocks: Sequence[BlockParts], norm: Tensor | None = None) -> None:
+        self.parts, self.norm = blocks, norm
         self.windows = [part.window for part in blocks]
         self.plain = any(isinstance(layer, Factors) for part in blocks for layer in part.gated)
         self._bindings = [Binding([*block.attention, *block.gated]) for block in blocks]
         described = map(self._describe, blocks, self._bindings)
         self._array = (Block * len(blocks))(*described)
-        self._pasts = _Pasts(blocks)
 
     @staticmethod
     def _describe(parts: BlockParts, binding: Binding) -> Block:
@@ -177,30 +178,42 @@ class Blocks:
             **numbers,
         )
 
+    def pasts(self, x: Tensor, pasts: Sequence[tuple[Tensor, Tensor, int, int]]) -> Pasts:
+        """Describe the pasts of x's sequences, x [B, hidden_size].
+
+        Of each block: keys and values [B, key heads, capacity, d], contiguous, of x's dtype, how
+        many positions they hold, and how many earlier ones they hold no longer. Raises ValueError
+        for what does not fit.
+        """
+        return Pasts(self.parts, (len(x), x.dtype), pasts)
+
     def decode(
         self,
         x: Tensor,
-        pasts: Sequence[tuple[Tensor, Tensor, int, int]],
+        pasts: Pasts,
         rotations: Sequence[tuple[Tensor, Tensor]],
         starts: Tensor | None = None,
     ) -> None:
-        """Send one token of each sequence, x [B, hidden_size], through all blocks, in place.
+        """Send one token of each sequence, x [B, hidden_size], through all, in place.
 
-        pasts: of each block keys and values [B, key heads, capacity, d], how many positions they
-        hold, fewer than they have room for, and how many earlier ones they hold no longer; the new
-        token's are written behind. rotations: cosines and sines, [B, d] or [1, d] each. starts [B]
-        int64: the first position that a sequence sees. Everything is contiguous, on the CPU, of x's
-        dtype. Raises ValueError for what does not fit, a past without room among it.
+        Its keys and values are written behind the pasts', which do not count them yet. rotations:
+        cosines and sines, [B, d] or [1, d] each. starts [B] int64: the first position that a
+        sequence sees. Everything is contiguous, on the CPU, of x's dtype. Raises ValueError for
+        what does not fit, pasts without room among it.
         """
         b, hidden_size = x.shape
         self._check(x, rotations)
-        self._pasts.take(x, pasts)
+        if pasts.kind != (b, x.dtype):
+            raise ValueError(f"pasts of {pasts.kind}: do not fit {b} sequences in {x.dtype}")
+        if pasts.left < 1:
+            raise ValueError("pasts: have no room for another token")
         shared = all(len(cosines) == 1 for cosines, _ in rotations)
         required().calr_decode(
             x.data_ptr(),
             self._array,
-            self._pasts.array,
-            len(pasts),
+            pasts.array,
+            len(self.parts),
+            pointer(self.norm),
             _addresses([cosines for cosines, _ in rotations]),
             _addresses([sines for _, sines in rotations]),
             shared,

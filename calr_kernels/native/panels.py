@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from calr_kernels.forms import Form
+from calr_kernels.native import pages
 from calr_kernels.native.loader import TYPES, required
 
 PANEL = 16  # rows
@@ -47,8 +48,9 @@ def pack(weight: Tensor) -> bool:
     rows, columns = weight.shape
     together = 2 if weight.dtype is torch.bfloat16 else 1
     whole = pad(weight.detach(), (0, -columns % together, 0, -rows % PANEL))
-    panels = whole.view(-(-rows // PANEL), PANEL, -1, together).transpose(1, 2).contiguous()
-    _PANELS[weight] = state, panels
+    ordered = whole.view(-(-rows // PANEL), PANEL, -1, together).transpose(1, 2)
+    panels = pages.empty(ordered.nbytes).view(weight.dtype).view(ordered.shape)
+    _PANELS[weight] = state, panels.copy_(ordered)
     _packs += 1
     return True
 
@@ -80,7 +82,8 @@ def _state(tensor: Tensor, form: Form | None = None) -> Any:
 
 def _pack(records: Tensor, form: Form, columns: int) -> Tensor:
     rows, groups, record = form.shape(records.shape[0], columns)
-    panels = torch.empty(-(-rows // PANEL), groups, PANEL * record, dtype=torch.uint8)
+    blocks = -(-rows // PANEL)
+    panels = pages.empty(blocks * groups * PANEL * record).view(blocks, groups, PANEL * record)
     required().calr_pack(
         records.data_ptr(),
         panels.data_ptr(),

@@ -171,7 +171,8 @@ class QuantizedEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Look ids up: [...] int -> [..., embedding_dim]."""
-        dtype, rows = self.get_buffer("like").dtype, self.weight[input.reshape(-1)]
+        like = cast(Tensor, self._buffers["like"])
+        dtype, rows = like.dtype, self.weight[input.reshape(-1)]
         found = dequantize(rows, self.form, self.embedding_dim, dtype)
         if self.scale != 1:
             found = found * torch.tensor(self.scale, dtype=dtype, device=found.device)

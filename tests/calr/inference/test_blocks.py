@@ -10,20 +10,29 @@ from calr_kernels import native
 
 def test_what_does_not_fit_the_blocks_is_refused():
     blocks = native.Blocks([])
-    assert blocks.decode(torch.zeros(1, 32), [], []) is None
+    x = torch.zeros(1, 32)
+    assert blocks.decode(x, blocks.pasts(x, []), []) is None
     model = tiny_llama()
     fast = optimize_for_inference(model)
     with torch.no_grad():
         bound = vars(fast.model)["forward"]._bound.blocks(fast.model, torch.zeros(1, 32))
     full = torch.zeros(1, 2, 4, 8)
     turn = torch.zeros(1, 8)
-    x = torch.zeros(1, 32)
-    for past in ((full, full, 4, 0), (full.half(), full.half(), 1, 0), (full[:, :1], full, 1, 0)):
-        for seen in (False, True):  # before and after others that fit
-            with pytest.raises(ValueError, match=r"a past of .*(no room|does not fit)"):
-                bound.decode(x, [past] * 2, [(turn, turn)])
-            if not seen:
-                bound.decode(x.clone(), [(full, full, 3, 0)] * 2, [(turn, turn)])
+    for keys in (full.half(), full[:, :1], full.mT.contiguous().mT):
+        with pytest.raises(ValueError, match=r"a past of .* does not fit"):
+            bound.pasts(x, [(keys, full, 1, 0)] * 2)
+    for count, fits in ((3, True), (4, False), (-1, False)):
+        pasts = bound.pasts(x, [(full, full, 2, 0), (full, full, count, 0)])
+        if fits:
+            bound.decode(x.clone(), pasts, [(turn, turn)])
+            pasts.advance()
+        with pytest.raises(ValueError, match="no room for another token"):
+            bound.decode(x.clone(), pasts, [(turn, turn)])
+    pasts = bound.pasts(x, [(full, full, 1, 0)] * 2)
+    for others in (x.expand(2, 32).contiguous(), x.bfloat16()):
+        turns = turn.to(others.dtype)
+        with pytest.raises(ValueError, match=r"pasts of .* do not fit"):
+            bound.decode(others, pasts, [(turns, turns)])
     for wrong, turns in [
         (torch.zeros(1, 24), [(turn, turn)]),
         (x, []),
@@ -32,4 +41,4 @@ def test_what_does_not_fit_the_blocks_is_refused():
         (torch.zeros(3, 32), [(turn.expand(2, 8), turn.expand(2, 8))]),
     ]:
         with pytest.raises(ValueError, match="do not fit the blocks"):
-            bound.decode(wrong, [(full, full, 1, 0)] * 2, turns)
+            bound.decode(wrong, pasts, turns)
