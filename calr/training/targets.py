@@ -212,10 +212,10 @@ def _most_probable(model: PreTrainedModel, structure: Structure, ids: Tensor) ->
             runner.advance(block, hidden)
         with resident(*runner.around):
             for part in torch.cat(hidden).flatten(0, 1).split(positions):
-                logits = runner.logits(part[None])[0].float()
-                values, tokens = logits.topk(top)
-                values -= logits.logsumexp(-1, keepdim=True)
-                found.append((values.half().cpu(), tokens.int().cpu()))
+                for logits in runner.logits(part[None])[0].split(ROWS):
+                    values, tokens = logits.float().topk(top)
+                    values -= logits.float().logsumexp(-1, keepdim=True)
+                    found.append((values.half().cpu(), tokens.int().cpu()))
     return {
         "log_probabilities": torch.cat([v for v, _ in found]).view(*ids.shape, top),
         "tokens": torch.cat([t for _, t in found]).view(*ids.shape, top),

@@ -96,11 +96,13 @@ class Decoder {
 
   void attention(const calr_block& block, const calr_past& past) {
     const int64_t h = call_.hidden_size;
+    calr::fetch(team_, block.attention[0], h);
     norm(block, own_.x.data(), block.norms[0], own_.normed.data(), call_.b, h);
     float* outs[3] = {shared_.queries.data(), shared_.keys.data(), shared_.values.data()};
     calr::multiply(team_, block.attention, 3, own_.normed.data(), call_.b, h, type(), outs,
                    shared_.scratch.data());
     team_.wait();
+    calr::fetch(team_, block.attention[3], block.heads * block.d);
     const int64_t all = Shared::stretches(past);
     const auto [begin, end] = team_.part(call_.b * block.key_heads * all);
     for (int64_t i = begin; i < end; ++i) {
@@ -117,6 +119,7 @@ class Decoder {
 
   void feed_forward(const calr_block& block) {
     const int64_t h = call_.hidden_size;
+    calr::fetch(team_, block.gated[0], h);
     norm(block, own_.x.data(), block.norms[2], own_.normed.data(), call_.b, h);
     calr::gate(team_, block.gated, own_.normed.data(), call_.b, h, block.activation, type(),
                shared_.hidden.data(), shared_.scratch.data());

@@ -12,6 +12,7 @@ void calr::gate(const Team& team, const calr_layer* layers, const float* x, int6
   float* outs[2] = {scratch, scratch + m * stride};
   multiply(team, layers, 2, x, m, k, x_type, outs, scratch + 2 * m * stride);
   const auto [begin, end] = team.part(n, 16);
+  fetch(team, layers[2], n);
   for (int64_t row = 0; row < m; ++row) {
     float *own = outs[0] + row * stride + begin, *to = hidden + row * n + begin;
     const float* up = outs[1] + row * stride + begin;

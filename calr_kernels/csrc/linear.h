@@ -23,8 +23,12 @@ int64_t weights_of(const calr_layer& layer, int64_t k);
 void multiply(const Team& team, const calr_layer* layers, int64_t count, const float* x, int64_t m,
               int64_t k, int32_t x_type, float* const* outs, float* scratch);
 
+// Have the beginning of what this thread will read of a layer of inputs [k] brought into the cache, while
+// memory has nothing else to do.
+void fetch(const Team& team, const calr_layer& layer, int64_t k);
+
 // hidden [m, n_0] = act(layers[0] x) * layers[1] x, each step rounded to x_type: every thread its part
-// (n_0, 16). scratch: m * (2 * room(n_0) + the sum of scratch_of).
+// (n_0, 16). layers[2] comes next, of hidden. scratch: m * (2 * room(n_0) + the sum of scratch_of).
 void gate(const Team& team, const calr_layer* layers, const float* x, int64_t m, int64_t k,
           int32_t activation, int32_t x_type, float* hidden, float* scratch);
 

@@ -95,20 +95,22 @@ def test_tokens_are_drawn_as_often_as_the_scores_say():
     """Each row by its own scores: two distributions that have no token in common."""
     scores = torch.full((2, 6), -torch.inf)
     scores[0, :3], scores[1, 3:] = torch.tensor([0.1, 0.2, 0.7]).log(), torch.tensor([3.0, 0, 1])
-    found = sampling._Drawing(0)(torch.zeros(0), scores.repeat(5000, 1))
+    found = sampling._Drawing(0, None)(torch.zeros(0), scores.repeat(5000, 1))
     assert ((found == 0).sum(-1) == 1).all() and ((found == 0) | found.isinf()).all()
     counts = (found == 0).view(5000, 2, 6).sum(0)
     expected = 5000 * scores.softmax(-1)
     assert ((counts - expected).abs() <= 5 * expected.sqrt()).all()
 
 
-def test_sampled_text_never_ends():
-    model = tiny_llama(eos_token_id=5)
-    model.generation_config.eos_token_id = 5
+@pytest.mark.parametrize("ends", [5, [5, 7]])
+def test_sampled_text_never_ends(ends):
+    model = tiny_llama(eos_token_id=ends)
+    model.generation_config.eos_token_id = ends
+    every = ends if isinstance(ends, list) else [ends]
     with torch.no_grad():
-        model.lm_head.weight[5] *= 50  # by far the most probable half of the time
+        model.lm_head.weight[every] *= 50  # by far the most probable half of the time
     rows = sample_from(model, byte_tokenizer(), 50, 8, 0)
-    assert not (rows[:, 1:] == 5).any()
+    assert not torch.isin(rows[:, 1:], torch.tensor(every)).any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
