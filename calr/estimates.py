@@ -31,8 +31,8 @@ SAMPLED = 4.0  # times a prefill's of as many tokens at a product's speed: text 
 DEARER = 2.0  # times a rounding: its price
 EIGEN = 25  # eigenvalues and vectors of an n × n matrix cost about 25 n³
 USUAL_RANK = 8  # of a corrective path, over all matrices
-# in time of a product's operations, beside products: of an operation of attention, of a logit, of an
-# input or output of a layer; and of a backward pass over a forward (SmolLM2-135M on a Zen 4)
+# what is beside products, in operations of these: an operation of attention, a logit, an input or
+# output of a layer; and of a backward pass, over a forward pass's (SmolLM2-135M on a Zen 4)
 ATTENDED, LOGIT, FEATURE, BACKWARD = 3, 1500, 250, 2.5
 
 
