@@ -33,6 +33,29 @@ inline void combine(const float* weights, const X* values, float* out, int64_t c
   std::memcpy(out + column, rest, (d - column) * sizeof(float));
 }
 
+inline float largest_of(const float* values, int64_t count) {
+  Vector most = spread(values[0]);
+  int64_t j = 0;
+  for (; j + CALR_LANES <= count; j += CALR_LANES) most = larger(load(values + j), most);
+  float lanes[CALR_LANES], found = values[0];
+  store(most, lanes);
+  for (float lane : lanes) found = lane > found ? lane : found;
+  for (; j < count; ++j) found = values[j] > found ? values[j] : found;
+  return found;
+}
+
+inline float sum_of(const float* values, int64_t count) {
+  const Vector one = spread(1.0f);
+  Vector sum = zero();
+  int64_t j = 0;
+  for (; j + CALR_LANES <= count; j += CALR_LANES) sum = multiply_add(load(values + j), one, sum);
+  float lanes[CALR_LANES], total = 0;
+  store(sum, lanes);
+  for (float* lane = lanes; j < count; ++j) *lane++ += values[j];
+  for (float lane : lanes) total += lane;
+  return total;
+}
+
 // What queries [group, d], scaled, gather from keys and values [count, d]: most [group], the largest
 // score, total [group], the sum of exp(score - most), and out [group, d], the values weighted by that.
 // scores: [group, count].
@@ -42,14 +65,9 @@ void gather(const float* q, const X* keys, const X* values, float* most, float* 
   dots(keys, q, scores, group, d, count, 0, count);
   for (int64_t i = 0; i < group; ++i) {
     float* own = scores + i * count;
-    float largest = own[0];
-    for (int64_t j = 1; j < count; ++j) largest = own[j] > largest ? own[j] : largest;
+    const float largest = largest_of(own, count);
     for (int64_t j = 0; j < count; ++j) own[j] = exponential(own[j] - largest);
-    float sums[CALR_LANES] = {};  // so that they are added side by side
-    for (int64_t j = 0; j < count; ++j) sums[j % CALR_LANES] += own[j];
-    most[i] = largest;
-    total[i] = 0;
-    for (float sum : sums) total[i] += sum;
+    most[i] = largest, total[i] = sum_of(own, count);
     combine(own, values, out + i * d, count, d, d);
   }
 }

@@ -35,6 +35,7 @@ inline Vector load_part(const float16* p, int64_t count) {
 }
 inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vector larger(Vector a, Vector b) { return _mm512_max_ps(a, b); }  // b beside a NaN
 inline void store(Vector v, bfloat16* p) {  // to nearest even; a NaN stays one
   const __m512i bits = _mm512_castps_si512(v), odd = _mm512_srli_epi32(bits, 16);
   const __m512i more = _mm512_and_si512(odd, _mm512_set1_epi32(1));
@@ -75,6 +76,7 @@ inline void load_pairs(const bfloat16* p, Vector& first, Vector& second) {
 }
 inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vector larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }
 inline void store(Vector v, bfloat16* p) {  // to nearest even; a NaN stays one
   const __m256i bits = _mm256_castps_si256(v), odd = _mm256_srli_epi32(bits, 16);
   const __m256i more = _mm256_and_si256(odd, _mm256_set1_epi32(1));
@@ -122,6 +124,10 @@ inline Vector multiply(Vector a, const Vector& b) {
 inline Vector multiply_add(const Vector& a, const Vector& b, Vector c) {
   for (int i = 0; i < CALR_LANES; ++i) c.lane[i] += a.lane[i] * b.lane[i];
   return c;
+}
+inline Vector larger(const Vector& a, Vector b) {
+  for (int i = 0; i < CALR_LANES; ++i) b.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+  return b;
 }
 inline void prefetch(const void*) {}
 template <int COUNT>
