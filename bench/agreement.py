@@ -7,8 +7,8 @@ MODEL, dense and with every matrix rounded to the nearest of a form, runs as tra
 continuations of 64 tokens behind the first tokens of passages of the built-in text, how many are
 the same to the last token; where they part, the most by which the best logit was ahead. In
 bfloat16: perplexity of windows of 128 tokens, sixteen windows side by side, each read one token at
-a time, over that of transformers reading them so, and the ratio's standard error: the two round in
-other places. Prints a table.
+a time, over that in float32, and the ratio's standard error: of the native decoder, and of
+transformers, which rounds in other places. Prints a table.
 """
 
 import argparse
@@ -87,6 +87,13 @@ def losses(model: nn.Module, windows: Tensor) -> Tensor:
     return torch.cat(parts).double()
 
 
+def over(found: Tensor, exact: Tensor) -> str:
+    """Return the ratio of two perplexities of the same tokens, and its standard error."""
+    more = (found - exact).flatten()
+    ratio = math.exp(float(more.mean()))
+    return f"{ratio:.5f} ± {ratio * float(more.std()) / math.sqrt(len(more)):.5f}"
+
+
 def main() -> None:
     """Compare and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -98,23 +105,21 @@ def main() -> None:
     _, tokenizer = calr.load(arguments.model)
     count = max(arguments.prompts, arguments.windows)
     text = evaluation_windows("builtin", tokenizer, windows=count, window=WINDOW)
-    print(f"| | same continuations of {NEW} | most lead where they part | perplexity ratio |")
-    print("|---|---|---|---|")
+    print(f"| | same continuations of {NEW} | most lead where they part | ", end="")
+    print("perplexity, native | perplexity, transformers |\n|---|---|---|---|---|")
     for name in arguments.only:
         sides = [made(arguments.model, KINDS[name], "float32", fast) for fast in (False, True)]
-        prompts = text[: arguments.prompts, :PROMPT]
+        prompts, windows = text[: arguments.prompts, :PROMPT], text[: arguments.windows]
         (eager, lead), (native, _) = (continued(model, prompts) for model in sides)
         apart = (eager != native).int()
         first = apart.argmax(1)[apart.any(1)]
         leads = lead[apart.any(1), first]
-        sides = [made(arguments.model, KINDS[name], "bfloat16", fast) for fast in (False, True)]
-        before, after = (losses(model, text[: arguments.windows]) for model in sides)
-        more = (after - before).flatten()
-        ratio = math.exp(float(more.mean()))
-        error = ratio * float(more.std()) / math.sqrt(len(more))
         most = f"{float(leads.max()):.1e}" if len(leads) else ""
         same = f"{len(prompts) - len(leads)} of {len(prompts)}"
-        print(f"| {name} | {same} | {most} | {ratio:.5f} ± {error:.5f} |", flush=True)
+        exact = losses(sides[1], windows)
+        sides = [made(arguments.model, KINDS[name], "bfloat16", fast) for fast in (True, False)]
+        ratios = [over(losses(model, windows), exact) for model in sides]
+        print(f"| {name} | {same} | {most} | {' | '.join(ratios)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from calr.training import (
 )
 from calr_kernels import records
 from calr_kernels.forms import CORRECTIVE, LEAST_GROUP, Form
-from calr_kernels.nn.corrective import factor_numbers
+from calr_kernels.quantized import factor_numbers
 
 ROWS = 4096  # of a matrix by which the price of its rounding is told
 FEW_ROWS = 128  # by which is told what scale groups of other lengths cost

@@ -67,3 +67,8 @@ def overlap(a: Tensor, b: Tensor) -> bool:
 def _addresses(tensor: Tensor) -> tuple[int, int]:
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """View [..., K] as [M, K], also where K is 0."""
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]

@@ -163,13 +163,13 @@ def _at_hand(tensor: Tensor) -> bool:
 def native_records(records: Tensor, dtype: torch.dtype) -> bool:
     """Tell whether the native kernel reads records, or factors, as numbers of a dtype."""
     return (
-        dtype in TYPES
+        not watched()
+        and dtype in TYPES
         and records.is_cpu
         and records.numel() > 0
         and type(records) in PLAIN
         and records.is_contiguous()
         and records.data_ptr() != 0
-        and not watched()
         and library() is not None
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from calr_kernels import eligible, gpu, native, reference
-from calr_kernels.arguments import check, overlap
+from calr_kernels.arguments import as_rows, check, overlap
 from calr_kernels.layout import Factors
 
 if gpu.AVAILABLE:
@@ -264,23 +264,18 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     dt = rest @ wide_up  # [..., r]
     if direct is not None:
         dt = dt + direct
-    rows = _rows(x)
+    rows = as_rows(x)
     dx = dt @ wide_down if need_x else None
-    d_down = (_rows(dt).mT @ rows).to(down.dtype) if need_down else None
+    d_down = (as_rows(dt).mT @ rows).to(down.dtype) if need_down else None
     d_up = None
     if need_up:
         t = rows @ wide_down.mT
-        d_up = (_rows(rest).mT @ t).to(up.dtype)
+        d_up = (as_rows(rest).mT @ t).to(up.dtype)
     return dx, d_down, d_up, None, _bias_gradient(grad) if need_bias else None
 
 
 def _bias_gradient(grad: Tensor) -> Tensor:
-    return _rows(grad).sum(0)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """View [..., K] as [M, K], also where K is 0."""
-    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
+    return as_rows(grad).sum(0)
 
 
 torch.library.impl(NAME, "default", _checked)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from calr_kernels.forms import CORRECTIVE, Form
-from calr_kernels.quantized import dequantize
+from calr_kernels.quantized import factor_numbers
 
 
 class Corrective(nn.Module):
@@ -57,10 +57,3 @@ def _empty(
         return nn.Parameter(torch.zeros(rank, columns, device=device, dtype=dtype))
     shape = CORRECTIVE.shape(rank, columns)
     return nn.Parameter(torch.zeros(shape, dtype=torch.uint8, device=device), requires_grad=False)
-
-
-def factor_numbers(factor: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return a factor [c, columns] as numbers of a dtype, be it records or numbers already."""
-    if factor.dtype == torch.uint8:
-        return dequantize(factor, CORRECTIVE, columns, dtype)
-    return factor.to(dtype)

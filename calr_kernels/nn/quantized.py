@@ -60,8 +60,14 @@ class QuantizedLinear(nn.Linear):
                 return linears.quantized_linear(input, records)
             if self.corrective is not None and self._many(input):
                 return product(input, self._whole(self.corrective, input), self.bias)
-        y = quantized_linear(input, self.weight, self.form, self.bias)
-        return y if self.corrective is None else y + self.corrective(input)
+        own, path = (input, self.weight, self.form, self.bias), self.corrective
+        if path is None:
+            return quantized_linear(*own)
+        alone = type(path) is Corrective and eligible.unhooked(path)
+        if alone and path.down.dtype in (torch.uint8, input.dtype):
+            return quantized_linear(*own, path.down, path.up)
+        beside: Tensor = path(input)
+        return quantized_linear(*own) + beside
 
     def _many(self, input: Tensor) -> bool:
         """Tell whether a product of the corrective factors is less work than both with the rows."""

@@ -1,5 +1,7 @@
 """The quantised operation and its modules."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -43,26 +45,55 @@ def test_it_multiplies_by_the_weights_that_are_stored(form, rows, columns, dtype
     assert float(error) < TOLERANCE[dtype]
 
 
-def test_the_operator_is_a_good_citizen():
+@pytest.mark.parametrize("path", ["none", "8 bits", "16 bits"])
+def test_the_operator_is_a_good_citizen(path):
     form, draw = FORMS[1], torch.Generator().manual_seed(1)
     packed = matrix(form, 5, 64)
-    x = torch.randn(3, 64, generator=draw, requires_grad=True)
-    bias = torch.randn(5, generator=draw, requires_grad=True)
-    arguments = (x, packed, form.bits, form.levels, form.scale_group, bias)
+    x, bias, *factors = (
+        torch.randn(*shape, generator=draw, requires_grad=True)
+        for shape in [(3, 64), (5,), (2, 64), (2, 5)]
+    )
+    given = {
+        "none": (None, None),
+        "8 bits": (matrix(CORRECTIVE, 2, 64), matrix(CORRECTIVE, 2, 5)),
+        "16 bits": tuple(factors),
+    }[path]
+    numbers = given
+    if path == "8 bits":
+        numbers = [
+            records.dequantize(factor, CORRECTIVE, columns, torch.float32)
+            for factor, columns in zip(given, (64, 5), strict=True)
+        ]
+    arguments = (x, packed, form.bits, form.levels, form.scale_group, bias, *given)
     torch.library.opcheck(torch.ops.calr.quantized_linear, arguments)
-    quantized_linear(x, packed, form, bias).square().sum().backward()
-    found = x.grad.clone(), bias.grad.clone()
-    x.grad = bias.grad = None
-    reference.quantized_linear(x, packed, form, bias).square().sum().backward()
-    torch.testing.assert_close(found, (x.grad, bias.grad))
+    trained = [x, bias, *(factors if path == "16 bits" else ())]
+    found = torch.autograd.grad(
+        quantized_linear(x, packed, form, bias, *given).square().sum(), trained
+    )
+    down, up = numbers
+    wanted = reference.quantized_linear(x, packed, form, bias, down, None if up is None else up.mT)
+    torch.testing.assert_close(found, torch.autograd.grad(wanted.square().sum(), trained))
 
 
-def test_it_compiles():
-    layer = QuantizedLinear(64, 5, FORMS[1])
-    layer.weight.data = matrix(FORMS[1], 5, 64)
-    x = torch.randn(2, 64)
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(x), layer(x))
+@pytest.mark.parametrize("bits", [0, 8, 16])
+def test_it_compiles(bits):
+    form = replace(FORMS[1], corrective_rank=3 if bits else 0, corrective_bits=bits or 8)
+    layer = QuantizedLinear(64, 5, form)
+    layer.weight.data = matrix(form, 5, 64)
+    if bits == 16:
+        layer.corrective.down.data, layer.corrective.up.data = torch.randn(3, 64), torch.randn(3, 5)
+    elif bits == 8:
+        path = layer.corrective
+        path.down.data, path.up.data = matrix(CORRECTIVE, 3, 64), matrix(CORRECTIVE, 3, 5)
+    x, seen = torch.randn(2, 64), []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if "function" in node.op)
+        return graph.forward
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-6)
+    assert seen == ["calr.quantized_linear"], "the path is in the operator"
 
 
 @pytest.mark.parametrize(
@@ -74,10 +105,17 @@ def test_it_compiles():
         ({"bias": torch.ones(4)}, "bias .*: must be"),
         ({"bias": torch.ones(5).half()}, "bias .*: must be"),
         ({"bias": torch.ones(5, device="meta")}, "bias: is on meta"),
+        ({"corrective_up": None}, "give both or neither"),
+        ({"corrective_down": torch.ones(2, 63)}, r"corrective_down .* must be \[2, 64\]"),
+        ({"corrective_up": torch.ones(3, 5)}, r"corrective_up .* must be \[2, 5\]"),
+        ({"corrective_up": torch.ones(2, 5).half()}, "corrective_up .*float16: must be"),
+        ({"corrective_down": matrix(CORRECTIVE, 2, 64)}, "corrective_up .*float32: must be"),
+        ({"corrective_up": torch.ones(2, 5, device="meta")}, "corrective_up: is on meta"),
     ],
 )
 def test_malformed_calls_are_refused_by_name(change, message):
     given = {"x": torch.ones(2, 64), "weight": matrix(FORMS[1], 5, 64), "bias": torch.ones(5)}
+    given |= {"corrective_down": torch.ones(2, 64), "corrective_up": torch.ones(2, 5)}
     with pytest.raises(ValueError, match=message):
         quantized_linear(**(given | change), form=FORMS[1])
 
@@ -101,6 +139,10 @@ def test_an_embedding_looks_its_rows_up(scale):
     ids = torch.tensor([[0, 8, 3], [3, 3, 1]])
     rows = module.to_dense().weight[ids]
     assert torch.equal(module(ids), rows * scale)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(ids), module(ids))
+    arguments = (module.weight.data, form.bits, form.levels, form.scale_group, 40, torch.float32)
+    torch.library.opcheck(torch.ops.calr.dequantize, arguments)
     assert module.bfloat16()(ids).dtype == torch.bfloat16
     assert module.weight.dtype == torch.uint8
 

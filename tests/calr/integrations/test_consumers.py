@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    CompileConfig,
+)
 
 import calr
 from calr.testing import tiny_llama
@@ -102,16 +107,35 @@ def test_torchao_refuses_what_is_quantised_already(quantised, ids):
     assert torch.equal(model(ids).logits, exact)
 
 
+def static():
+    """Arguments of `generate` for a static cache and a compiled step, as on a GPU by itself."""
+    whole = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    whole._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": whole}
+
+
+@pytest.mark.works("`generate`, `torch.compile`", quantised="yes")
+def test_a_quantised_model_generates_in_a_compiled_step(quantised):
+    model = AutoModelForCausalLM.from_pretrained(quantised)
+    tokens = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model.generate(ids, **tokens, **static()), model.generate(ids, **tokens))
+    assert hasattr(model, "_compiled_call")
+
+
 @pytest.mark.works("`generate`, `torch.compile`")
-@pytest.mark.parametrize("mode", ["generate", "compile"])
+@pytest.mark.parametrize("mode", ["generate", "compile", "static cache"])
 def test_generation(saved, mode):
     model = AutoModelForCausalLM.from_pretrained(saved[1])
+    tokens = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    again = saved[0].generate(torch.tensor([[5, 6, 7]]), **tokens)
     if mode == "compile":
         model.forward = torch.compile(model.forward, backend="eager")
-    tokens = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    elif mode == "static cache":
+        tokens |= static()
     output = model.generate(torch.tensor([[5, 6, 7]]), **tokens)
-    again = saved[0].generate(torch.tensor([[5, 6, 7]]), **tokens)
     assert torch.equal(output, again)
+    assert hasattr(model, "_compiled_call") == (mode == "static cache")
 
 
 PARALLEL = """
