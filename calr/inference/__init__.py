@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from calr.inference import modules, traces
+from calr.inference.causal import CausalForward
 from calr.inference.decoder import DecoderForward
 from calr.inference.layers import floating_dtype
 from calr_kernels import LowRankLinear, native
@@ -40,6 +41,7 @@ def optimize_for_inference(model: PreTrainedModel, *, pack: bool = False) -> Pre
     decoders = [
         name for name, module in model.named_modules() if DecoderForward.take(module, dtype)
     ]
+    CausalForward.take(model)
     logger.debug(f"native kernel: {counts}; whole decoders: {decoders}")
     return model
 

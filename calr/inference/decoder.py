@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from calr.inference.blocks import HELD, bind, close, same
 from calr.inference.cache import Steps, together
-from calr.inference.layers import unfollowed
+from calr.inference.layers import tensors_of, unfollowed
 from calr.inference.rotary import Turns
 from calr.inference.traces import TOLERANCE, is_gated
 from calr.inference.watch import Watch
@@ -62,32 +62,52 @@ class DecoderForward(eligible.Replacement):
         **others: Any,
     ) -> Any:
         """Apply the decoder: ids [B, T] -> last hidden states [B, T, hidden_size] and the cache."""
+        module: Any = self._module
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
+        last = self.token(**given, others=others)
+        if last is None:
+            return type(module).forward(module, **given, **others)
+        return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=past_key_values)
+
+    def token(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Any,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        others: dict[str, Any],
+        head: nn.Module | None = None,
+    ) -> Tensor | None:
+        """Return the last hidden states of one token a sequence [B, 1, hidden_size], or what a head
+        makes of them [B, 1, V]; None where the module's own forward must run."""
         given = input_ids if inputs_embeds is None else inputs_embeds
         module: Any = self._module
         if (
-            given is not None
-            and (input_ids is None) != (inputs_embeds is None)
-            and use_cache is not False
-            and type(past_key_values) is DynamicCache
-            and all(value is None or name in IGNORED for name, value in others.items())
-            and self._plain(given, past_key_values)
+            given is None
+            or (input_ids is None) == (inputs_embeds is None)
+            or use_cache is False
+            or type(past_key_values) is not DynamicCache
+            or not all(value is None or name in IGNORED for name, value in others.items())
+            or not self._plain(given, past_key_values)
         ):
-            starts = _starts(attention_mask, len(given), past_key_values.get_seq_length() + 1)
-            if starts is not None:
-                x = module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-                state = self._bound.behind(module, x[:, 0], past_key_values)
-                if state is not None:
-                    return self._decode(x, state, position_ids, past_key_values, *starts)
-        return type(module).forward(
-            module,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **others,
-        )
+            return None
+        starts = _starts(attention_mask, len(given), past_key_values.get_seq_length() + 1)
+        if starts is None:
+            return None
+        x: Tensor = module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        state = self._bound.behind(module, x[:, 0], past_key_values)
+        if state is None:
+            return None
+        return self._decode(x, state, position_ids, past_key_values, *starts, head=head)
 
     def _plain(self, given: Tensor, cache: DynamicCache) -> bool:
         """Tell whether one token a sequence comes, and nobody looks at what is between."""
@@ -114,16 +134,18 @@ class DecoderForward(eligible.Replacement):
         position_ids: Tensor | None,
         cache: Any,
         starts: Tensor | None = None,
-    ) -> BaseModelOutputWithPast:
+        head: nn.Module | None = None,
+    ) -> Tensor:
         module: Any = self._module
         rotations = self._turns.at(module, x, position_ids, cache.get_seq_length())
         hidden = x[:, 0].clone(memory_format=torch.contiguous_format)
-        state.blocks.decode(hidden, state.pasts, rotations, starts)
+        normed = state.blocks.norm is not None
+        bound = None if head is None or not normed else self._bound.head(head, hidden)
+        last = state.blocks.decode(hidden, state.pasts, rotations, starts, bound)[:, None]
         state.advance()
-        last = hidden[:, None]
-        if state.blocks.norm is None:
+        if not normed:
             last = module.norm(last)
-        return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
+        return last if head is None or bound is not None else head(last)
 
     @torch.no_grad()
     def _traced(self, dtype: torch.dtype) -> bool:
@@ -155,7 +177,7 @@ class DecoderForward(eligible.Replacement):
         if state is None or not self._plain(last, caches[1]):
             return False
         found = self._decode(x, state, None, caches[1])
-        return close(found.last_hidden_state, expected.last_hidden_state, 3 * TOLERANCE[dtype])
+        return close(found, expected.last_hidden_state, 3 * TOLERANCE[dtype])
 
 
 class _Generation:
@@ -189,6 +211,7 @@ class _Bound:
     def __init__(self) -> None:
         self._held: tuple[Watch, tuple[torch.dtype, int], native.Blocks | None] | None = None
         self._generations: MutableMapping[Any, _Generation] = weakref.WeakKeyDictionary()
+        self._head = native.Bound()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Copy and pickle as unbound: pointers are of this process and these tensors."""
@@ -206,6 +229,11 @@ class _Bound:
             watch = Watch([module.layers, *blocks, module.norm])
             held = self._held = watch, kind, bind(module, x)
         return None if held[0].hooked() else held[2]
+
+    def head(self, module: nn.Module, x: Tensor) -> native.Binding | None:
+        """Return a head bound for x [B, hidden_size], or None where it must be called."""
+        layer = tensors_of(module, x) if eligible.unhooked(module) else None
+        return None if layer is None else self._head.binding((layer,))
 
     def behind(self, module: Any, x: Tensor, cache: DynamicCache) -> _Generation | None:
         """Return the blocks behind a cache, for the next token x [B, hidden_size]; None where they

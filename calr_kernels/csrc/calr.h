@@ -94,11 +94,12 @@ void calr_gated(const void* x, const calr_layer* layers, void* y, int64_t m, int
 // In place: x [B, hidden size], one token of each sequence, through blocks, which write its keys and
 // values behind those of pasts. starts [B]: the first position that a sequence sees, or null.
 // cosines[i], sines[i]: the i-th rotation, [B, d], or [d] where `shared`. All of x_type but the weights
-// of linear layers. norm: the weight of a last norm, of the last block's form, or null.
+// of linear layers. norm: the weight of a last norm, of the last block's form, or null. head: a layer
+// behind that, whose outputs are `logits` [B, n]; or null, and x becomes the last hidden states.
 void calr_decode(void* x, const calr_block* blocks, const calr_past* pasts, int64_t count,
-                 const void* norm, const void* const* cosines, const void* const* sines, int32_t shared,
-                 const int64_t* starts, int64_t b, int64_t hidden_size, int32_t x_type,
-                 int32_t threads);
+                 const void* norm, const calr_layer* head, void* logits, const void* const* cosines,
+                 const void* const* sines, int32_t shared, const int64_t* starts, int64_t b,
+                 int64_t hidden_size, int32_t x_type, int32_t threads);
 
 // Write into others [n - r] the outputs below n that are not among pivots [r], ascending. Returns 0, or
 // -1 for a pivot outside [0, n) or given twice.

@@ -30,8 +30,9 @@ struct Call {
 struct Shared {
   std::vector<float> queries, keys, values, gathered, out, hidden, scratch;
 
-  void fit(const Call& call, const calr_block* blocks, const calr_past* pasts, int64_t count) {
-    int64_t q = 0, k = 0, g = 0, h = 0, s = 0;
+  void fit(const Call& call, const calr_block* blocks, const calr_past* pasts, int64_t count,
+           const calr_layer* head) {
+    int64_t q = 0, k = 0, g = 0, h = 0, s = head ? calr::scratch_of(*head) : 0;
     for (int64_t i = 0; i < count; ++i) {
       const calr_block& block = blocks[i];
       int64_t first = 0;
@@ -46,7 +47,7 @@ struct Shared {
     }
     queries.resize(call.b * q), keys.resize(call.b * k), values.resize(call.b * k);
     gathered.resize(call.b * g), hidden.resize(call.b * h), scratch.resize(call.b * s);
-    out.resize(call.b * room(call.hidden_size));
+    out.resize(call.b * std::max(room(call.hidden_size), head ? room(head->n) : 0));
   }
 
   static int64_t stretches(const calr_past& past) { return past.count / kStretch + 1; }
@@ -68,13 +69,36 @@ class Decoder {
     feed_forward(block);
   }
 
+  // What is behind the last block: x, normed where there is a weight for that, and the head's outputs.
+  void end(const calr_block& block, const void* weight, const calr_layer* head, X* x, X* logits) {
+    const int64_t b = call_.b, h = call_.hidden_size;
+    const float* last = own_.x.data();
+    if (weight) {
+      norm(block, last, weight, own_.normed.data(), b, h);
+      last = own_.normed.data();
+    }
+    if (!head) {
+      const auto [begin, end] = team_.part(b * h);
+      for (int64_t i = begin; i < end; ++i) narrow(last[i], x + i);
+      return;
+    }
+    float* out = shared_.out.data();
+    calr::fetch(team_, *head, h);
+    team_.wait();  // for whoever still adds what lies there
+    calr::multiply(team_, head, 1, last, b, h, type(), &out, shared_.scratch.data());
+    const auto [begin, end] = team_.part(head->n, 16);
+    for (int64_t row = 0; row < b; ++row) {
+      for (int64_t i = begin; i < end; ++i) narrow(out[row * room(head->n) + i], logits + row * head->n + i);
+    }
+  }
+
+ private:
   void norm(const calr_block& block, const float* x, const void* weight, float* y, int64_t rows,
             int64_t width) {
     CALR_BY_ISA(rms_norm, x, static_cast<const X*>(weight), y, width, block.epsilon, block.from_one != 0,
                 int64_t{0}, rows);
   }
 
- private:
   static constexpr int32_t type() {
     return std::is_same<X, float>::value ? kFloat32
            : std::is_same<X, bfloat16>::value ? kBFloat16
@@ -216,14 +240,14 @@ class Decoder {
 }  // namespace
 
 void calr_decode(void* x, const calr_block* blocks, const calr_past* pasts, int64_t count,
-                 const void* norm, const void* const* cosines, const void* const* sines, int32_t shared,
-                 const int64_t* starts, int64_t b, int64_t hidden_size, int32_t x_type,
-                 int32_t threads) {
+                 const void* norm, const calr_layer* head, void* logits, const void* const* cosines,
+                 const void* const* sines, int32_t shared, const int64_t* starts, int64_t b,
+                 int64_t hidden_size, int32_t x_type, int32_t threads) {
   if (count < 1) return;
   const Call call{cosines, sines, starts, shared ? 0 : blocks[0].d, b, hidden_size};
   thread_local Shared buffers;
   Shared& of_all = buffers;  // of the calling thread: a thread_local is each thread's own
-  of_all.fit(call, blocks, pasts, count);
+  of_all.fit(call, blocks, pasts, count, head);
   int64_t operations = 0;
   for (int i = 0; i < 4; ++i) operations += calr::weights_of(blocks[0].attention[i], hidden_size);
   for (int i = 0; i < 3; ++i) operations += calr::weights_of(blocks[0].gated[i], hidden_size);
@@ -236,14 +260,7 @@ void calr_decode(void* x, const calr_block* blocks, const calr_past* pasts, int6
       for (int64_t i = 0; i < b * hidden_size; ++i) own.x[i] = widen(out[i]);
       Decoder<X> decoder(call, of_all, own, team);
       for (int64_t i = 0; i < count; ++i) decoder.run(blocks[i], pasts[i]);
-      team.wait();
-      if (team.rank) return;
-      const float* last = own.x.data();
-      if (norm) {
-        decoder.norm(blocks[count - 1], last, norm, own.normed.data(), b, hidden_size);
-        last = own.normed.data();
-      }
-      for (int64_t i = 0; i < b * hidden_size; ++i) narrow(last[i], out + i);
+      decoder.end(blocks[count - 1], norm, head, out, static_cast<X*>(logits));
     });
   });
 }

@@ -7,7 +7,7 @@ everything works in plain PyTorch, slower for small batches. When it is used is 
 """
 
 from calr_kernels.native.decoder import BlockParts, Blocks, attend, rms_norm, rotate
-from calr_kernels.native.linears import Bound, interleave, lowrank_linear
+from calr_kernels.native.linears import Binding, Bound, interleave, lowrank_linear
 from calr_kernels.native.loader import ISAS, TYPES, library
 from calr_kernels.native.panels import pack, packed_bytes, packs
 from calr_kernels.native.quantized import dequantize, quantized_linear, scale_gradients
@@ -15,6 +15,7 @@ from calr_kernels.native.quantized import dequantize, quantized_linear, scale_gr
 __all__ = [
     "ISAS",
     "TYPES",
+    "Binding",
     "BlockParts",
     "Blocks",
     "Bound",

@@ -193,8 +193,11 @@ class Blocks:
         pasts: Pasts,
         rotations: Sequence[tuple[Tensor, Tensor]],
         starts: Tensor | None = None,
-    ) -> None:
-        """Send one token of each sequence, x [B, hidden_size], through all, in place.
+        head: Binding | None = None,
+    ) -> Tensor:
+        """Send one token of each sequence, x [B, hidden_size], through all: the last hidden states.
+
+        They are x's memory. With a head, one bound layer of as many inputs, its outputs [B, N].
 
         Its keys and values are written behind the pasts', which do not count them yet. rotations:
         cosines and sines, [B, d] or [1, d] each. starts [B] int64: the first position that a
@@ -205,15 +208,20 @@ class Blocks:
         self._check(x, rotations)
         if pasts.kind != (b, x.dtype):
             raise ValueError(f"pasts of {pasts.kind}: do not fit {b} sequences in {x.dtype}")
+        if head is not None and (head.inputs != [hidden_size] or not self.parts):
+            raise ValueError(f"a head of {head.inputs} inputs: does not follow {hidden_size}")
         if pasts.left < 1:
             raise ValueError("pasts: have no room for another token")
         shared = all(len(cosines) == 1 for cosines, _ in rotations)
+        logits = None if head is None else x.new_empty(b, head.outputs[0])
         required().calr_decode(
             x.data_ptr(),
             self._array,
             pasts.array,
             len(self.parts),
             pointer(self.norm),
+            None if head is None else head.layers,
+            pointer(logits),
             _addresses([cosines for cosines, _ in rotations]),
             _addresses([sines for _, sines in rotations]),
             shared,
@@ -223,6 +231,7 @@ class Blocks:
             TYPES[x.dtype],
             torch.get_num_threads(),
         )
+        return x if logits is None else logits
 
     def _check(self, x: Tensor, rotations: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Raise ValueError for x or rotations that are not of the blocks' sizes."""

@@ -79,7 +79,7 @@ class Bound:
 
     def linears(self, x: Tensor, layers: Sequence[Factors | Records]) -> list[Tensor]:
         """Apply every layer: x [..., K] -> one [..., N] each."""
-        binding = self._current(layers)
+        binding = self.binding(layers)
         x = x.contiguous()
         k, shape = x.shape[-1], x.shape[:-1]
         ys = [x.new_empty(*shape, n) for n in binding.outputs]
@@ -97,7 +97,7 @@ class Bound:
 
     def gated(self, x: Tensor, layers: Sequence[Factors | Records], activation: int) -> Tensor:
         """Apply a gated feed-forward block of layers gate, up, down: down(act(gate x) * up x)."""
-        binding = self._current(layers)
+        binding = self.binding(layers)
         x = x.contiguous()
         k = x.shape[-1]
         y = x.new_empty(*x.shape[:-1], binding.outputs[2])
@@ -113,7 +113,7 @@ class Bound:
         )
         return y
 
-    def _current(self, layers: Sequence[Factors | Records]) -> "Binding":
+    def binding(self, layers: Sequence[Factors | Records]) -> "Binding":
         """Bind unless these are the bound tensors, unchanged in place, type and shape."""
         binding = self._binding
         if binding is None or not binding.holds(layers):
@@ -122,7 +122,8 @@ class Bound:
 
 
 class Binding:
-    """Layers as the kernel takes them: `layers`, an array of Layer, and `outputs`, their widths.
+    """Layers as the kernel takes them: `layers`, an array of Layer, `inputs` and `outputs`, their
+    widths.
 
     Raises ValueError for shapes that do not fit one another, tensors elsewhere than on the CPU, and
     pivots that are not distinct.
@@ -134,6 +135,7 @@ class Binding:
         self._kept: list[Tensor] = []  # panels, pivots as they are now, and the other columns
         self._packed: list[tuple[Tensor, int]] = []  # weights read from panels, and their versions
         self._packs = packs()
+        self.inputs = [layer.in_features for layer in layers]
         self.outputs = [layer.out_features for layer in layers]
         self.layers = (Layer * len(layers))(*map(self._layer, layers))
 

@@ -29,7 +29,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # what they return and take
         [
             *[_POINTER] * 3,
             _SIZE,
-            *[_POINTER] * 3,
+            *[_POINTER] * 5,
             _CODE,
             _POINTER,
             *[_SIZE] * 2,

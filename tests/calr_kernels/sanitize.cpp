@@ -250,7 +250,12 @@ void block(int32_t type, int64_t hidden, int64_t count, int64_t d, bool low_rank
   const calr_past past{keys.data(), values.data(), capacity, count, 0};
   const void *cosines[] = {at(turns, 0)}, *sines[] = {at(turns, b * d)};
   const int64_t starts[] = {0, count};
-  calr_decode(x.data(), &made, &past, 1, low_rank ? nullptr : at(norms, 0), cosines, sines, 0, starts, b, hidden, type, 3);
+  const void* norm = low_rank ? nullptr : at(norms, 0);
+  Array logits(type, b * inner), first(x);
+  calr_decode(first.data(), &made, &past, 1, norm, layers + 4, logits.data(), cosines, sines, 0, starts, b,
+              hidden, type, 3);
+  for (int64_t i = 0; i < b * inner; ++i) expect(logits[i] - logits[i], 0, 0, "head");
+  calr_decode(x.data(), &made, &past, 1, norm, nullptr, nullptr, cosines, sines, 0, starts, b, hidden, type, 3);
   for (int64_t i = 0; i < b * hidden; ++i) expect(x[i] - x[i], 0, 0, "block");
 }
 

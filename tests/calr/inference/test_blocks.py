@@ -6,12 +6,13 @@ import torch
 from calr.inference import optimize_for_inference
 from calr.testing import tiny_llama
 from calr_kernels import native
+from calr_kernels.layout import Factors
 
 
 def test_what_does_not_fit_the_blocks_is_refused():
     blocks = native.Blocks([])
     x = torch.zeros(1, 32)
-    assert blocks.decode(x, blocks.pasts(x, []), []) is None
+    assert blocks.decode(x, blocks.pasts(x, []), []) is x
     model = tiny_llama()
     fast = optimize_for_inference(model)
     with torch.no_grad():
@@ -33,6 +34,10 @@ def test_what_does_not_fit_the_blocks_is_refused():
         turns = turn.to(others.dtype)
         with pytest.raises(ValueError, match=r"pasts of .* do not fit"):
             bound.decode(others, pasts, [(turns, turns)])
+    for blocks, width in ((native.Blocks([]), 32), (bound, 31)):
+        head = native.Binding([Factors(torch.zeros(5, width))])
+        with pytest.raises(ValueError, match="does not follow 32"):
+            blocks.decode(x.clone(), pasts, [(turn, turn)], head=head)
     for wrong, turns in [
         (torch.zeros(1, 24), [(turn, turn)]),
         (x, []),
