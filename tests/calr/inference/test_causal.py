@@ -67,6 +67,7 @@ def test_what_the_head_would_not_do_is_left_to_the_model(heads):
         expected, found = (step(m, **{name: value}) for m in (model, fast))
         assert type(found) is type(expected) and len(found) == len(expected)
         torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5, equal_nan=True)
+    fast = optimize_for_inference(copy.deepcopy(model))
     heads.clear()
     fast.lm_head.register_forward_hook(lambda module, given, output: 2 * output)
     torch.testing.assert_close(step(fast).logits, 2 * step(model).logits, rtol=1e-5, atol=1e-5)
