@@ -67,6 +67,11 @@ def test_what_the_head_would_not_do_is_left_to_the_model(heads):
         expected, found = (step(m, **{name: value}) for m in (model, fast))
         assert type(found) is type(expected) and len(found) == len(expected)
         torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@torch.no_grad()
+def test_a_hook_on_the_head_is_called(heads):
+    model = tiny_llama()
     fast = optimize_for_inference(copy.deepcopy(model))
     heads.clear()
     fast.lm_head.register_forward_hook(lambda module, given, output: 2 * output)
