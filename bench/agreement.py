@@ -52,8 +52,9 @@ def rounded(model: nn.Module, form: Form, *, dense: bool) -> None:
 
 
 def made(source: str, form: Form | None, dtype: str, fast: bool) -> nn.Module:
-    """Load a model, round it, and prepare it."""
-    model, _ = calr.load(source, dtype=dtype)
+    """Load a model's bfloat16 numbers, round them, and prepare it to run in a dtype."""
+    model, _ = calr.load(source, dtype="bfloat16")
+    model.to(getattr(torch, dtype))
     if form is not None:
         rounded(model, form, dense=not fast)
     return calr.optimize_for_inference(model, pack=True) if fast else model
