@@ -20,8 +20,8 @@ def optimize_for_inference(model: PreTrainedModel, *, pack: bool = False) -> Pre
     """Prepare a dense or compressed model, in place, for decoding a few rows at a time on a CPU.
 
     Where a trace confirms that a decoder's blocks are of the usual form (RMS norms, rotary
-    attention, a gated feed-forward block), one new token a sequence goes through all of them in one
-    native call, with a cache that grows in place. Otherwise, and for other inputs of a few rows,
+    attention, a gated feed-forward block), one new token a sequence goes through all of them, and
+    lm_head, in one native call, with a cache that grows in place. Otherwise, and for other inputs of a few rows,
     dense linear layers, lm_head among them, RMS norms, gated feed-forward blocks and rotary
     attention run there one by one, again where a trace confirms their form. Parameters, names and
     checkpoints are unchanged. Quantised layers pack their weights when they are first used, which
