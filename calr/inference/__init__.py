@@ -21,15 +21,15 @@ def optimize_for_inference(model: PreTrainedModel, *, pack: bool = False) -> Pre
 
     Where a trace confirms that a decoder's blocks are of the usual form (RMS norms, rotary
     attention, a gated feed-forward block), one new token a sequence goes through all of them, and
-    lm_head, in one native call, with a cache that grows in place. Otherwise, and for other inputs of a few rows,
-    dense linear layers, lm_head among them, RMS norms, gated feed-forward blocks and rotary
-    attention run there one by one, again where a trace confirms their form. Parameters, names and
-    checkpoints are unchanged. Quantised layers pack their weights when they are first used, which
-    takes their bytes a second time in memory. Those of 16 and 32 bits are read where they are or,
-    with pack, packed in the same way now, and read faster until they are written to; the log says
-    how many bytes that takes. Training, moving or reloading the model stays right. Larger batches,
-    a GPU, autograd, torch.compile and layers with hooks or adapters run as before, and so does a
-    model that compressed-tensors quantised. Returns the model.
+    lm_head, in one native call, with a cache that grows in place. Otherwise, and for other inputs
+    of a few rows, dense linear layers, lm_head among them, RMS norms, gated feed-forward blocks and
+    rotary attention run there one by one, again where a trace confirms their form. Parameters,
+    names and checkpoints are unchanged. Quantised layers pack their weights when they are first
+    used, which takes their bytes a second time in memory. Those of 16 and 32 bits are read where
+    they are or, with pack, packed in the same way now, and read faster until they are written to;
+    the log says how many bytes that takes. Training, moving or reloading the model stays right.
+    Larger batches, a GPU, autograd, torch.compile and layers with hooks or adapters run as before,
+    and so does a model that compressed-tensors quantised. Returns the model.
     """
     dtype = floating_dtype(model)
     if native.library() is None or dtype is None or _of_compressed_tensors(model):
