@@ -60,7 +60,7 @@ def check(
     x: Tensor,
     weight: Tensor,
     form: Form,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
     corrective_down: Tensor | None = None,
     corrective_up: Tensor | None = None,
 ) -> None:
@@ -97,27 +97,20 @@ def check(
 
 
 def _checked(
-    x: Tensor,
-    weight: Tensor,
-    bits: int,
-    levels: Levels,
-    scale_group: int,
-    bias: Tensor | None,
-    corrective_down: Tensor | None,
-    corrective_up: Tensor | None,
+    x: Tensor, weight: Tensor, bits: int, levels: Levels, scale_group: int, *tensors: Tensor | None
 ) -> Tensor:
     form = Form(bits, levels, scale_group)
-    check(x, weight, form, bias, corrective_down, corrective_up)
-    return _forward(x, weight, form, bias, corrective_down, corrective_up)
+    check(x, weight, form, *tensors)
+    return _forward(x, weight, form, *tensors)
 
 
 def _forward(
     x: Tensor,
     weight: Tensor,
     form: Form,
-    bias: Tensor | None,
-    corrective_down: Tensor | None,
-    corrective_up: Tensor | None,
+    bias: Tensor | None = None,
+    corrective_down: Tensor | None = None,
+    corrective_up: Tensor | None = None,
 ) -> Tensor:
     """Choose the backend: the Triton kernels, the native kernel for few rows, or torch's product
     with numbers."""
@@ -168,16 +161,9 @@ def dequantize(
 
 
 def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bits: int,
-    levels: Levels,
-    scale_group: int,
-    bias: Tensor | None,
-    corrective_down: Tensor | None,
-    corrective_up: Tensor | None,
+    x: Tensor, weight: Tensor, bits: int, levels: Levels, scale_group: int, *tensors: Tensor | None
 ) -> Tensor:
-    check(x, weight, Form(bits, levels, scale_group), bias, corrective_down, corrective_up)
+    check(x, weight, Form(bits, levels, scale_group), *tensors)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 

@@ -69,13 +69,13 @@ def sample_from(
         try:
             # none of the model's own penalties and filters: `_Drawing` leaves the search one token
             model.generation_config = GenerationConfig(max_new_tokens=length, pad_token_id=0)
-            ends = usual.eos_token_id if usual else None
+            eos_token_id = usual.eos_token_id if usual else None
             row = cache_row(model, window, (dtype or model.dtype).itemsize)
             batches = start.split(sampling_batch(samples, row, cache_bytes))
             own = parallel.mine(range(len(batches)))
             for i in progress(own, desc="sampling text", unit="batch"):
                 mask = torch.ones_like(batches[i], device=model.device)
-                drawing = LogitsProcessorList([_Drawing(seed + i * SEEDS, ends)])
+                drawing = LogitsProcessorList([_Drawing(seed + i * SEEDS, eos_token_id)])
                 ids = batches[i].to(model.device)
                 rows[i] = generate(ids, attention_mask=mask, logits_processor=drawing).cpu()
         finally:
@@ -85,16 +85,15 @@ def sample_from(
 
 
 class _Drawing(LogitsProcessor):
-    """Draws a token for each row by its scores, but none that ends a text; leaves it alone to be
-    found.
+    """Draws a token for each row by its scores, but not EOS; leaves it alone to be found.
 
     PyTorch's own drawing took a third of the time, and transformers' own way to forbid tokens a
     twelfth; and this one is the same on every device, but for rounding.
     """
 
-    def __init__(self, seed: int, ends: int | list[int] | None) -> None:
+    def __init__(self, seed: int, eos_token_id: int | list[int] | None) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        self._ends = [ends] if isinstance(ends, int) else list(ends or ())
+        self._eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores [n, V] of 0 for the tokens drawn and -inf for all others."""
@@ -103,7 +102,7 @@ class _Drawing(LogitsProcessor):
                 "calibration=sampled: the model's logits hold NaN or infinity; check the "
                 "checkpoint, or, where they overflow float16, use --dtype bfloat16 or float32"
             )
-        scores[:, self._ends] = -math.inf
+        scores[:, self._eos] = -math.inf
         uniform = torch.rand(len(scores), 1, generator=self._generator)
         drawn = draw(scores.float().softmax(-1), uniform)
         return torch.full_like(scores, -math.inf).scatter_(1, drawn[:, None], 0.0)

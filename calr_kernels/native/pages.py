@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 REGION, ALIGNED = 32 << 20, 64  # bytes: what is asked for at once; a cache line
-_HUGE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
+_HUGE: int = getattr(mmap, "MADV_HUGEPAGE", 0)  # Linux
 
 _lock = threading.Lock()
 _last: tuple[weakref.ref[mmap.mmap], int] | None = None  # the last region, and how much is in use
@@ -23,7 +23,7 @@ _last: tuple[weakref.ref[mmap.mmap], int] | None = None  # the last region, and 
 def empty(size: int) -> Tensor:
     """Return a tensor [size] uint8 that is not initialised."""
     global _last
-    if _HUGE is None or size == 0:
+    if not _HUGE or size == 0:
         return torch.empty(size, dtype=torch.uint8)
     if size > REGION // 2:
         return _cut(_region(size), size, 0)
@@ -39,7 +39,7 @@ def _region(size: int) -> mmap.mmap:
     """Ask for memory, in huge pages where the kernel has them."""
     found = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):
-        found.madvise(_HUGE or 0)
+        found.madvise(_HUGE)
     return found
 
 
