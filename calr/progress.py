@@ -77,6 +77,13 @@ def give_back() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+class _Now:
+    """The phase that goes on; each has its own, so that a late look counts for the one it saw."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.started, self.before, self.most = name, time.monotonic(), _peak(), 0
+
+
 class _Watch:
     def __init__(self, name: str) -> None:
         self.found: dict[str, Phase] = {}
@@ -95,20 +102,23 @@ class _Watch:
         self._end()
 
     def _start(self, name: str) -> None:
-        self._name, self._started, self._before, self._most = name, time.monotonic(), _peak(), 0
+        self._now = _Now(name)
         for gpu in _gpus():
             torch.cuda.reset_peak_memory_stats(gpu)
 
     def _end(self) -> None:
         self._see()
-        now, known = _peak(), self.found.get(self._name, Phase(0.0, 0))
-        most = max(self._most, known.peak_bytes, now if now > self._before else 0)
+        now, peak = self._now, _peak()
+        known = self.found.get(now.name, Phase(0.0, 0))
+        most = max(now.most, known.peak_bytes, peak if peak > now.before else 0)
         gpu = sum(torch.cuda.max_memory_allocated(gpu) for gpu in _gpus())
-        seconds = known.seconds + time.monotonic() - self._started
-        self.found[self._name] = Phase(seconds, most, max(gpu, known.gpu_bytes))
+        seconds = known.seconds + time.monotonic() - now.started
+        self.found[now.name] = Phase(seconds, most, max(gpu, known.gpu_bytes))
 
     def _see(self) -> None:
-        self._most = max(self._most, self._process.memory_info().rss)
+        now = self._now
+        seen = self._process.memory_info().rss
+        now.most = max(now.most, seen)
 
     def _look(self) -> None:
         while not self._done.wait(INTERVAL):

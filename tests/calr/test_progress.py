@@ -1,10 +1,13 @@
 """What phases take, as it is measured."""
 
+import threading
 import time
+from types import SimpleNamespace
 
+import psutil
 import torch
 
-from calr.progress import measured_phases, progress
+from calr.progress import begin_phase, measured_phases, progress
 
 
 def test_a_phase_lasts_until_the_next_begins_and_is_added_to_when_it_comes_again():
@@ -33,6 +36,24 @@ def test_the_peak_is_that_of_the_phase():
             pass
     assert found["large"].peak_bytes - found["small"].peak_bytes > 250e6
     assert 50e6 < found["small"].peak_bytes < 20e9
+
+
+def test_a_look_that_ends_in_the_next_phase_is_not_counted_there(monkeypatch):
+    looking, go_on = threading.Event(), threading.Event()
+
+    def memory_info():
+        if threading.current_thread() is threading.main_thread() or go_on.is_set():
+            return SimpleNamespace(rss=1)
+        looking.set()
+        go_on.wait(10)
+        return SimpleNamespace(rss=10**15)
+
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=memory_info))
+    with measured_phases("large") as found:
+        assert looking.wait(10)
+        begin_phase("small")
+        go_on.set()
+    assert found["small"].peak_bytes < 10**15
 
 
 def test_what_a_gpu_holds_is_counted_where_there_is_one(device):

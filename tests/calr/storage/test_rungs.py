@@ -15,7 +15,7 @@ SMOLLM2 = LlamaConfig(hidden_size=576, num_hidden_layers=30, vocab_size=49152)
 
 
 @pytest.mark.parametrize(
-    ("measured", "file"), zip(MEASURED, ("frontier.json",), strict=True), ids=["SmolLM2"]
+    ("measured", "file"), list(zip(MEASURED, ("frontier.json",), strict=True)), ids=["SmolLM2"]
 )
 def test_the_table_is_what_was_measured(measured, file):
     rows = {row["rung"]: row for row in json.loads((RESULTS / file).read_text()) if "rung" in row}
