@@ -31,6 +31,7 @@ SAMPLED = 4.0  # times a prefill's of as many tokens at a product's speed: text 
 DEARER = 2.0  # times a rounding: its price
 EIGEN = 25  # eigenvalues and vectors of an n × n matrix cost about 25 n³
 USUAL_RANK = 8  # of a corrective path, over all matrices
+TARGET_BYTES = 768  # of the dense model's outputs, a token
 # what is beside products, in operations of these: an operation of attention, a logit, an input or
 # output of a layer; and of a backward pass, over a forward pass's (SmolLM2-135M on a Zen 4)
 ATTENDED, LOGIT, FEATURE, BACKWARD = 3, 1500, 250, 2.5
@@ -117,7 +118,11 @@ class Work:
         """Estimate the bytes of all that is written, for a result of so many bytes."""
         parameters, recipe = self.structure.model_parameters, self.recipe
         statistics = 2 * sum(x**2 for x in self._groups.values())
+        if recipe.correction_tokens:  # what is kept of it while another state is written; targets
+            statistics += int(28 * self._trained) + TARGET_BYTES * recipe.correction_tokens
         if not recipe.quantised:
+            sides = [min(x.in_features, x.out_features) for x in self.structure.layers]
+            statistics += 2 * sum(side**2 for side in sides)
             return statistics + result + 4 * int(recipe.fraction * self.structure.linear_parameters)
         rotated = self.dtype.itemsize * parameters if recipe.rotate and not self.tied else 0
         rounded = result * (2 + bool(recipe.correction_tokens))
@@ -267,17 +272,23 @@ class Work:
     def _activations(self) -> int:
         return int(4 * self._part * self._features) if self.recipe.correction_tokens else 0
 
+    @property
+    def _trained(self) -> float:
+        """Numbers that the correction trains: scales and factors, or those of low-rank layers."""
+        structure, recipe = self.structure, self.recipe
+        if not recipe.quantised:
+            return recipe.fraction * structure.linear_parameters
+        factors = USUAL_RANK * sum(x.in_features + x.out_features for x in structure.layers)
+        return structure.model_parameters / recipe.scale_groups[0] + factors
+
     def _correction(self, ways: Ways) -> Phase:
         structure, recipe = self.structure, self.recipe
         around = structure.model_parameters - structure.block_parameters
-        if recipe.quantised:  # records; of scales and factors value, gradient, two moments, start
+        if recipe.quantised:  # records; of what is trained value, gradient, two moments, start
             bits = 8 * parse_size(recipe.size) if recipe.size else 0
             student = (bits or (recipe.bits or 0) * structure.model_parameters) / 8
-            factors = USUAL_RANK * sum(x.in_features + x.out_features for x in structure.layers)
-            trained = 18 * structure.model_parameters / recipe.scale_groups[0] + 20 * factors
         else:
             student = self.dtype.itemsize * around
-            trained = 5 * 4 * recipe.fraction * structure.linear_parameters
         activations = self._activations // (structure.blocks if ways.checkpointed else 1)
         logits = 2 * 4 * self.vocabulary * self._part
         active = sum(x.share * x.parameters for x in structure.layers)
@@ -285,7 +296,7 @@ class Work:
         passes = 2 if ways.checkpointed else 1
         operations = 2 * (passes + 2) * left + (passes + BACKWARD) * self._beside
         operations *= recipe.correction_tokens
-        size = self.held + int(student + trained) + activations + logits
+        size = self.held + int(student + 5 * 4 * self._trained) + activations + logits
         return Phase(operations / self._speeds[1], size)
 
 

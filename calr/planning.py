@@ -176,7 +176,7 @@ def _known_prices(budget: ByteBudget, statistics: Store) -> dict[str, Price]:
     """Read what an earlier run found rounding to cost; CalrError where it is none of this."""
     name, place, found = prices_name(budget), statistics.directory, {}
     known = Store() if place is None or not (place / name).is_dir() else statistics.within(name)
-    for matrix in budget.matrices:
+    for matrix in budget.choosable:
         if matrix.name not in known:
             raise CalrError(
                 f"{place}: does not say what rounding {matrix.name} costs ({name}); compress "

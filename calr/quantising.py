@@ -91,17 +91,18 @@ class Quantiser:
 
         What it costs is kept with the statistics, for other budgets.
         """
-        prices, known = {}, self.statistics.store.within(prices_name(self.budget))
-        if parallel.agree(any(matrix.name not in known for matrix in self.budget.matrices)):
+        prices, matrices = {}, self.budget.choosable
+        known = self.statistics.store.within(prices_name(self.budget))
+        if parallel.agree(any(matrix.name not in known for matrix in matrices)):
             self.statistics.collect()
-        own = parallel.share(self.budget.matrices, [operations(m) for m in self.budget.matrices])
+        own = parallel.share(matrices, [operations(m) for m in matrices])
         for matrix in progress(own, desc="prices", unit="matrix"):
             form = self.budget.form(PRICED, matrix.in_features)
             if matrix.name not in known:
                 known.save(matrix.name, self._price(matrix, form))
                 give_back()
         parallel.wait()
-        for matrix in self.budget.matrices:
+        for matrix in matrices:
             prices[matrix.name] = Price.of(known.load(matrix.name))
         return least_loss(self.budget, prices, exact=exact)
 
@@ -216,7 +217,8 @@ def prices_name(budget: ByteBudget) -> str:
 def smoothed(counts: Tensor) -> Tensor:
     """Turn counts [V] of tokens into frequencies of which none is 0.
 
-    Tokens that were not seen share the frequency of those seen once (Good, Biometrika 1953).
+    The frequency of those seen once, which is that of all that were not seen (Good, Biometrika
+    1953), is spread over all tokens.
     """
     total = float(counts.sum())
     unseen = max(float((counts == 1).sum()), 1.0) / max(total, 1.0)

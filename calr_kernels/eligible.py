@@ -5,9 +5,14 @@ May a weight be read past its module (`readable`, `unhooked`)? Is anybody watchi
 yes promises that nothing changes but the speed.
 """
 
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
 
 from calr_kernels import gpu
 from calr_kernels.layout import Factors, Records
@@ -17,6 +22,7 @@ if gpu.AVAILABLE:
     from calr_kernels.gpu.arch import supported
 
 PLAIN = (Tensor, nn.Parameter)
+CAPTURING = "transformers.utils.output_capturing"
 # rows of x above which torch's products are faster (bench/kernels.py, bench/decode.py --batch 16)
 MAX_ROWS = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), 16)
 if torch.cpu.get_capabilities().get("amx_bf16"):
@@ -28,6 +34,25 @@ MOST_PACKED_GROUP = 512  # weights of a scale group whose products with integers
 
 class Replacement:
     """Base of a forward that stands before a module's own and computes the same, faster."""
+
+
+class Wrapper(Replacement):
+    """Base of one that takes whatever the module's own forward does, and passes on what it does not
+    compute itself."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        own = type(module).forward.__get__(module)
+        self.__signature__ = inspect.signature(own)  # generate and Trainer ask for names
+        self._names = tuple(self.__signature__.parameters)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle by the module: a signature's types may not be pickled."""
+        return type(self), (self._module,)
+
+    def named(self, given: tuple[Any, ...], others: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call by their names in the module's own forward."""
+        return dict(zip(self._names, given, strict=False)) | others
 
 
 def is_plain(x: Tensor) -> bool:
@@ -76,7 +101,7 @@ def unhooked(module: nn.Module) -> bool:
     and adapters act by hooks, or by a forward of their own."""
     forward = module.__dict__.get("forward")
     return not (
-        module._forward_hooks
+        (module._forward_hooks and acting(module._forward_hooks))
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -84,15 +109,22 @@ def unhooked(module: nn.Module) -> bool:
     )
 
 
+def acting(hooks: Mapping[int, Any]) -> bool:
+    """Tell whether any of some hooks may act now: those that transformers leaves on a model's
+    modules once hidden states were asked for act in calls that ask for them alone."""
+    return any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks.values())
+
+
 def watched() -> bool:
     """Tell whether somebody follows the operations, and would not see a kernel called directly:
-    torch.compile, torch.jit.trace, make_fx and other dispatch modes, forward-mode differentiation
-    and the transforms of torch.func.
+    torch.compile, torch.jit.trace, make_fx and other dispatch modes, hooks on all modules,
+    forward-mode differentiation and the transforms of torch.func.
     """
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
+        or modules._has_any_global_hook()
         or transformed()
     )
 

@@ -47,7 +47,7 @@ class Form:
 
     def __post_init__(self) -> None:
         """Refuse combinations that no layer has."""
-        if self.bits not in BITS:
+        if type(self.bits) is not int or self.bits not in BITS:
             raise ValueError(f"bits={self.bits!r}: must be one of {BITS}")
         if self.levels not in LEVELS:
             raise ValueError(f"levels={self.levels!r}: must be one of {LEVELS}")
@@ -57,7 +57,7 @@ class Form:
             raise ValueError("levels=formula: has 3 to 6 bits; 8 bits are uniform")
         if type(self.corrective_rank) is not int or self.corrective_rank < 0:
             raise ValueError(f"corrective_rank={self.corrective_rank!r}: must be 0 or more")
-        if self.corrective_bits not in CORRECTIVE_BITS:
+        if type(self.corrective_bits) is not int or self.corrective_bits not in CORRECTIVE_BITS:
             raise ValueError(
                 f"corrective_bits={self.corrective_bits!r}: must be one of {CORRECTIVE_BITS}"
             )

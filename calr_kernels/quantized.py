@@ -124,7 +124,7 @@ def _forward(
     if corrective_down is None or corrective_up is None:
         return y
     t = linear(x, factor_numbers(corrective_down, x.shape[-1], x.dtype))
-    return y + t @ factor_numbers(corrective_up, y.shape[-1], x.dtype)
+    return (y + t @ factor_numbers(corrective_up, y.shape[-1], x.dtype)).to(y.dtype)
 
 
 def factor_numbers(factor: Tensor, columns: int, dtype: torch.dtype) -> Tensor:

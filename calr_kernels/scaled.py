@@ -44,7 +44,7 @@ def stored_scales(weight: Tensor, scales: Tensor, form: Form) -> Tensor:
     Each keeps the sign of the records' own; where it would not, or is not finite, it is that again.
     """
     now, before = records.storable(scales, form), records.scales_of(weight)
-    return torch.where(torch.isfinite(now) & (now * before > 0), now, before)
+    return torch.where(torch.isfinite(now) & (now.sign() * before.sign() > 0), now, before)
 
 
 def scale_gradients(weight: Tensor, gradients: Tensor, form: Form) -> Tensor:

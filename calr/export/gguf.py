@@ -20,7 +20,7 @@ from calr.errors import CalrError
 from calr.export.dense import load_compressed, require_no_experts
 from calr.integrations.config import CalrConfig
 from calr.model import gguf_files
-from calr.storage import one_sentence
+from calr.storage import flush, one_sentence
 from calr_kernels import Form, QuantizedEmbedding, QuantizedLinear, records
 
 GROUP = 32  # of GGUF's legacy types
@@ -71,14 +71,14 @@ def export_gguf(
     model, _ = load_compressed(source, trust_remote_code=trust_remote_code)
     require_no_experts(model, "GGUF")
     tensors, terms = _tensors(model, template), _terms(model, template)
-    with one_sentence(place.parent):
-        with _whole(place) as unfinished:
-            _write_model(unfinished, template, tensors)
-            _check(unfinished, tensors)
-            adapter.unlink(missing_ok=True)  # of the file that goes now
+    with one_sentence(place.parent), _whole(place) as unfinished:
+        _write_model(unfinished, template, tensors)
+        _check(unfinished, tensors)
         if terms:
-            with _whole(adapter) as unfinished:
-                _write_adapter(unfinished, template, terms)
+            with _whole(adapter) as other:  # both are complete before either is in place
+                _write_adapter(other, template, terms)
+        else:
+            adapter.unlink(missing_ok=True)  # of the file that goes now
     results = {
         "tensor_bytes": sum(data.nbytes for data, _ in tensors.values()),
         "adapter_bytes": sum(a.nbytes + b.nbytes for a, b in terms.values()),
@@ -250,9 +250,9 @@ def _whole(file: Path) -> Iterator[Path]:
     unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         yield unfinished
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
+        flush(unfinished)
         os.replace(unfinished, file)
+        flush(file.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 

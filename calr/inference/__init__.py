@@ -27,7 +27,8 @@ def optimize_for_inference(model: PreTrainedModel, *, pack: bool = False) -> Pre
     names and checkpoints are unchanged. Quantised layers pack their weights when they are first
     used, which takes their bytes a second time in memory. Those of 16 and 32 bits are read where
     they are or, with pack, packed in the same way now, and read faster until they are written to;
-    the log says how many bytes that takes. Training, moving or reloading the model stays right.
+    the log says how many bytes that takes. Writes through `.data`, as PEFT merges with, are not
+    noticed: merge first, pack then. Training, moving or reloading the model stays right.
     Larger batches, a GPU, autograd, torch.compile and layers with hooks or adapters run as before,
     and so does a model that compressed-tensors quantised. Returns the model.
     """

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -62,10 +63,15 @@ class _Buffer:
         self.length = 0 if tensor is None else tensor.shape[-2]
 
     def reserve(self, more: int) -> Tensor:
-        """Make room for more positions; return all that is held, contiguous."""
+        """Make room for more positions; return all that is held, contiguous.
+
+        In a copy, too, where that must not be written to: autograd may need it as it is, and
+        inference tensors cannot be outside of inference mode.
+        """
         own, needed = self.tensor, self.length + more
         assert own is not None
-        if needed > self._capacity:
+        kept = own.requires_grad or (own.is_inference() and not torch.is_inference_mode_enabled())
+        if kept or needed > self._capacity:
             room = max(self.least, int(GROWTH * needed))
             grown = own.new_empty(*own.shape[:-2], room, own.shape[-1])
             grown.narrow(-2, 0, self.length).copy_(own.narrow(-2, 0, self.length))

@@ -18,12 +18,20 @@ from calr.inference.traces import TOLERANCE, is_gated
 from calr.inference.watch import Watch
 from calr_kernels import eligible, native
 
-# arguments that change nothing for a decoder that has no such outputs
-IGNORED = {"cache_position", "return_dict"}
+TAKEN = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "use_cache",
+    "cache_position",  # which says what the cache's length does
+    "return_dict",
+}
 WINDOW, DTYPE = map(operator.attrgetter, ("window", "dtype"))
 
 
-class DecoderForward(eligible.Replacement):
+class DecoderForward(eligible.Wrapper):
     """The forward of a decoder (transformers' LlamaModel and its like).
 
     One new token a sequence, behind a cache that holds the others, goes through all blocks at once;
@@ -31,7 +39,7 @@ class DecoderForward(eligible.Replacement):
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        super().__init__(module)
         self._bound, self._turns = _Bound(), Turns()
 
     @classmethod
@@ -51,63 +59,42 @@ class DecoderForward(eligible.Replacement):
             vars(module)["forward"] = made
         return confirmed
 
-    def __call__(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **others: Any,
-    ) -> Any:
+    def __call__(self, *given: Any, **others: Any) -> Any:
         """Apply the decoder: ids [B, T] -> last hidden states [B, T, hidden_size] and the cache."""
-        module: Any = self._module
-        given = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "use_cache": use_cache,
-        }
-        last = self.token(**given, others=others)
+        named = self.named(given, others)
+        last = self.token(named)
         if last is None:
-            return type(module).forward(module, **given, **others)
-        return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=past_key_values)
+            return type(self._module).forward(self._module, *given, **others)
+        cache = named["past_key_values"]
+        return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
 
-    def token(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: Any,
-        inputs_embeds: Tensor | None,
-        use_cache: bool | None,
-        others: dict[str, Any],
-        head: nn.Module | None = None,
-    ) -> Tensor | None:
+    def token(self, named: dict[str, Any], head: nn.Module | None = None) -> Tensor | None:
         """Return the last hidden states of one token a sequence [B, 1, hidden_size], or what a head
-        makes of them [B, 1, V]; None where the module's own forward must run."""
-        given = input_ids if inputs_embeds is None else inputs_embeds
+        makes of them [B, 1, V]; None where the module's own forward must run.
+
+        named: what that was called with.
+        """
+        ids, embedded, cache = map(named.get, ("input_ids", "inputs_embeds", "past_key_values"))
+        given = ids if embedded is None else embedded
         module: Any = self._module
         if (
             given is None
-            or (input_ids is None) == (inputs_embeds is None)
-            or use_cache is False
-            or type(past_key_values) is not DynamicCache
-            or not all(value is None or name in IGNORED for name, value in others.items())
-            or not self._plain(given, past_key_values)
+            or (ids is None) == (embedded is None)
+            or type(cache) is not DynamicCache
+            or not all(v is None or name in TAKEN for name, v in named.items())
+            or named.get("use_cache") is False
+            or named.get("return_dict", module.config.return_dict) is False
+            or not self._plain(given, cache)
         ):
             return None
-        starts = _starts(attention_mask, len(given), past_key_values.get_seq_length() + 1)
+        starts = _starts(named.get("attention_mask"), len(given), cache.get_seq_length() + 1)
         if starts is None:
             return None
-        x: Tensor = module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        state = self._bound.behind(module, x[:, 0], past_key_values)
+        x: Tensor = module.embed_tokens(ids) if embedded is None else embedded
+        state = self._bound.behind(module, x[:, 0], cache)
         if state is None:
             return None
-        return self._decode(x, state, position_ids, past_key_values, *starts, head=head)
+        return self._decode(x, state, named.get("position_ids"), cache, *starts, head=head)
 
     def _plain(self, given: Tensor, cache: DynamicCache) -> bool:
         """Tell whether one token a sequence comes, and nobody looks at what is between."""
@@ -123,7 +110,7 @@ class DecoderForward(eligible.Replacement):
             and not module.config.output_hidden_states
             and not module.config.output_attentions
             and module.config._attn_implementation in ("sdpa", "eager")
-            and len(cache.layers) == len(module.layers)
+            and len(cache.layers) == len(module.layers) == module.config.num_hidden_layers
             and not cache.offloading
         )
 
@@ -188,13 +175,14 @@ class _Generation:
         self.blocks, self._layers, self._steps = blocks, list(layers), steps
         pasts = [(*layer.room(1), layer.held, count - layer.held) for layer in layers]
         self.pasts = blocks.pasts(x, pasts)
-        self._changes = steps.changes
+        self._changes, self._room = steps.changes, self.pasts.left
 
     def goes_on(self, x: Tensor, layers: list[Any]) -> bool:
         """Tell whether the cache is as `advance` left it, for as many sequences, and has room."""
         return (
             self._steps.changes == self._changes
             and self._layers == layers
+            and self._steps.count + self.pasts.left == self._room  # else interrupted between them
             and self.pasts.kind == (len(x), x.dtype)
             and self.pasts.left > 0
         )
@@ -206,16 +194,12 @@ class _Generation:
 
 
 class _Bound:
-    """The blocks bound to the kernel, and whether they may still be used. Copies start unbound."""
+    """The blocks bound to the kernel, and whether they may still be used."""
 
     def __init__(self) -> None:
         self._held: tuple[Watch, tuple[torch.dtype, int], native.Blocks | None] | None = None
         self._generations: MutableMapping[Any, _Generation] = weakref.WeakKeyDictionary()
         self._head = native.Bound()
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        """Copy and pickle as unbound: pointers are of this process and these tensors."""
-        return _Bound, ()
 
     def blocks(self, module: Any, x: Tensor, *, whole: bool = True) -> native.Blocks | None:
         """Return the blocks for x [B, hidden_size], or None where they must not be bypassed.
@@ -250,7 +234,10 @@ class _Bound:
         steps = together(layers)
         if blocks is None or steps is None or not _takes(blocks, x, layers):
             return None
-        made = self._generations[cache] = _Generation(blocks, x, layers, steps)
+        try:
+            made = self._generations[cache] = _Generation(blocks, x, layers, steps)
+        except ValueError:  # keys that somebody has replaced by those of other shapes
+            return None
         return made
 
 
@@ -277,5 +264,5 @@ def _starts(mask: Tensor | None, b: int, count: int) -> tuple[Tensor | None] | N
         return (None,)
     seen = mask != 0
     starts = count - seen.sum(-1)
-    ordered = seen == (torch.arange(count) >= starts[:, None])
+    ordered = seen == (torch.arange(count, device="cpu") >= starts[:, None])
     return (starts,) if bool(ordered.all()) and bool((starts < count).all()) else None

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calr_kernels import eligible
+
 STATIC = {"default", "linear", "llama3", "yarn"}  # whose angles follow from the position alone
 AHEAD = 32  # positions whose angles are computed at once
 
@@ -27,11 +29,16 @@ class Turns:
             return _turns(module, x, position_ids)
         position = count if position_ids is None else int(position_ids)
         if not _static(rotary):
-            return _turns(module, x, torch.tensor([[position]]))
-        state = x.dtype, rotary, list(map(_state, rotary._buffers.values()))
+            return _turns(module, x, torch.tensor([[position]], device="cpu"))
+        state = (
+            x.dtype,
+            rotary,
+            getattr(rotary, "attention_scaling", None),
+            list(map(_state, rotary._buffers.values())),
+        )
         of, first, turns = self._held
         if of != state or not first <= position < first + AHEAD:
-            first, positions = position, torch.arange(position, position + AHEAD)
+            first, positions = position, torch.arange(position, position + AHEAD, device="cpu")
             turns = _turns(module, x, positions[None])
             self._held = state, first, turns
         i = position - first
@@ -61,9 +68,12 @@ def _state(buffer: Tensor | None) -> tuple[int, int] | None:
 
 
 def _static(rotary: Any) -> bool:
-    """Tell whether angles follow from the position alone."""
+    """Tell whether angles follow from the position alone, and nobody changes them."""
     stated = getattr(rotary, "rope_type", None)
-    return set(stated.values() if isinstance(stated, dict) else [stated]) <= STATIC
+    return (
+        eligible.unhooked(rotary)
+        and set(stated.values() if isinstance(stated, dict) else [stated]) <= STATIC
+    )
 
 
 @cache

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from calr_kernels import eligible
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 SHARES = 32  # of all that there is to look at: one is looked at with every token
 GET: Any = dict.get
@@ -49,7 +51,7 @@ class Watch:
         registered = RemovableHandle.next_id
         if registered == self._registered:
             return False
-        found = any(map(len, self._hooks))
+        found = any(map(eligible.acting, self._hooks))
         if not found:
             self._registered = registered
         return found

@@ -29,9 +29,11 @@ class Moments:
         """Return them with a little energy in every direction of the input, the same in all.
 
         What calibration has not seen may still come: without it, to lose such a direction would
-        seem to cost nothing. Where half of the inputs are zero, theirs counts as 1.
+        seem to cost nothing. Of inputs half of which are zero, the others' median counts.
         """
-        typical = float(self.input.diagonal().double().median()) or 1.0
+        diagonal = self.input.diagonal().double()
+        seen = diagonal[diagonal > 0]
+        typical = float(diagonal.median()) or (float(seen.median()) if len(seen) else 1.0)
         wide = self.input.to(torch.float64, copy=True)
         wide.diagonal().add_(PRIOR * typical)
         return replace(self, input=wide)

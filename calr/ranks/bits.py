@@ -162,6 +162,12 @@ class ByteBudget:
             for members in self.bundles
         ]
 
+    @property
+    def choosable(self) -> list[Matrix]:
+        """The matrices that have a choice: the others stay as they are."""
+        both = zip(self.bundles, self.choices(), strict=True)
+        return [matrix for members, options in both if len(options) > 1 for matrix in members]
+
     def form(self, bits: int, columns: int) -> Form:
         """Return a width's form in the usual scale group, without a corrective path, for rows of
         some columns."""

@@ -35,7 +35,8 @@ class Shape:
     def ranks(self, layout: Layout, step: int) -> list[int | None]:
         """List the ranks worth having, ascending, then None for dense.
 
-        Multiples of step, not below least_rank, that store fewer numbers than the dense weight.
+        Multiples of step, not below least_rank, that take less space than the dense weight: pivots
+        are as large as two numbers of 16 bits.
 
         >>> Shape("q", 32, 32).ranks("pivoted", 8)
         [8, 16, 24, None]
@@ -43,7 +44,8 @@ class Shape:
         found: list[int | None] = []
         first = -(-self.least_rank // step) * step
         for rank in range(first, min(self.out_features, self.in_features) + 1, step):
-            if self.cost(layout, rank) >= self.dense:
+            pivots = 2 * rank if layout == "pivoted" else 0
+            if self.cost(layout, rank) + pivots >= self.dense:
                 break
             found.append(rank)
         return [*found, None]

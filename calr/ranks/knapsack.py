@@ -7,6 +7,8 @@ import scipy.optimize
 
 from calr.errors import CalrError
 
+TOLERANCE = 1e-6  # of a constraint, HiGHS's own
+
 
 def solve(
     costs: list[list[int]], values: list[np.ndarray], budget: int, *, exact: bool = False
@@ -16,6 +18,8 @@ def solve(
     Lagrangian bisection, then greedy by gain per cost; exact solves it with HiGHS instead. Never
     over budget, and what remains is smaller than the cheapest step that would still gain.
     """
+    if not all(np.isfinite(value).all() for value in values):
+        raise CalrError("what the choices cost in quality is not finite; collect statistics anew")
     at = (_exact if exact else _lagrangian)(costs, values, budget)
     return _spend(costs, values, at, budget)
 
@@ -45,7 +49,21 @@ def _lagrangian(costs: list[list[int]], values: list[np.ndarray], budget: int) -
 
 
 def _exact(costs: list[list[int]], values: list[np.ndarray], budget: int) -> list[int]:
-    """Solve the multiple-choice knapsack with HiGHS to a relative gap of 1e-6."""
+    """Solve the multiple-choice knapsack with HiGHS to a relative gap of 1e-6.
+
+    HiGHS may exceed the budget by its own tolerance: then it gets as much less to spend.
+    """
+    for most in (1.0, 1 - 2 * TOLERANCE):
+        at = _solved(costs, values, budget, most)
+        if at is not None and sum(cost[i] for cost, i in zip(costs, at, strict=True)) <= budget:
+            return at
+    return _lagrangian(costs, values, budget)
+
+
+def _solved(
+    costs: list[list[int]], values: list[np.ndarray], budget: int, most: float
+) -> list[int] | None:
+    """Let HiGHS spend at most a share of a budget; None where it finds nothing."""
     sizes = [len(c) for c in costs]
     starts = np.cumsum([0, *sizes])
     one_each = np.zeros((len(costs), starts[-1]))
@@ -58,18 +76,16 @@ def _exact(costs: list[list[int]], values: list[np.ndarray], budget: int) -> lis
         objective / scale,
         constraints=[
             scipy.optimize.LinearConstraint(one_each, 1, 1),
-            scipy.optimize.LinearConstraint(flat[None] / budget, ub=1),
+            scipy.optimize.LinearConstraint(flat[None] / budget, ub=most),
         ],
         integrality=np.ones(starts[-1]),
         bounds=scipy.optimize.Bounds(0, 1),
         options={"mip_rel_gap": 1e-6},
     )
     if result.x is None:
-        raise CalrError(f"solver=exact: HiGHS found no allocation ({result.message})")
-    return [
-        int(result.x[start : start + size].argmax())
-        for start, size in zip(starts, sizes, strict=False)
-    ]
+        return None
+    chosen = zip(starts, sizes, strict=False)
+    return [int(result.x[start : start + size].argmax()) for start, size in chosen]
 
 
 def _spend(

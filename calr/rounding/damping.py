@@ -9,7 +9,7 @@ def damped_cholesky(moment: Tensor, share: float) -> Tensor:
 
     share: of the mean diagonal, how much more; ten times as much, and again, where rounding has
     left a singular moment with negative eigenvalues. A moment of zeros counts as the identity. The
-    diagonal is changed in place: K² numbers are many.
+    diagonal is changed in place: K² numbers are many. Raises ValueError for one that is not finite.
     """
     diagonal, before = moment.diagonal(), moment.diagonal().clone()
     typical = before.mean()
@@ -20,4 +20,6 @@ def damped_cholesky(moment: Tensor, share: float) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(moment)
         if not failed:
             return factor
+        if not bool(moment.isfinite().all()):
+            raise ValueError("the moment is not finite")
         share *= 10

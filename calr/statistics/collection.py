@@ -27,7 +27,7 @@ class Statistics:
     gradient_ids [S', T]: windows of the backward pass; None without one. outputs: also the second
     moments of the gradients, not only their mean square. Holds the activations of one block
     boundary, S T H numbers, and one block's input moments, half of K² numbers each where they are
-    kept; with gradients also of min(N, K)² float32 numbers of every layer.
+    kept; with gradients also min(N, K)² float32 numbers of every layer of a block.
     """
 
     def __init__(

@@ -69,6 +69,8 @@ def gradient_moments(
             for batch, gradient in enumerate(gradients):
                 runner.embedded(batch).backward(gradient)
     parallel.add_up(vocabulary[name] for name in sorted(vocabulary))
+    for name, found in vocabulary.items():
+        require_finite(found, f"embeddings and lm_head: the sums of their {name}", model.dtype)
     if parallel.first():
         store.save(VOCABULARY, {name: s / ids.numel() for name, s in vocabulary.items()})
     parallel.wait()

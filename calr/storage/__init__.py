@@ -12,6 +12,7 @@ from calr.storage.checkpoint import (
     write_at_once,
     writing,
 )
+from calr.storage.durable import flush
 from calr.storage.ledger import claim, read_ledger
 from calr.storage.lock import locked
 from calr.storage.manifest import read_manifest, verify
@@ -27,6 +28,7 @@ __all__ = [
     "claim",
     "destination",
     "finished",
+    "flush",
     "give_up",
     "locked",
     "model_card",

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from calr.errors import CalrError
+from calr.storage.durable import flush
 from calr.storage.ledger import LEDGER, read_ledger, write_ledger
 from calr.storage.lock import locked
 from calr.storage.manifest import MANIFEST, owned, read_manifest, write_manifest
@@ -180,11 +181,14 @@ def write(
     write_manifest(directory, "", {}, new | old)  # from now on all of these are ours
     for name in old - new:
         _remove(directory, name)
-    for name in sorted(new, key=lambda name: name == CONFIG):
+    for name in sorted(new - {CONFIG}):
         (directory / name).parent.mkdir(exist_ok=True)
         os.replace(complete / name, directory / name)
-    os.replace(complete / MANIFEST, directory / MANIFEST)
-    _flush(directory)
+    for folder in sorted({(directory / name).parent for name in new}, reverse=True):
+        flush(folder)  # before there is a config.json
+    for name in [*({CONFIG} & new), Path(MANIFEST)]:
+        os.replace(complete / name, directory / name)
+    flush(directory)
     (work / MOVING).unlink()
     _clear(work)
 
@@ -311,12 +315,3 @@ def _remove(directory: Path, name: Path) -> None:
     if path.parent != directory:
         with contextlib.suppress(OSError):
             path.parent.rmdir()
-
-
-def _flush(directory: Path) -> None:
-    """Have the names of a directory's files on disk; their data was flushed with the manifest."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from calr.errors import CalrError
-from calr.storage.manifest import write_json
+from calr.storage.durable import write_json
 from calr.storage.store import Store
 
 LEDGER = "ledger.json"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from calr.errors import CalrError
+from calr.storage.durable import flush, write_json
 
 MANIFEST = "calr.json"
 BLOCK = 1 << 20  # bytes read at a time
@@ -28,14 +29,6 @@ def write_manifest(
     temporary = directory / f"{MANIFEST}.tmp"
     write_json(temporary, {"key": key, "results": results, "files": files})
     os.replace(temporary, directory / MANIFEST)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write a value and flush it to disk."""
-    with file.open("w") as opened:
-        json.dump(value, opened, indent=2)
-        opened.flush()
-        os.fsync(opened.fileno())
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -89,8 +82,7 @@ def verify(directory: Path) -> int:
 
 def _flushed(path: Path) -> str:
     """Flush a file to disk and return its checksum."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    flush(path)
     return _checksum(path)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from calr.errors import CalrError
 from calr.storage.checkpoint import WORK
+from calr.storage.durable import flush
 from calr.storage.ledger import read_ledger, write_ledger
 from calr.storage.store import Store
 
@@ -45,6 +46,7 @@ def open_parts(directory: Path, offload: str | Path | None, key: str) -> Store:
     write_ledger(folder, key, {})
     temporary = note.with_suffix(".tmp")
     temporary.write_text(str(folder))
+    flush(temporary)
     temporary.replace(note)
     return Store(folder)
 

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, uint8
 from transformers.utils import logging
 
+from calr.storage.durable import flush
+
 logger = logging.get_logger(__name__)
 
 
@@ -66,8 +68,7 @@ class Store:
         temporary = self._path(name).with_suffix(f".{os.getpid()}.tmp")
         try:
             save_file(tensors, temporary, metadata={"sha256": _checksum(tensors)})
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
+            flush(temporary)
             temporary.rename(self._path(name))
         finally:
             temporary.unlink(missing_ok=True)

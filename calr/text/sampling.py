@@ -102,7 +102,7 @@ class _Drawing(LogitsProcessor):
                 "calibration=sampled: the model's logits hold NaN or infinity; check the "
                 "checkpoint, or, where they overflow float16, use --dtype bfloat16 or float32"
             )
-        scores[:, self._eos] = -math.inf
+        scores[:, [token for token in self._eos if 0 <= token < scores.shape[1]]] = -math.inf
         uniform = torch.rand(len(scores), 1, generator=self._generator)
         drawn = draw(scores.float().softmax(-1), uniform)
         return torch.full_like(scores, -math.inf).scatter_(1, drawn[:, None], 0.0)

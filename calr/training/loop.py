@@ -61,7 +61,8 @@ def train(
     Every window once, in an order drawn from seed; a step takes step_tokens, at least a window,
     accumulated over some windows at a time. AdamW with warm-up and cosine, on a float32 copy of the
     parameters, which is rounded at the end; nothing else moves. The state that did best on
-    held_out is kept, so that the result is never worse there than the start. rates: what each
+    held_out is kept, so that the result is never worse there than the start, but for that rounding.
+    rates: what each
     parameter's learning rate is, over learning_rate; 1 by default. on_gradients(step,
     steps) is called after every backward pass (a baseline prunes there; it has no state in store);
     with it the last state is kept, whatever its loss. Deterministic for a seed on one device;
@@ -189,9 +190,14 @@ class _Training:
     def _add_up(self, loss: Tensor) -> None:
         """Sum loss and gradients over the processes, each of which had other windows."""
         parallel.add_up([loss])
-        for p in self.parameters if parallel.size() > 1 else ():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            parallel.add_up([p.grad])
+        if parallel.size() == 1:
+            return
+        reached = torch.tensor([float(p.grad is not None) for p in self.parameters])
+        parallel.add_up([reached])
+        for p, count in zip(self.parameters, reached.tolist(), strict=True):
+            if count:  # the others stay without one, as they do in one process
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                parallel.add_up([p.grad])
 
     @torch.no_grad()
     def measure(self) -> float:

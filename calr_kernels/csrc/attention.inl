@@ -1,36 +1,48 @@
-// out [d] = the sum of weights[i] * values[i], i below count, values `stride` elements apart.
+// ROWS of what `combine` makes, of VECTORS vectors of columns; the last `part` columns where that is not 0.
+template <int ROWS, int VECTORS, typename X>
+inline void combine_tile(const float* weights, int64_t apart, const X* values, float* out, int64_t out_stride,
+                         int64_t count, int64_t stride, int64_t part = 0) {
+  Vector total[ROWS][VECTORS];
+  for (auto& row : total) {
+    for (Vector& sum : row) sum = zero();
+  }
+  for (int64_t i = 0; i < count; ++i, values += stride) {
+    Vector value[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) {
+      value[j] = part ? load_part(values, part) : load(values + j * CALR_LANES);
+    }
+    for (int row = 0; row < ROWS; ++row) {
+      const Vector weight = spread(weights[row * apart + i]);
+      for (int j = 0; j < VECTORS; ++j) total[row][j] = multiply_add(weight, value[j], total[row][j]);
+    }
+  }
+  for (int row = 0; row < ROWS; ++row) {
+    float* to = out + row * out_stride;
+    float rest[CALR_LANES];
+    for (int j = 0; j < VECTORS; ++j) store(total[row][j], part ? rest : to + j * CALR_LANES);
+    if (part) std::memcpy(to, rest, part * sizeof(float));
+  }
+}
+
+// out [rows, d], rows out_stride apart = the sums of weights[i] * values[i], i below count: weights [rows,
+// count], rows `apart` elements apart, values [count, d], rows `stride` apart.
 template <typename X>
-inline void combine(const float* weights, const X* values, float* out, int64_t count, int64_t d,
-                    int64_t stride) {
-  constexpr int kAtOnce = 4;
-  int64_t column = 0;
-  for (; column + kAtOnce * CALR_LANES <= d; column += kAtOnce * CALR_LANES) {
-    Vector total[kAtOnce] = {zero(), zero(), zero(), zero()};
-    for (int64_t i = 0; i < count; ++i) {
-      const X* from = values + i * stride + column;
-      const Vector weight = spread(weights[i]);
-      for (int j = 0; j < kAtOnce; ++j) {
-        total[j] = multiply_add(weight, load(from + j * CALR_LANES), total[j]);
-      }
+inline void combine(const float* weights, int64_t apart, int64_t rows, const X* values, float* out,
+                    int64_t out_stride, int64_t count, int64_t d, int64_t stride) {
+  in_tiles<4>(rows, [&](int64_t row, auto some) {
+    constexpr int kRows = decltype(some)::value;
+    constexpr int kAtOnce = CALR_LANES == 16 || kRows == 1 ? 4 : 2;  // vectors: sums stay in registers
+    const float* own = weights + row * apart;
+    float* to = out + row * out_stride;
+    int64_t at = 0;
+    for (; at + kAtOnce * CALR_LANES <= d; at += kAtOnce * CALR_LANES) {
+      combine_tile<kRows, kAtOnce>(own, apart, values + at, to + at, out_stride, count, stride);
     }
-    for (int j = 0; j < kAtOnce; ++j) store(total[j], out + column + j * CALR_LANES);
-  }
-  for (; column + CALR_LANES <= d; column += CALR_LANES) {
-    Vector total = zero();
-    for (int64_t i = 0; i < count; ++i) {
-      total = multiply_add(spread(weights[i]), load(values + i * stride + column), total);
+    for (; at + CALR_LANES <= d; at += CALR_LANES) {
+      combine_tile<kRows, 1>(own, apart, values + at, to + at, out_stride, count, stride);
     }
-    store(total, out + column);
-  }
-  if (column == d) return;
-  Vector total = zero();
-  for (int64_t i = 0; i < count; ++i) {
-    const Vector value = load_part(values + i * stride + column, d - column);
-    total = multiply_add(spread(weights[i]), value, total);
-  }
-  float rest[CALR_LANES];
-  store(total, rest);
-  std::memcpy(out + column, rest, (d - column) * sizeof(float));
+    if (at < d) combine_tile<kRows, 1>(own, apart, values + at, to + at, out_stride, count, stride, d - at);
+  });
 }
 
 inline float largest_of(const float* values, int64_t count) {
@@ -68,8 +80,8 @@ void gather(const float* q, const X* keys, const X* values, float* most, float* 
     const float largest = largest_of(own, count);
     for (int64_t j = 0; j < count; ++j) own[j] = exponential(own[j] - largest);
     most[i] = largest, total[i] = sum_of(own, count);
-    combine(own, values, out + i * d, count, d, d);
   }
+  combine(scores, count, group, values, out, d, count, d, d);
 }
 
 // y [d] = what `parts` of the context have gathered for one query, brought together: their most, total

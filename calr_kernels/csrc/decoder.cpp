@@ -79,7 +79,7 @@ class Decoder {
     }
     if (!head) {
       const auto [begin, end] = team_.part(b * h);
-      for (int64_t i = begin; i < end; ++i) narrow(last[i], x + i);
+      CALR_BY_ISA(narrow_all, last + begin, x + begin, end - begin);
       return;
     }
     float* out = shared_.out.data();
@@ -88,7 +88,8 @@ class Decoder {
     calr::multiply(team_, head, 1, last, b, h, type(), &out, shared_.scratch.data());
     const auto [begin, end] = team_.part(head->n, 16);
     for (int64_t row = 0; row < b; ++row) {
-      for (int64_t i = begin; i < end; ++i) narrow(out[row * room(head->n) + i], logits + row * head->n + i);
+      const float* from = out + row * room(head->n);
+      CALR_BY_ISA(narrow_all, from + begin, logits + row * head->n + begin, end - begin);
     }
   }
 

@@ -4,6 +4,17 @@
 // weight vector is loaded once and used for every input. The sum of a row does not depend on the
 // tile it is computed in: one accumulator per row and input, lanes added in a fixed order.
 
+// Call run(at, constant) for [at, at + constant) of count, MOST at once or as many as are left: 4, 3, 2, 1.
+template <int MOST, typename Run>
+inline void in_tiles(int64_t count, const Run& run) {
+  int64_t at = 0;
+  for (; at + MOST <= count; at += MOST) run(at, std::integral_constant<int, MOST>{});
+  if constexpr (MOST > 1) {
+    if (at == count) return;
+    in_tiles<(MOST > 4 ? MOST / 2 : MOST - 1)>(count - at, [&](int64_t i, auto some) { run(at + i, some); });
+  }
+}
+
 template <int ROWS, int COLUMNS, typename W>
 inline void tile(const W* weight, const float* x, float* out, int64_t k, int64_t out_stride) {
   Vector total[COLUMNS][ROWS];
@@ -43,14 +54,9 @@ inline void tile(const W* weight, const float* x, float* out, int64_t k, int64_t
 template <int ROWS, typename W>
 inline void rows(const W* weight, const float* x, float* out, int64_t m, int64_t k,
                  int64_t out_stride) {
-  int64_t at = 0;
-  for (; at + 4 <= m && ROWS < 8; at += 4) {
-    tile<ROWS, 4>(weight, x + at * k, out + at * out_stride, k, out_stride);
-  }
-  for (; at + 2 <= m && ROWS < 8; at += 2) {
-    tile<ROWS, 2>(weight, x + at * k, out + at * out_stride, k, out_stride);
-  }
-  for (; at < m; ++at) tile<ROWS, 1>(weight, x + at * k, out + at * out_stride, k, out_stride);
+  in_tiles<(ROWS < 8 ? 4 : 1)>(m, [&](int64_t at, auto inputs) {
+    tile<ROWS, decltype(inputs)::value>(weight, x + at * k, out + at * out_stride, k, out_stride);
+  });
 }
 
 template <typename W>

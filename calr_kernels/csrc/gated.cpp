@@ -44,9 +44,8 @@ void calr_gated(const void* x, const calr_layer* layers, void* y, int64_t m, int
       calr::multiply(team, layers + 2, 1, hidden, m, n, x_type, &out, rest);
       const auto [begin, end] = team.part(hidden_size, 16);
       for (int64_t row = 0; row < m; ++row) {
-        for (int64_t i = begin; i < end; ++i) {
-          narrow(out[row * calr::room(hidden_size) + i], static_cast<X*>(y) + row * hidden_size + i);
-        }
+        const float* from = out + row * calr::room(hidden_size);
+        CALR_BY_ISA(narrow_all, from + begin, static_cast<X*>(y) + row * hidden_size + begin, end - begin);
       }
     });
   });

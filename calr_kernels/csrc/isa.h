@@ -72,6 +72,7 @@ namespace {
 #pragma GCC target("avx512f,avx512bf16")
 #endif
 namespace avx512bf16 {
+using avx512::in_tiles;
 using avx512::kPanel;
 #include "pairs.inl"
 }  // namespace avx512bf16

@@ -151,15 +151,15 @@ void quantized(const calr_layer& layer, Prepared& prepared, int64_t m, int64_t k
   if (!c) return;
   thread_local std::vector<float> buffer;
   if (!layer.packed_corrective) {
-    buffer.resize(end - begin);
+    const int64_t width = end - begin;
+    buffer.resize(m * width);
     typed(layer.type, [&](auto w) {
       const auto* up = static_cast<const decltype(w)*>(layer.corrective_up) + begin;
-      for (int64_t row = 0; row < m; ++row) {
-        float* own = out + row * stride + begin;
-        CALR_BY_ISA(combine, known + row * c, up, buffer.data(), c, end - begin, layer.n);
-        for (int64_t i = 0; i < end - begin; ++i) own[i] += buffer[i];
-      }
+      CALR_BY_ISA(combine, known, c, m, up, buffer.data(), width, c, width, layer.n);
     });
+    for (int64_t row = 0; row < m; ++row) {
+      for (int64_t i = 0; i < width; ++i) out[row * stride + begin + i] += buffer[row * width + i];
+    }
     return;
   }
   buffer.resize(m * room(c) + c);
@@ -310,7 +310,7 @@ void calr_linears(const void* x, const calr_layer* layers, int64_t count, void* 
         for (int64_t row = 0; row < m; ++row) {
           const float* from = results[i] + row * room(layers[i].n);
           X* to = static_cast<X*>(ys[i]) + row * layers[i].n;
-          for (int64_t j = begin; j < end; ++j) narrow(from[j], to + j);
+          CALR_BY_ISA(narrow_all, from + begin, to + begin, end - begin);
         }
       }
     });

@@ -37,6 +37,12 @@ void round_all(float* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] = rounded<X>(values[i]);
 }
 
+// out = values, rounded to X.
+template <typename X>
+void narrow_all(const float* values, X* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) narrow(values[i], out + i);
+}
+
 // x += y, rounded to X.
 template <typename X>
 void add_rounded(float* x, const float* y, int64_t count) {

@@ -61,12 +61,12 @@ inline void number_panel(const W* panel, const float* x, float* out, int64_t k, 
     }
   }
   for (int j = 0; j < COLUMNS; ++j) {
-    float found[kPanel];
+    float some[kPanel], *found = rows < kPanel ? some : out + j * out_stride;
     for (int part = 0; part < kVectors; ++part) {
       const Vector sum = multiply_add(total[j][1][part], spread(1.0f), total[j][0][part]);
       store(sum, found + part * CALR_LANES);
     }
-    std::memcpy(out + j * out_stride, found, (rows < kPanel ? rows : kPanel) * sizeof(float));
+    if (rows < kPanel) std::memcpy(out + j * out_stride, some, rows * sizeof(float));
   }
 }
 
@@ -76,16 +76,9 @@ void number_products(const W* panels, const float* x, float* out, int64_t m, int
                      int64_t out_stride, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row += kPanel) {
     const W* panel = panels + row / kPanel * panel_size<W>(k);
-    int64_t j = 0;
-    const auto some = [&](auto columns) {
-      constexpr int kAtOnce = decltype(columns)::value;
-      for (; j + kAtOnce <= m; j += kAtOnce) {
-        number_panel<kAtOnce>(panel, x + j * k, out + j * out_stride + row, k, out_stride, end - row);
-      }
-    };
-    some(std::integral_constant<int, kColumns>{});
-    if (kColumns > 4) some(std::integral_constant<int, kColumns / 2>{});
-    if (kColumns > 2) some(std::integral_constant<int, 2>{});
-    some(std::integral_constant<int, 1>{});
+    in_tiles<kColumns>(m, [&](int64_t j, auto columns) {
+      number_panel<decltype(columns)::value>(panel, x + j * k, out + j * out_stride + row, k, out_stride,
+                                             end - row);
+    });
   }
 }

@@ -4,21 +4,11 @@
 constexpr int kPairColumns = 8;  // inputs that a panel is multiplied by at once
 constexpr int kPairSums = 2;     // of an output, so that none waits for the one before
 
-// Call run(j, constant) for inputs [j, j + constant) of m, as many at once as there may be.
-template <typename Run>
-inline void by_columns(int64_t m, const Run& run) {
-  int64_t j = 0;
-  for (; j + kPairColumns <= m; j += kPairColumns) run(j, std::integral_constant<int, kPairColumns>{});
-  for (; j + 4 <= m; j += 4) run(j, std::integral_constant<int, 4>{});
-  for (; j + 2 <= m; j += 2) run(j, std::integral_constant<int, 2>{});
-  if (j < m) run(j, std::integral_constant<int, 1>{});
-}
-
 // Inputs x [m, k], bfloat16 numbers as float32, two neighbours in 32 bits: from j * ceil(k / 2) on those of
 // the inputs that are multiplied at once, [ceil(k / 2)][inputs], since rows of a power of two would share
 // their places in the cache.
 inline void pair_up(const float* x, uint32_t* pairs, int64_t m, int64_t k) {
-  by_columns(m, [&](int64_t first, auto columns) {
+  in_tiles<kPairColumns>(m, [&](int64_t first, auto columns) {
     constexpr int kAtOnce = decltype(columns)::value;
     for (int64_t j = 0; j < kAtOnce; ++j) {
       const float* from = x + (first + j) * k;
@@ -52,10 +42,9 @@ inline void pair_panel(const W* panel, const uint32_t* x, float* out, int64_t pa
     for (int i = 0; i < kPairSums; ++i) add(at + i, i);
   }
   for (; at < pairs; ++at) add(at, 0);
+  const auto kept = static_cast<__mmask16>(rows < kPanel ? (1u << rows) - 1 : 0xffffu);
   for (int j = 0; j < COLUMNS; ++j) {
-    float found[kPanel];
-    _mm512_storeu_ps(found, _mm512_add_ps(total[j][0], total[j][1]));
-    std::memcpy(out + j * out_stride, found, (rows < kPanel ? rows : kPanel) * sizeof(float));
+    _mm512_mask_storeu_ps(out + j * out_stride, kept, _mm512_add_ps(total[j][0], total[j][1]));
   }
 }
 
@@ -65,7 +54,7 @@ void pair_products(const W* panels, const uint32_t* x, float* out, int64_t m, in
                    int64_t out_stride, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row += kPanel) {
     const W* panel = panels + row * 2 * pairs;
-    by_columns(m, [&](int64_t j, auto columns) {
+    in_tiles<kPairColumns>(m, [&](int64_t j, auto columns) {
       pair_panel<decltype(columns)::value>(panel, x + j * pairs, out + j * out_stride + row, pairs, out_stride,
                                            end - row);
     });

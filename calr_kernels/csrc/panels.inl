@@ -114,17 +114,11 @@ void panels_products(const uint8_t* panels, const int8_t* table, const X* x, con
   for (int64_t panel = begin; panel < end; ++panel) {
     const uint8_t* at = panels + panel * bytes;
     float* to = out + panel * kPanel;
-    int64_t j = 0;
-    const auto some = [&](auto columns) {
-      constexpr int kAtOnce = decltype(columns)::value;
-      for (; j + kAtOnce <= m; j += kAtOnce) {
-        const Groups of_x{x_scales + j * groups, x_offsets + 2 * j * groups};
-        panel_products<BITS, kAtOnce>(at, table, x + j * padded, of_x, to + j * out_stride, groups,
-                                      group, out_stride);
-      }
-    };
-    some(std::integral_constant<int, 4>{});
-    some(std::integral_constant<int, 1>{});
+    in_tiles<4>(m, [&](int64_t j, auto columns) {
+      const Groups of_x{x_scales + j * groups, x_offsets + 2 * j * groups};
+      panel_products<BITS, decltype(columns)::value>(at, table, x + j * padded, of_x, to + j * out_stride,
+                                                     groups, group, out_stride);
+    });
   }
 }
 

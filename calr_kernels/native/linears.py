@@ -197,7 +197,7 @@ class Binding:
                     "CPU"
                 )
         if layer.pivots is not None:
-            found = torch.empty(n - rank, dtype=torch.int32)
+            found = torch.empty(n - rank, dtype=torch.int32, device="cpu")
             pivots, others = self._keep(layer.pivots.clone()), self._keep(found)
             if required().calr_complement(pivots, others, n, rank):
                 raise ValueError(f"pivots: must be {rank} distinct rows below {n}")

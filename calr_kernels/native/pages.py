@@ -24,7 +24,7 @@ def empty(size: int) -> Tensor:
     """Return a tensor [size] uint8 that is not initialised."""
     global _last
     if not _HUGE or size == 0:
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
     if size > REGION // 2:
         return _cut(_region(size), size, 0)
     with _lock:

@@ -39,7 +39,7 @@ def dequantize(
     records: Tensor, form: Form, columns: int, dtype: torch.dtype, scales: Tensor | None
 ) -> Tensor:
     """Compute `calr_kernels.records.dequantize` of eligible records: the same bits."""
-    y = torch.empty(records.shape[0], columns, dtype=dtype)
+    y = torch.empty(records.shape[0], columns, dtype=dtype, device="cpu")
     scales = None if scales is None else scales.float().contiguous()
     required().calr_dequantize(
         records.data_ptr(),
@@ -59,7 +59,7 @@ def dequantize(
 def scale_gradients(records: Tensor, gradients: Tensor, form: Form) -> Tensor:
     """Compute `calr_kernels.records.scale_gradients` of eligible records."""
     gradients = gradients.contiguous()
-    sums = torch.empty(records.shape[:2])
+    sums = torch.empty(records.shape[:2], dtype=torch.float32, device="cpu")
     required().calr_scale_gradients(
         records.data_ptr(),
         table(form).data_ptr(),
@@ -78,4 +78,5 @@ def scale_gradients(records: Tensor, gradients: Tensor, form: Form) -> Tensor:
 def table(form: Form) -> Tensor:
     """Return the levels by code, int8 [64], for codes that are looked up."""
     values = form.values[:CODES] if form.bits < 8 else ()
-    return torch.tensor([*values, *[0] * (CODES - len(values))], dtype=torch.int8)
+    padded = [*values, *[0] * (CODES - len(values))]
+    return torch.tensor(padded, dtype=torch.int8, device="cpu")

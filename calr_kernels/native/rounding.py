@@ -25,8 +25,8 @@ def search(weight: Tensor, importance: Tensor, tried: list[float], form: Form) -
     weight, importance = weight.contiguous(), importance.contiguous()
     rows, columns = weight.shape
     cells = records.level_cells(form, weight.device)
-    ratios = torch.tensor(tried, dtype=torch.float32)
-    scales = torch.empty(rows, form.groups(columns))
+    ratios = torch.tensor(tried, dtype=torch.float32, device="cpu")
+    scales = torch.empty(rows, form.groups(columns), device="cpu")
     required().calr_search(
         weight.data_ptr(),
         importance.data_ptr(),

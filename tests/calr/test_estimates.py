@@ -87,6 +87,17 @@ def test_disk_counts_statistics_rotation_and_results():
     assert work(tied).disk(1000) - work(tied).disk(0) == 3000
 
 
+def test_disk_counts_what_a_training_keeps():
+    """Values, two moments and the best state, the first three twice while they are written."""
+    model = tiny_llama()
+    trained = int(0.5 * analyse(model).linear_parameters)
+    several = {"bits": None, "keep": 0.5, "correction_tokens": 1000}
+    more = work(model, **several).disk(0) - work(model, **several | {"correction_tokens": 0}).disk(
+        0
+    )
+    assert more == pytest.approx(28 * trained + 768 * 1000, abs=28)
+
+
 def test_a_run_says_what_its_phases_took_beside_what_was_expected(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "model")
     from calr.testing import byte_tokenizer

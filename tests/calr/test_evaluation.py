@@ -48,3 +48,16 @@ def test_a_comparison_is_the_divergence_of_the_two_models(ids):
     assert found.agreement == pytest.approx(float(same.double().mean()))
     ratio = perplexity(model, ids[:2]).perplexity / perplexity(dense, ids[:2]).perplexity
     assert found.ratio == pytest.approx(ratio, rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_token_that_both_models_rule_out_costs_nothing(ids):
+    dense, model = tiny_llama(), tiny_llama(seed=1)
+    expected = compare(model, dense, ids[:1])
+    never = int((torch.bincount(ids[0], minlength=dense.config.vocab_size) == 0).nonzero()[0])
+    for one in (dense, model):
+        one.lm_head.register_forward_hook(
+            lambda module, given, y: y.index_fill(-1, torch.tensor([never]), -math.inf)
+        )
+    found = compare(model, dense, ids[:1])
+    assert found.kl == pytest.approx(expected.kl, rel=0.1)

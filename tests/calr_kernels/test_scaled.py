@@ -91,6 +91,18 @@ def test_trained_scales_keep_their_signs_and_are_what_is_stored():
     assert torch.equal(found, nn.functional.linear(x, numbers))
 
 
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.bits} {form.levels}")
+def test_small_scales_are_trained_too(form):
+    """Two of them multiplied would be 0 in float16."""
+    codes, own = (
+        torch.zeros(2, form.scale_group, dtype=torch.uint8),
+        torch.tensor([[5e-5], [-5e-5]]),
+    )
+    weight = records.pack(codes, own, form)
+    found = scaled.stored_scales(weight, own * 1.5, form)
+    torch.testing.assert_close(found.float(), own * 1.5, rtol=2e-3, atol=0)
+
+
 def test_autocast_is_followed():
     form = Form(4, "table", 32)
     weight, scales = matrix(form, 3, 64, "cpu")

@@ -45,6 +45,32 @@ def test_a_growing_layer_is_the_layer_it_stands_for(kind):
     assert type(grown).of(own).get_seq_length() == own.get_seq_length()
 
 
+@pytest.mark.parametrize("kind", ["full", "sliding"])
+def test_gradients_reach_what_came_earlier(kind):
+    """Nothing that autograd has kept is written to."""
+    own, grown = DynamicLayer(), GrowingLayer()
+    if kind == "sliding":
+        own, grown = DynamicSlidingWindowLayer(sliding_window=4), GrowingSlidingLayer(4)
+    found = []
+    for layer in (own, grown):
+        states = torch.linspace(0.1, 1, 24).view(1, 1, 6, 4).requires_grad_()
+        total = 0
+        for at in range(6):
+            keys, values = layer.update(*2 * [states[:, :, at : at + 1].tanh()])
+            total = total + (keys.square() * values).sum()
+        total.backward()
+        found.append(states.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_what_inference_mode_left_is_continued_outside_of_it():
+    layer = GrowingLayer()
+    with torch.inference_mode():
+        layer.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4))
+    keys, _ = layer.update(torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, 2, 4))
+    assert keys.sum(-1).tolist() == [2 * [[4.0, 4.0, 4.0, 0.0, 0.0]]]
+
+
 def test_room_is_made_at_once_for_what_is_expected():
     layer = GrowingLayer.of(DynamicLayer())
     layer.expect(100)

@@ -1,5 +1,6 @@
 """A decoder whose blocks run in one native call gives what its own forward gives."""
 
+import contextlib
 import copy
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,8 +9,10 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import calr
 from calr.inference import optimize_for_inference
@@ -268,7 +271,18 @@ def test_generate_in_all_its_ways(name, asked):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "asked",
-    ["hook", "decoder hook", "lora", "hidden states", "fixed cache", "window", "training", "grad"],
+    [
+        "hook",
+        "decoder hook",
+        "hook on everything",
+        "lora",
+        "hidden states",
+        "fixed cache",
+        "window",
+        "training",
+        "grad",
+        "fewer blocks",
+    ],
 )
 def test_what_must_not_be_bypassed_is_not(asked, calls):
     plain = tiny_llama(vocab_size=96, attention_dropout=0.0)
@@ -301,11 +315,79 @@ def test_what_must_not_be_bypassed_is_not(asked, calls):
             expected = 0
         elif asked == "training":
             model.train()
-        with torch.set_grad_enabled(asked == "grad"):
+        elif asked == "fewer blocks":
+            model.config.num_hidden_layers = 1
+            expected = 0
+        everywhere = contextlib.nullcontext()
+        if asked == "hook on everything":
+            everywhere = register_module_forward_hook(
+                lambda module, given, y: 2 * y if isinstance(module, LlamaMLP) else None
+            )
+            expected = 0
+        with torch.set_grad_enabled(asked == "grad"), everywhere:
             logits.append(decoded(model, cache=cache))
         expected = 0 if asked == "grad" else expected
     assert len(calls) == expected
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["hook", "scaling"])
+def test_angles_that_somebody_changes_are_used(how, calls):
+    plain = family("llama")
+    fast = prepared(plain)
+    decoded(fast)
+    for model in (plain, fast):
+        rotary = model.model.rotary_emb
+        if how == "hook":
+            rotary.register_forward_hook(lambda module, given, y: (0.5 * y[0], 2 * y[1]))
+        else:
+            rotary.attention_scaling *= 2
+    calls.clear()
+    torch.testing.assert_close(decoded(fast), decoded(plain), rtol=1e-4, atol=2e-5)
+    assert len(calls) == NEW
+
+
+@torch.no_grad()
+def test_hidden_states_that_were_asked_for_once_leave_the_kernel_in_use(calls):
+    fast = prepared(family("llama"))
+    assert len(fast(torch.arange(3, 9)[None], output_hidden_states=True).hidden_states) == 5
+    calls.clear()
+    decoded(fast)
+    assert len(calls) == NEW
+
+
+@torch.no_grad()
+def test_a_decoder_alone_gives_the_tuple_that_it_is_asked_for():
+    plain = family("llama")
+    for model in (plain, prepared(plain)):
+        cache, ids = DynamicCache(config=model.config), torch.arange(3, 9)[None]
+        for part in (ids[:, :5], ids[:, 5:]):
+            assert type(model.model(part, past_key_values=cache, return_dict=False)) is tuple
+
+
+@torch.no_grad()
+def test_an_interrupted_step_leaves_a_cache_that_goes_on(monkeypatch):
+    """Between the two counts of a token: the cache's, and the kernel's."""
+    plain = family("llama")
+    fast = prepared(plain)
+    ids, caches = torch.arange(3, 19).view(2, 8), []
+    for model in (plain, fast):
+        caches.append(DynamicCache(config=model.config))
+        for part in ids[:, :5], ids[:, 5:6]:
+            model(part, past_key_values=caches[-1])
+    plain(ids[:, 6:7], past_key_values=caches[0])
+
+    def interrupted(pasts):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(native.decoder.Pasts, "advance", interrupted)
+        fast(ids[:, 6:7], past_key_values=caches[1])
+    expected, found = (
+        m(ids[:, 7:], past_key_values=c).logits for m, c in zip((plain, fast), caches, strict=True)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Allocation: budgets met, optimality against brute force and HiGHS."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calr.errors import CalrError
-from calr.ranks import Budget, Shape, last_k, least_error, uniform
+from calr.ranks import Budget, Shape, knapsack, last_k, least_error, uniform
 
 LAYOUTS = st.sampled_from(["pivoted", "two_factor"])
 
@@ -86,6 +87,22 @@ def test_lagrangian_is_close_to_exact_and_never_better(problem, keep, layout):
     assert (
         fast <= best + largest_step + whole
     )  # one layer's choice is the most that greedy can lose
+
+
+def test_exact_stays_within_the_budget_where_a_byte_is_missing():
+    """HiGHS itself takes what exceeds a budget by less than a millionth for feasible."""
+    costs = [[0, 300_000_001], [0, 400_000_003], [0, 200_000_005]]
+    values = [np.array([1.0, 0.0])] * 3
+    for missing in (1, 2, 50):
+        budget = sum(cost[1] for cost in costs) - missing
+        at = knapsack.solve(costs, values, budget, exact=True)
+        assert sum(cost[i] for cost, i in zip(costs, at, strict=True)) <= budget
+        assert sorted(at) == [0, 1, 1]
+
+
+def test_what_is_not_finite_is_refused():
+    with pytest.raises(CalrError, match="not finite"):
+        knapsack.solve([[1, 2]], [np.array([1.0, math.nan])], 2)
 
 
 def test_exact_equals_brute_force():
@@ -183,3 +200,13 @@ def test_ranks_below_the_least_are_no_choice():
 def test_unreachable_keep_names_what_is_reachable():
     with pytest.raises(CalrError, match=r"smallest ranks .* keep 0\.2344"):
         allocated([Shape("a", 64, 64)], [np.zeros(65)], 0.1, "pivoted", 8)
+
+
+@pytest.mark.parametrize("size", [32, 576, 4096])
+def test_no_pivoted_rank_takes_more_bytes_than_the_dense_weight(size):
+    """Of 16 bits a number, and 32 a pivot."""
+    ranks = Shape("a", size, size).ranks("pivoted", 8)
+    assert ranks[-1] is None
+    assert all(2 * rank * (2 * size - rank) + 4 * rank < 2 * size**2 for rank in ranks[:-1])
+    rank = ranks[-2] + 8
+    assert 2 * rank * (2 * size - rank) + 4 * rank >= 2 * size**2

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calr.rounding import Rounded, gptq, matrix, round_matrix, truncate
+from calr.rounding.damping import damped_cholesky
 from calr.rounding.scales import refit, search
 from calr_kernels import Form, records
 
@@ -18,6 +19,13 @@ FORMS = [
     Form(6, "formula", 32),
     Form(8, "uniform", 64),
 ]
+
+
+def test_a_moment_that_is_not_finite_is_refused():
+    moment = torch.eye(4, dtype=torch.float64)
+    moment[1, 2] = moment[2, 1] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        damped_cholesky(moment, 0.01)
 
 
 def problem(rows=40, columns=96, seed=0):

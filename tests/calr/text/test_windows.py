@@ -102,6 +102,12 @@ def test_tokens_are_drawn_as_often_as_the_scores_say():
     assert ((counts - expected).abs() <= 5 * expected.sqrt()).all()
 
 
+def test_an_end_of_text_beyond_the_vocabulary_forbids_nothing():
+    scores = torch.full((50, 4), -torch.inf).index_fill_(1, torch.tensor([2, 3]), 0.0)
+    drawn = sampling._Drawing(0, [3, 9, -2])(torch.zeros(0), scores).argmax(-1)
+    assert set(drawn.tolist()) == {2}
+
+
 @pytest.mark.parametrize("ends", [5, [5, 7]])
 def test_sampled_text_never_ends(ends):
     model = tiny_llama(eos_token_id=ends)

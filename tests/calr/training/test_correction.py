@@ -1,9 +1,11 @@
 """Correction: it helps, never harms, continues after an interruption, and changes nothing else."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy as cross_entropy_of
 
 import calr
@@ -334,3 +336,23 @@ def test_a_pruning_method_is_called_at_every_step_and_keeps_the_last_state(text)
     assert calls == [(i, 4) for i in range(4)]
     assert parameters[0].detach().abs().max() < 1e-6
     assert done.loss_after > done.loss_before
+
+
+def test_what_no_process_has_reached_keeps_no_gradient(monkeypatch):
+    """As in one process: the optimiser goes on without it, and its momentum stays as it is."""
+    reached, elsewhere, never = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    reached.grad = torch.ones(2)
+
+    def add_up(tensors):
+        for tensor in tensors:
+            if len(tensor) == 3:  # which of the parameters some process has reached
+                tensor += torch.tensor([0.0, 1.0, 0.0])
+            else:
+                tensor += 1
+
+    monkeypatch.setattr(loop.parallel, "size", lambda: 2)
+    monkeypatch.setattr(loop.parallel, "add_up", add_up)
+    training = SimpleNamespace(parameters=[reached, elsewhere, never])
+    loop._Training._add_up(training, torch.zeros(1))
+    assert reached.grad.tolist() == [2.0, 2.0] and elsewhere.grad.tolist() == [1.0, 1.0]
+    assert never.grad is None

@@ -32,6 +32,20 @@ def filled(rows, columns, form, generator):
     return records.pack(codes, scales, form)
 
 
+def test_another_default_device_changes_nothing():
+    form = Form(5, "formula", 32)
+    layer = QuantizedLinear(40, 24, form, bias=False)
+    layer.weight.copy_(filled(24, 40, form, torch.Generator().manual_seed(0)))
+    x, expected = torch.ones(2, 40), layer(torch.ones(2, 40))
+    numbers = records.dequantize(layer.weight, form, 40, torch.float32)
+    native.quantized.table.cache_clear()
+    with torch.device("meta"):
+        again = copy.deepcopy(layer)
+        assert torch.equal(again(x), expected)
+        found = records.dequantize(again.weight, form, 40, torch.float32)
+        assert torch.equal(found, numbers)
+
+
 def layer(n, k, form, rank=0, bias=True, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     paths = [filled(rank, side, CORRECTIVE, generator) for side in (k, n)] if rank else []
