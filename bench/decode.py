@@ -1,7 +1,7 @@
 """Greedy decoding and prefill on a CPU: compressed models, the dense one, and llama.cpp, by turns.
 
     python bench/decode.py --model MODEL [DIR ...] [--threads 1] [--context 8] [--batch 1]
-        [--rounds 5] [--only NAME ...]
+        [--rounds 5] [--only NAME ...] [--busy 0]
 
 MODEL is a directory with a GGUF file, DIR what `calr compress` wrote. From MODEL come, beside the
 dense model itself, models of the same shapes and other values, since only their speed counts: every
@@ -11,15 +11,19 @@ bits, and 4 bits with a corrective path of rank 16, in 8 bits and in 16. They ru
 argmax. llama.cpp gets the file as F16, Q8_0 and Q4_0, every matrix, through llama-cpp-python if it
 is installed (`pip install llama-cpp-python`, built for this machine), and is chained, too. All
 continue a prompt of --context tokens by 128 within one process, and read one of 512 tokens (of the
-dense model in float32, too). Writes bench/results/decode.json, a row a model, way, context, batch
-and number of threads, and prints a table.
+dense model in float32, too). --busy: as many other programs keep a core busy all the while. Prints
+a table and, without these, writes bench/results/decode.json, a row a model, way, context, batch and
+number of threads.
 """
 
 import argparse
+import contextlib
 import ctypes
 import importlib.util
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -210,6 +214,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", help="Names of the models to time.")
+    parser.add_argument("--busy", type=int, default=0, help="Other programs on cores.")
     parser.add_argument("--output", type=Path, default=Path("bench/results/decode.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -232,7 +237,8 @@ def main() -> None:
                 file = llama_file(source, rung, Path(directory))
                 for way, side in llama_sides(file, ids, arguments.threads).items():
                     sides[f"llama.cpp {rung}", way] = side
-        times = by_turns(sides, arguments.rounds)
+        with busy(arguments.busy):
+            times = by_turns(sides, arguments.rounds)
     cell = {key: vars(arguments)[key] for key in ("threads", "context", "batch")}
     rows = [
         cell
@@ -256,9 +262,23 @@ def main() -> None:
             row["way"]: f"{row['tokens_per_second']:.1f}" for row in rows if row["model"] == name
         }
         print(f"| {name} | {' | '.join(own.get(way, '') for way in WAYS)} |")
+    if arguments.busy:
+        return
     kept = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     others = [row for row in kept if not cell.items() <= row.items()]
     write_json(arguments.output, others + rows)
+
+
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Have programs beside this one that keep a core busy each."""
+    loop = [sys.executable, "-c", "while True: pass"]
+    running = [subprocess.Popen(loop) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for program in running:
+            program.kill()
 
 
 def by_turns(sides: dict[tuple[str, str], Side], rounds: int) -> dict[tuple[str, str], list[float]]:

@@ -39,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done; 1: an error that its message tells how to mend; 2: wrong arguments; 130: interrupted.
     """
     parser = build_parser()
-    parsed = parser.parse_args(_lists(_config_first(arguments)))
+    try:
+        parsed = parser.parse_args(_lists(_config_first(arguments)))
+    except UnicodeDecodeError as error:  # of a file that is no text
+        parser.error(f"--config: is no text in UTF-8 ({error})")
     _set_up_logging()
     try:
         with interruptible():
@@ -125,10 +128,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"calr {__version__}")
     commands = parser.add_subcommands(required=True)
     for name, (describe, text) in {
-        "plan": (
-            _plan,
-            "Show ranks, parameters, memory and time of a compression; write nothing.",
-        ),
+        "plan": (_plan, "Show forms, bytes, memory and time of a compression; write nothing."),
         "compress": (_compress, "Compress a model and write an ordinary checkpoint."),
         "resize": (_resize, "Cut an elastic checkpoint to a size, without calibration."),
         "export": (_export, "Write a compressed checkpoint for programs that do not know calr."),

@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -122,9 +123,9 @@ def compress(arguments: Namespace) -> None:
         options = {name: arguments[name] for name in (*names, "max_memory", *LOADING)}
         options["device"] = parallel.place_of(arguments.device)
         results = compress_to(arguments.model, arguments.directory, _recipe(arguments), **options)
-        following = f"calr generate {arguments.directory} --prompt 'Once upon a time'"
+        following = f"calr generate {quote(arguments.directory)} --prompt 'Once upon a time'"
         if arguments.elastic:
-            following = f"calr resize {arguments.directory} OUTPUT --keep 0.7"
+            following = f"calr resize {quote(arguments.directory)} OUTPUT --keep 0.7"
         if parallel.first():
             _print_written(arguments, results, following)
 
@@ -135,7 +136,7 @@ def resize(arguments: Namespace) -> None:
     results = resize_to(
         arguments.model, arguments.directory, **{name: arguments[name] for name in names}
     )
-    following = f"calr eval {arguments.directory} --against {arguments.model}"
+    following = f"calr eval {quote(arguments.directory)} --against {quote(arguments.model)}"
     _print_written(arguments, results, following)
 
 

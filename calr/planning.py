@@ -205,7 +205,10 @@ def _known_curves(budget: Budget, recipe: Recipe, statistics: Store) -> dict[str
     """Read the error curves that an earlier run left; CalrError where they are none of this."""
     name, place = curves_name(recipe), statistics.directory
     if name not in statistics:
-        raise CalrError(f"{place}: holds no whole error curves of {name}; compress with it first")
+        raise CalrError(
+            f"{place}: holds no whole error curves of {name}; compress with it first or, where it "
+            "is of another model, text or rotation, name another directory"
+        )
     curves = statistics.load(name)
     for shape in budget.shapes:
         length = min(shape.out_features, shape.in_features) + 1

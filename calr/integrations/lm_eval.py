@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2.exceptions import UndefinedError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calr.errors import CalrError
@@ -82,13 +83,19 @@ def evaluate(
             raise CalrError(
                 f"tasks: their data cannot be loaded: {error}; --task_data takes local files"
             ) from error
+        except UndefinedError as error:
+            raise CalrError(
+                f"tasks: their data lack what the tasks ask for: {error}; look at --task_data"
+            ) from error
     return {task: _summary(task, results["samples"][name]) for task, name in names.items()}
 
 
 def retention(
     compressed: dict[str, dict[str, Any]], dense: dict[str, dict[str, Any]]
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Compare mean accuracies: compressed ÷ dense, and the same of what exceeds chance.
+
+    None where there is nothing to divide by.
 
     >>> a, b = {"accuracy": 0.4, "chance": 0.25}, {"accuracy": 0.5, "chance": 0.25}
     >>> kept = retention({"arc": a}, {"arc": b})
@@ -99,9 +106,9 @@ def retention(
     def total(rows: dict[str, dict[str, Any]], above: bool) -> float:
         return sum(float(row["accuracy"]) - above * float(row["chance"]) for row in rows.values())
 
-    def ratio(above: bool) -> float:
+    def ratio(above: bool) -> float | None:
         base = total(dense, above)
-        return total(compressed, above) / base if base else float("nan")
+        return total(compressed, above) / base if base else None
 
     return {"retention": ratio(False), "above_chance": ratio(True)}
 
@@ -133,7 +140,12 @@ def _write_local_task(manager: Any, task: str, data: Path, target: Path) -> None
             f"task_data: {data} holds neither {task}.test.jsonl nor {task}.validation.jsonl"
         )
     with files[split].open(encoding="utf-8") as lines:
-        columns = set(json.loads(lines.readline()))
+        try:
+            columns = set(dict(json.loads(lines.readline())))
+        except (ValueError, TypeError) as error:
+            raise CalrError(
+                f"task_data: {files[split]}, line 1: is no JSON object ({error})"
+            ) from error
     config: dict[str, Any] = {
         "include": str(manager.task_index[task].yaml_path),
         "task": f"local_{task}",

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from calr.errors import CalrError
 from calr.integrations.config import QUANT_METHOD
@@ -27,6 +28,7 @@ from calr.model.lazy import lazy_model, read_in_parts
 from calr.model.weights import require_finite
 
 GGUF_DTYPE = torch.bfloat16  # of the numbers of a GGUF file, where no other is asked for
+logger = logging.get_logger(__name__)
 NUMBERS = {gguf.GGMLQuantizationType[kind] for kind in ("F64", "F32", "F16", "BF16")}
 HEAD = "output.weight"  # of lm_head, in a GGUF file
 LONG = 500  # characters, of a message that says too much
@@ -58,8 +60,12 @@ def load(
     if found == "auto" and "gguf_file" in arguments:
         found = GGUF_DTYPE
     placed = {"dtype": found, "device_map": None if device == "cpu" else device}
-    with _one_sentence(f"{source}: cannot be loaded"):
+    _require_model(source)
+    with _one_sentence(
+        f"{source}: its tokenizer cannot be loaded; save_pretrained writes one there"
+    ):
         tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments)
+    with _one_sentence(f"{source}: cannot be loaded"):
         files = gguf_files(source)
         config = _config(source, tokenizer_arguments, files)
         loaded: Any = None
@@ -78,6 +84,18 @@ def load(
         if parameter.device.type != "meta" and not isinstance(parameter, Absent):
             require_finite(parameter.detach(), f"{source}: {name}: the values", parameter.dtype)
     return model.eval(), tokenizer
+
+
+def _require_model(source: str) -> None:
+    """Refuse a directory without a model, and say of one with an adapter beside it what is read."""
+    place = Path(source)
+    if place.is_dir() and not gguf_files(source) and not (place / "config.json").exists():
+        raise CalrError(f"{source}: holds no model (no config.json, no GGUF file)")
+    if (place / "adapter" / "adapter_config.json").exists():
+        logger.warning(
+            f"{source}: is read without its corrective paths, which are in {place / 'adapter'}; "
+            "its card says how both are loaded"
+        )
 
 
 def _config(source: str, arguments: dict[str, Any], files: list[Path]) -> Any:

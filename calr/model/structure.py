@@ -93,10 +93,15 @@ class Structure:
 def analyse(model: PreTrainedModel, skip: Sequence[str] = ()) -> Structure:
     """Find blocks, linear layers and input groups of a model, which may live on the meta device.
 
-    skip: fnmatch patterns of layer names that stay dense. Raises CalrError for a model that is
-    compressed or quantised already, shares linear layers, keeps its weights elsewhere (Conv1D,
-    experts that were not taken apart), or whose layers a pattern does not match.
+    skip: fnmatch patterns of layer names that stay dense. Raises CalrError for one that is no
+    causal language model, is compressed or quantised already, shares linear layers, keeps its
+    weights elsewhere (Conv1D, experts that were not taken apart), or whose layers a pattern does
+    not match.
     """
+    if not model.can_generate():
+        raise CalrError(
+            f"{type(model).__name__}: is no causal language model; AutoModelForCausalLM loads one"
+        )
     _refuse_compressed(model)
     _refuse_adapters(model)
     if model.config.get_text_config(decoder=True) is not model.config:

@@ -48,6 +48,7 @@ def model_card(
     name = (Path(source).resolve().name if local else source).replace("`", "'")
     name = "".join(c if c.isprintable() and c not in "<>" else "_" for c in name)
     command = command.format(model=name)
+    made_with = "with" if command.startswith("calr compress") else "of a checkpoint made with"
     before, after = (f"{results[k] / 1e6:,.1f} MB" for k in ("source_bytes", "tensor_bytes"))
     lines = ["import calr"] if needs_calr else []
     lines += ["from peft import PeftModel"] if adapter else []
@@ -79,7 +80,7 @@ A compression of `{name}`, {before}, to {after}: {what}.
 
 ## Recipe
 
-`{command}` with
+`{command}` {made_with}
 
 ```yaml
 {recipe_yaml.strip()}

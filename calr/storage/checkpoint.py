@@ -125,8 +125,9 @@ def prepare(directory: Path, key: str, summary: dict[str, Any], *, overwrite: bo
             return Store(work)
         if not overwrite and {path.name for path in work.iterdir()} - {LEDGER, LOCK}:
             raise CalrError(
-                f"{directory}: holds an unfinished run of something else ({found['summary']}); "
-                "finish it with the same arguments, name another directory, or pass --overwrite"
+                f"{directory}: holds an unfinished run of something else ({found['summary']}, or "
+                "other options); finish it with the same arguments, name another directory, or "
+                "pass --overwrite"
             )
     _clear(work, but={LOCK, MOVING})  # what lies beside a torn one is still ours to replace
     work.mkdir(parents=True, exist_ok=True)
@@ -215,15 +216,15 @@ def write_at_once(
 def writing(directory: Path) -> Iterator[None]:
     """Be the only run at work in a directory, and say a full disk and the like in one sentence.
 
-    What was finished stays for the next run.
+    What was finished stays for the next run, and so does a directory that was there before.
     """
-    work = directory / WORK
+    work, made = directory / WORK, not directory.exists()
     with one_sentence(directory):
         try:
             with locked(work / LOCK, str(directory)):
                 yield
         finally:
-            for place in (work, directory):  # those that nothing was put into
+            for place in (work, *([directory] if made else ())):  # that nothing was put into
                 with contextlib.suppress(OSError):
                     place.rmdir()
 

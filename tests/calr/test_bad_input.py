@@ -1,11 +1,16 @@
 """What people type and what files hold: one sentence and exit code 1, never a traceback."""
 
 import json
+import shlex
 
 import pytest
 import torch
+from transformers import LlamaForSequenceClassification
 
+import calr
 from calr.cli import main
+from calr.errors import CalrError
+from calr.storage import checkpoint
 from calr.testing import byte_tokenizer, tiny_llama
 
 SMALL = [
@@ -156,3 +161,48 @@ def test_a_model_named_by_a_dot_gives_its_card_a_title(model, tmp_path, monkeypa
     monkeypatch.chdir(model())
     assert main(["compress", ".", str(tmp_path / "out"), *SMALL]) == 0
     assert "# model, compressed" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_directory_that_was_there_stays_when_a_run_fails(model, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    out.mkdir(mode=0o750)
+
+    def denied(*arguments):
+        raise PermissionError(13, "Permission denied", str(out / ".calr"))
+
+    source = model()
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_ledger", denied)
+        refused(capsys, ["compress", source, out, *SMALL], "Permission denied")
+        refused(capsys, ["compress", source, tmp_path / "new", *SMALL], "Permission denied")
+    assert out.stat().st_mode & 0o777 == 0o750
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_to_type_next_can_be_typed(model, tmp_path, capsys):
+    out = tmp_path / "a name"
+    assert main(["compress", str(model()), str(out), *SMALL]) == 0
+    following = capsys.readouterr().out.split("next: ")[1]
+    assert shlex.split(following)[:3] == ["calr", "generate", str(out)]
+
+
+def test_a_configuration_that_is_no_text(model, capsys):
+    source = model()
+    with pytest.raises(SystemExit) as found:
+        main(["compress", str(source), "out", "--config", str(source / "model.safetensors")])
+    assert found.value.code == 2
+    assert "--config: is no text" in capsys.readouterr().err
+
+
+def test_directories_without_a_model_or_a_tokenizer(model, tmp_path, capsys):
+    refused(capsys, ["eval", tmp_path], "holds no model (no config.json, no GGUF file)")
+    source = model()
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+    refused(capsys, ["eval", source], "its tokenizer cannot be loaded; save_pretrained writes one")
+
+
+def test_a_model_that_is_no_language_model():
+    config = tiny_llama().config
+    with pytest.raises(CalrError, match="LlamaForSequenceClassification: is no causal language"):
+        calr.compress(LlamaForSequenceClassification(config), calr.Recipe(bits=5))

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -469,6 +471,27 @@ def test_a_compressed_model_keeps_its_answers(ids, calls):
     expected = plain.generate(ids[:2, :4], **options)
     assert torch.equal(fast.generate(ids[:2, :4], **options), expected)
     assert len(calls) == 11
+
+
+@torch.no_grad()
+def test_threads_that_lose_their_cores_change_no_bit(calls):
+    """The team goes on with fewer of them, in the middle of a call, too."""
+    fast = optimize_for_inference(tiny_llama(hidden_size=256, intermediate_size=512))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = decoded(fast)
+        torch.set_num_threads(max(2, before))
+        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+        try:
+            for _ in range(5):
+                assert torch.equal(decoded(fast), alone)
+        finally:
+            for process in busy:
+                process.kill()
+                process.wait()
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()

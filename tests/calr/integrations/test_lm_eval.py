@@ -45,6 +45,20 @@ def test_tasks_on_local_files(data, monkeypatch):
     assert retention(results, results)["retention"] == 1
 
 
+def test_nothing_to_divide_by_is_no_number():
+    results = {"arc": {"accuracy": 0.0, "chance": 0.25}}
+    assert retention(results, results) == {"retention": None, "above_chance": 1.0}
+
+
+@pytest.mark.parametrize("row", ["", "no JSON", "[1, 2]", '{"other": 1}'])
+def test_damaged_data_of_tasks_are_one_sentence(row, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "arc_easy.test.jsonl").write_text(row + "\n")
+    with pytest.raises(CalrError, match="task_data"):
+        evaluate(tiny_llama(), byte_tokenizer(), ["arc_easy"], data=str(tmp_path))
+
+
 def test_what_is_missing_is_named(data):
     with pytest.raises(CalrError, match="no task 'arc_hard'"):
         evaluate(tiny_llama(), byte_tokenizer(), ["arc_hard"])

@@ -225,7 +225,7 @@ def test_a_directory_is_never_mixed(tmp_path):
     parts = prepare(new, "k", {"keep": 0.6}, overwrite=False)
     parts.save("part", {"x": torch.ones(1)})
     assert "part" in prepare(new, "k", {}, overwrite=False)
-    with pytest.raises(CalrError, match=r"unfinished run of something else \(\{'keep': 0.6\}\)"):
+    with pytest.raises(CalrError, match=r"unfinished run of something else \(\{'keep': 0.6\}"):
         prepare(new, "other", {}, overwrite=False)
     assert "part" not in prepare(new, "other", {}, overwrite=True)
 
