@@ -4,14 +4,14 @@
 // weight vector is loaded once and used for every input. The sum of a row does not depend on the
 // tile it is computed in: one accumulator per row and input, lanes added in a fixed order.
 
-// Call run(at, constant) for [at, at + constant) of count, MOST at once or as many as are left: 4, 3, 2, 1.
+// Call run(at, constant) for [at, at + constant) of count, MOST at once, a power of two, and the rest by halves.
 template <int MOST, typename Run>
 inline void in_tiles(int64_t count, const Run& run) {
   int64_t at = 0;
   for (; at + MOST <= count; at += MOST) run(at, std::integral_constant<int, MOST>{});
   if constexpr (MOST > 1) {
     if (at == count) return;
-    in_tiles<(MOST > 4 ? MOST / 2 : MOST - 1)>(count - at, [&](int64_t i, auto some) { run(at + i, some); });
+    in_tiles<MOST / 2>(count - at, [&](int64_t i, auto some) { run(at + i, some); });
   }
 }
 
