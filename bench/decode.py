@@ -279,6 +279,7 @@ def busy(count: int) -> Iterator[None]:
     finally:
         for program in running:
             program.kill()
+            program.wait()
 
 
 def by_turns(sides: dict[tuple[str, str], Side], rounds: int) -> dict[tuple[str, str], list[float]]:

@@ -117,19 +117,19 @@ class Work:
     def disk(self, result: int) -> int:
         """Estimate the bytes of all that is written, for a result of so many bytes."""
         parameters, recipe = self.structure.model_parameters, self.recipe
-        statistics = 2 * sum(x**2 for x in self._groups.values())
-        if recipe.correction_tokens:  # what is kept of it while another state is written; targets
-            statistics += int(28 * self._trained) + TARGET_BYTES * recipe.correction_tokens
-        if not recipe.quantised:
+        kept = 2 * sum(x**2 for x in self._groups.values())  # second moments
+        if recipe.correction_tokens:  # values and two moments, twice while they are written; best
+            kept += int(4 * 7 * self._trained) + TARGET_BYTES * recipe.correction_tokens
+        if not recipe.quantised:  # second moments of gradients, of the smaller side; factors
             sides = [min(x.in_features, x.out_features) for x in self.structure.layers]
-            statistics += 2 * sum(side**2 for side in sides)
-            return statistics + result + 4 * int(recipe.fraction * self.structure.linear_parameters)
+            factors = 4 * int(recipe.fraction * self.structure.linear_parameters)
+            return kept + 2 * sum(side**2 for side in sides) + factors + result
         rotated = self.dtype.itemsize * parameters if recipe.rotate and not self.tied else 0
         rounded = result * (2 + bool(recipe.correction_tokens))
         states = self._tokens * self.structure.layers[0].in_features * self.dtype.itemsize
         windows = min(recipe.gradient_samples, recipe.samples) * self.structure.blocks
         passing = max(states, windows * states // recipe.samples)  # a forward, a backward pass
-        return statistics + rotated + rounded + parameters * PRICED // 8 + passing
+        return kept + rotated + rounded + parameters * PRICED // 8 + passing
 
     def within(self, limit: str | None) -> Ways:
         """Choose the fastest ways that stay within a limit, such as 8GB; None: what costs no time.

@@ -84,8 +84,8 @@ def compare(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> Comp
             for m in (model, dense)
         )
         p, labels = p.to(q.device), window[0, 1:, None].to(q.device)
-        more_likely = torch.where(p > -math.inf, p - q, 0.0)  # where neither gives it a chance: 0
-        kl += float((p.exp() * more_likely).sum(-1).double().sum())
+        difference = torch.where(p > -math.inf, p - q, 0.0)  # 0 where neither gives it a chance
+        kl += float((p.exp() * difference).sum(-1).double().sum())
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
         nats -= float(q.gather(-1, labels).double().sum())
         more += float((p.gather(-1, labels) - q.gather(-1, labels)).double().sum())

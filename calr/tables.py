@@ -106,7 +106,7 @@ def print_comparison(comparison: dict[str, float]) -> None:
     )
 
 
-def _share(value: float | None) -> str:
+def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
@@ -125,14 +125,14 @@ def print_tasks(rows: list[dict[str, Any]]) -> None:
         ]
         if compared:
             kept = retention({task: first}, {task: rows[1]["tasks"][task]})
-            cells += map(_share, kept.values())
+            cells += map(_ratio, kept.values())
         table.add_row(task, str(first["rows"]), f"{first['chance']:.3f}", *cells)
     if compared:
         kept = retention(rows[0]["tasks"], rows[1]["tasks"])
         means = [
             f"{sum(t['accuracy'] for t in r['tasks'].values()) / len(r['tasks']):.3f}" for r in rows
         ]
-        table.add_row("average", "", "", *means, *map(_share, kept.values()))
+        table.add_row("average", "", "", *means, *map(_ratio, kept.values()))
     _console(120).print(table)
 
 

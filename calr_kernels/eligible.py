@@ -124,7 +124,7 @@ def watched() -> bool:
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
-        or modules._has_any_global_hook()
+        or bool(modules._has_any_global_hook())
         or transformed()
     )
 

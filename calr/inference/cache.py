@@ -65,14 +65,16 @@ class _Buffer:
     def reserve(self, more: int) -> Tensor:
         """Make room for more positions; return all that is held, contiguous.
 
-        In a copy, too, where that must not be written to: autograd may need it as it is, and
-        inference tensors cannot be outside of inference mode.
+        In a copy where that must not be written to: autograd may need it as it is, and inference
+        tensors cannot be outside of inference mode.
         """
         own, needed = self.tensor, self.length + more
         assert own is not None
-        kept = own.requires_grad or (own.is_inference() and not torch.is_inference_mode_enabled())
+        outside = own.is_inference() and not torch.is_inference_mode_enabled()
+        kept = torch.is_grad_enabled() or outside
         if kept or needed > self._capacity:
-            room = max(self.least, int(GROWTH * needed))
+            fits = needed <= self._capacity
+            room = self._capacity if fits else max(self.least, int(GROWTH * needed))
             grown = own.new_empty(*own.shape[:-2], room, own.shape[-1])
             grown.narrow(-2, 0, self.length).copy_(own.narrow(-2, 0, self.length))
             self._hold(grown)

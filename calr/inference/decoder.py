@@ -18,7 +18,7 @@ from calr.inference.traces import TOLERANCE, is_gated
 from calr.inference.watch import Watch
 from calr_kernels import eligible, native
 
-TAKEN = {
+TAKEN = {  # arguments; of any others only None is taken
     "input_ids",
     "attention_mask",
     "position_ids",

@@ -141,11 +141,11 @@ def _write_local_task(manager: Any, task: str, data: Path, target: Path) -> None
         )
     with files[split].open(encoding="utf-8") as lines:
         try:
-            columns = set(dict(json.loads(lines.readline())))
-        except (ValueError, TypeError) as error:
-            raise CalrError(
-                f"task_data: {files[split]}, line 1: is no JSON object ({error})"
-            ) from error
+            row = json.loads(lines.readline())
+        except ValueError:
+            row = None
+    if not isinstance(row, dict):
+        raise CalrError(f"task_data: {files[split]}, line 1: is no JSON object")
     config: dict[str, Any] = {
         "include": str(manager.task_index[task].yaml_path),
         "task": f"local_{task}",
@@ -157,6 +157,6 @@ def _write_local_task(manager: Any, task: str, data: Path, target: Path) -> None
         "test_split": split if split == "test" else None,
     }
     for known, overrides in COLUMNS.items():
-        if known <= columns:
+        if known <= set(row):
             config |= overrides
     target.write_text(yaml.safe_dump(config))

@@ -61,13 +61,13 @@ def load(
         found = GGUF_DTYPE
     placed = {"dtype": found, "device_map": None if device == "cpu" else device}
     _require_model(source)
-    with _one_sentence(
-        f"{source}: its tokenizer cannot be loaded; save_pretrained writes one there"
-    ):
-        tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments)
     with _one_sentence(f"{source}: cannot be loaded"):
         files = gguf_files(source)
         config = _config(source, tokenizer_arguments, files)
+    remedy = "; save_pretrained writes one there" if Path(source).is_dir() and not files else ""
+    with _one_sentence(f"{source}: its tokenizer cannot be loaded{remedy}"):
+        tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments)
+    with _one_sentence(f"{source}: cannot be loaded"):
         loaded: Any = None
         if lazily or len(files) > 1:
             loaded = lazy_model(config, source, files, found, device, trust_remote_code)

@@ -100,7 +100,7 @@ def analyse(model: PreTrainedModel, skip: Sequence[str] = ()) -> Structure:
     """
     if not model.can_generate():
         raise CalrError(
-            f"{type(model).__name__}: is no causal language model; AutoModelForCausalLM loads one"
+            f"{type(model).__name__}: cannot generate text; AutoModelForCausalLM loads what can"
         )
     _refuse_compressed(model)
     _refuse_adapters(model)

@@ -51,13 +51,19 @@ def _lagrangian(costs: list[list[int]], values: list[np.ndarray], budget: int) -
 def _exact(costs: list[list[int]], values: list[np.ndarray], budget: int) -> list[int]:
     """Solve the multiple-choice knapsack with HiGHS to a relative gap of 1e-6.
 
-    HiGHS may exceed the budget by its own tolerance: then it gets as much less to spend.
+    HiGHS may exceed the budget by its own tolerance: then it gets twice that less to spend, and
+    where that is too little, Lagrangian bisection does it.
     """
-    for most in (1.0, 1 - 2 * TOLERANCE):
-        at = _solved(costs, values, budget, most)
-        if at is not None and sum(cost[i] for cost, i in zip(costs, at, strict=True)) <= budget:
-            return at
-    return _lagrangian(costs, values, budget)
+    at = _solved(costs, values, budget, 1.0)
+    if at is None:
+        raise CalrError("solver=exact: HiGHS found no allocation")
+    if _total(costs, at) > budget:
+        at = _solved(costs, values, budget, 1 - 2 * TOLERANCE)
+    return _lagrangian(costs, values, budget) if at is None or _total(costs, at) > budget else at
+
+
+def _total(costs: list[list[int]], at: list[int]) -> int:
+    return sum(cost[i] for cost, i in zip(costs, at, strict=True))
 
 
 def _solved(

@@ -62,12 +62,11 @@ def train(
     accumulated over some windows at a time. AdamW with warm-up and cosine, on a float32 copy of the
     parameters, which is rounded at the end; nothing else moves. The state that did best on
     held_out is kept, so that the result is never worse there than the start, but for that rounding.
-    rates: what each
-    parameter's learning rate is, over learning_rate; 1 by default. on_gradients(step,
-    steps) is called after every backward pass (a baseline prunes there; it has no state in store);
-    with it the last state is kept, whatever its loss. Deterministic for a seed on one device;
-    store: where an interrupted run continues from. Raises CalrError when the loss is not finite;
-    the parameters are then as they were.
+    rates: what each parameter's learning rate is, over learning_rate; 1 by default.
+    on_gradients(step, steps) is called after every backward pass (a baseline prunes there; it has
+    no state in store); with it the last state is kept, whatever its loss. Deterministic for a seed
+    on one device; store: where an interrupted run continues from. Raises CalrError when the loss is
+    not finite; the parameters are then as they were.
     """
     with _in_float32(model, parameters):
         run = _Training(

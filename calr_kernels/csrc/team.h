@@ -41,19 +41,21 @@ inline int64_t ticks() {  // of some clock that costs next to nothing to look at
 
 // How many threads are left out because others keep the cores busy. A thread that has lost its core gets it
 // back milliseconds later, all others wait for it, and that at every step: with one thread less the system
-// has a core for each. Now and then one more is tried, ever more seldom if it is no use.
+// has a core for each. Now and then one more is tried, ever more seldom if it is no use. Pages that have to be
+// read from a disk look the same, and pass.
 class Crowd {
  public:
   // Returns how many of `threads` to use.
   static int64_t room(int64_t threads) {
-    if (threads > 1 && fewer_.load() > 0) {
-      const int64_t time = now();
-      if (time >= until_.load()) {
-        --fewer_;
-        tried_.store(time), until_.store(time + rest_.load());
-      }
+    int64_t fewer = fewer_.load();
+    if (threads < 2 || !fewer) return threads;
+    const int64_t time = now(), rest = rest_.load();
+    int64_t until = until_.load();
+    if (time >= until && until_.compare_exchange_strong(until, time + rest)) {
+      fewer = std::max<int64_t>(0, std::min(fewer, threads) - 1 - (time - until) / rest);
+      fewer_.store(fewer), tried_.store(time);
     }
-    return std::max<int64_t>(1, threads - std::max(0, fewer_.load()));
+    return std::max<int64_t>(1, threads - fewer);
   }
 
   // Counts a wait for a thread without a core; returns whether waits are a large part of the time.
@@ -74,17 +76,16 @@ class Crowd {
 
  private:
   static constexpr int64_t kWindow = 40000000, kLeastRest = 100000000, kMostRest = 2000000000;  // nanoseconds
-  static inline std::atomic<int32_t> fewer_{0};
-  static inline std::atomic<int64_t> since_{0}, lost_{0}, until_{0}, tried_{0}, rest_{kLeastRest};
+  static inline std::atomic<int64_t> fewer_{0}, since_{0}, lost_{0}, until_{0}, tried_{0}, rest_{kLeastRest};
 };
 
 // Returns how many of `threads` are worth starting for some operations.
 inline int64_t useful(int32_t threads, int64_t operations) {
-  return Crowd::room(std::max<int64_t>(1, std::min<int64_t>(threads, operations / kWorthwhile)));
+  return std::max<int64_t>(1, std::min<int64_t>(Crowd::room(threads), operations / kWorthwhile));
 }
 
 // Where all threads of a team wait for one another. Who waits spins: to sleep costs a busy core's next turn.
-// After waits far longer than what was waited for takes the team goes on with one thread less.
+// After waits far longer than the work before them, the team goes on with one thread less.
 class Barrier {
  public:
   void start(int32_t size) { size_.store(size); }
@@ -118,7 +119,7 @@ class Barrier {
       if (!began) began = time;
       if (time - began > kSleepless) sleep(phase);
     }
-    if (!began || before) return;  // short, or others have waited longer
+    if (!began || before || size_.load() < size) return;  // short, others waited longer, or it is done
     const int64_t waited = now() - began;
     if (waited > kPatience && ticks() - tick > 2 * worked && Crowd::lost(waited)) crowded_.store(true);
   }

@@ -204,5 +204,5 @@ def test_directories_without_a_model_or_a_tokenizer(model, tmp_path, capsys):
 
 def test_a_model_that_is_no_language_model():
     config = tiny_llama().config
-    with pytest.raises(CalrError, match="LlamaForSequenceClassification: is no causal language"):
+    with pytest.raises(CalrError, match="LlamaForSequenceClassification: cannot generate text"):
         calr.compress(LlamaForSequenceClassification(config), calr.Recipe(bits=5))
