@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", help="Names of the models to time.")
-    parser.add_argument("--busy", type=int, default=0, help="Other programs on cores.")
+    parser.add_argument("--busy", type=int, default=0, help="Programs beside this one.")
     parser.add_argument("--output", type=Path, default=Path("bench/results/decode.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -22,7 +22,7 @@ from calr.recipe import Recipe
 from calr.rounding import rounding_operations
 from calr.statistics import HELD_BYTES, LOGITS
 from calr.text import CACHE_BYTES, cache_row, sampled_in, sampling_batch
-from calr.training import PART_TOKENS, windows_drawn
+from calr.training import PART_TOKENS, TARGET_BYTES, windows_drawn
 from calr_kernels.eligible import cpu_multiplies_bfloat16
 
 LIBRARY_BYTES = 600_000_000  # resident size of Python with torch and transformers loaded
@@ -31,7 +31,6 @@ SAMPLED = 4.0  # times a prefill's of as many tokens at a product's speed: text 
 DEARER = 2.0  # times a rounding: its price
 EIGEN = 25  # eigenvalues and vectors of an n × n matrix cost about 25 n³
 USUAL_RANK = 8  # of a corrective path, over all matrices
-TARGET_BYTES = 768  # of the dense model's outputs, a token
 # what is beside products, in operations of these: an operation of attention, a logit, an input or
 # output of a layer; and of a backward pass, over a forward pass's (SmolLM2-135M on a Zen 4)
 ATTENDED, LOGIT, FEATURE, BACKWARD = 3, 1500, 250, 2.5

@@ -77,7 +77,7 @@ def give_back() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-class _Now:
+class _Current:
     """The phase that goes on; each has its own, so that a late look counts for the one it saw."""
 
     def __init__(self, name: str) -> None:
@@ -102,23 +102,23 @@ class _Watch:
         self._end()
 
     def _start(self, name: str) -> None:
-        self._now = _Now(name)
+        self._current = _Current(name)
         for gpu in _gpus():
             torch.cuda.reset_peak_memory_stats(gpu)
 
     def _end(self) -> None:
         self._see()
-        now, peak = self._now, _peak()
-        known = self.found.get(now.name, Phase(0.0, 0))
-        most = max(now.most, known.peak_bytes, peak if peak > now.before else 0)
+        current, peak = self._current, _peak()
+        known = self.found.get(current.name, Phase(0.0, 0))
+        most = max(current.most, known.peak_bytes, peak if peak > current.before else 0)
         gpu = sum(torch.cuda.max_memory_allocated(gpu) for gpu in _gpus())
-        seconds = known.seconds + time.monotonic() - now.started
-        self.found[now.name] = Phase(seconds, most, max(gpu, known.gpu_bytes))
+        seconds = known.seconds + time.monotonic() - current.started
+        self.found[current.name] = Phase(seconds, most, max(gpu, known.gpu_bytes))
 
     def _see(self) -> None:
-        now = self._now
+        current = self._current
         seen = self._process.memory_info().rss
-        now.most = max(now.most, seen)
+        current.most = max(current.most, seen)
 
     def _look(self) -> None:
         while not self._done.wait(INTERVAL):

@@ -5,7 +5,6 @@ May a weight be read past its module (`readable`, `unhooked`)? Is anybody watchi
 yes promises that nothing changes but the speed.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,25 +33,6 @@ MOST_PACKED_GROUP = 512  # weights of a scale group whose products with integers
 
 class Replacement:
     """Base of a forward that stands before a module's own and computes the same, faster."""
-
-
-class Wrapper(Replacement):
-    """Base of one that takes whatever the module's own forward does, and passes on what it does not
-    compute itself."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        own = type(module).forward.__get__(module)
-        self.__signature__ = inspect.signature(own)  # generate and Trainer ask for names
-        self._names = tuple(self.__signature__.parameters)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle by the module: a signature's types may not be pickled."""
-        return type(self), (self._module,)
-
-    def named(self, given: tuple[Any, ...], others: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a call by their names in the module's own forward."""
-        return dict(zip(self._names, given, strict=False)) | others
 
 
 def is_plain(x: Tensor) -> bool:

@@ -13,12 +13,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from calr.inference.blocks import HELD
 from calr.inference.decoder import DecoderForward
+from calr.inference.modules import Wrapper
 from calr_kernels import eligible
 
 LARGE = 1e3  # outputs of a head beyond every cap that is in use
 
 
-class CausalForward(eligible.Wrapper):
+class CausalForward(Wrapper):
     """The forward of a model that is a decoder and a head (transformers' LlamaForCausalLM).
 
     Where the decoder's blocks go natively its head does, too; anything else, and what the decoder

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from calr.inference.blocks import HELD, bind, close, same
 from calr.inference.cache import Steps, together
 from calr.inference.layers import tensors_of, unfollowed
+from calr.inference.modules import Wrapper
 from calr.inference.rotary import Turns
 from calr.inference.traces import TOLERANCE, is_gated
 from calr.inference.watch import Watch
@@ -31,7 +32,7 @@ TAKEN = {  # arguments; of any others only None is taken
 WINDOW, DTYPE = map(operator.attrgetter, ("window", "dtype"))
 
 
-class DecoderForward(eligible.Wrapper):
+class DecoderForward(Wrapper):
     """The forward of a decoder (transformers' LlamaModel and its like).
 
     One new token a sequence, behind a cache that holds the others, goes through all blocks at once;

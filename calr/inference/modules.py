@@ -1,5 +1,6 @@
 """Forwards that stand before modules' own: linear layers, feed-forward blocks, attention, norms."""
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +10,25 @@ from calr_kernels import eligible, native
 from calr_kernels.layout import Factors, Records
 
 IGNORED = {"position_ids", "use_cache", "cache_position"}  # arguments that attention passes on
+
+
+class Wrapper(eligible.Replacement):
+    """Base of one that takes whatever the module's own forward does, and passes on what it does not
+    compute itself."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        own = type(module).forward.__get__(module)
+        self.__signature__ = inspect.signature(own)  # generate and Trainer ask for names
+        self._names = tuple(self.__signature__.parameters)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle by the module: a signature's types may not be pickled."""
+        return type(self), (self._module,)
+
+    def named(self, given: tuple[Any, ...], others: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call by their names in the module's own forward."""
+        return dict(zip(self._names, given, strict=False)) | others
 
 
 class DenseForward(eligible.Replacement):

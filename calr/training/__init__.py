@@ -13,10 +13,11 @@ from calr.training.correction import (
 from calr.training.loop import Trained, train
 from calr.training.precision import mixed
 from calr.training.students import Primary, StudentEmbedding, StudentLinear
-from calr.training.targets import PART_TOKENS, Targets
+from calr.training.targets import PART_TOKENS, TARGET_BYTES, Targets
 
 __all__ = [
     "PART_TOKENS",
+    "TARGET_BYTES",
     "BlockFit",
     "Primary",
     "StudentEmbedding",

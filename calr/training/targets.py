@@ -20,7 +20,8 @@ from calr.statistics import LOGITS
 from calr.storage import Store
 from calr.training.precision import in_sixteen_bits, mixed
 
-TOP = 128  # next tokens kept per position, 768 bytes; the others count as one
+TOP = 128  # next tokens kept per position; the others count as one
+TARGET_BYTES = 6 * TOP  # of a position: a token and a probability each
 CHUNK = 16  # windows of one saved file
 PART_TOKENS = 1024  # tokens that run together
 LOGITS_AT_ONCE = LOGITS // 2  # numbers, of a student's, which have gradients

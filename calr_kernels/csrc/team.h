@@ -43,10 +43,10 @@ inline int64_t ticks() {  // of some clock that costs next to nothing to look at
 // back milliseconds later, all others wait for it, and that at every step: with one thread less the system
 // has a core for each. Now and then one more is tried, ever more seldom if it is no use. Pages that have to be
 // read from a disk look the same, and pass.
-class Crowd {
+class Oversubscription {
  public:
   // Returns how many of `threads` to use.
-  static int64_t room(int64_t threads) {
+  static int64_t allowed(int64_t threads) {
     int64_t fewer = fewer_.load();
     if (threads < 2 || !fewer) return threads;
     const int64_t time = now(), rest = rest_.load();
@@ -81,7 +81,7 @@ class Crowd {
 
 // Returns how many of `threads` are worth starting for some operations.
 inline int64_t useful(int32_t threads, int64_t operations) {
-  return std::max<int64_t>(1, std::min<int64_t>(Crowd::room(threads), operations / kWorthwhile));
+  return std::max<int64_t>(1, std::min<int64_t>(Oversubscription::allowed(threads), operations / kWorthwhile));
 }
 
 // Where all threads of a team wait for one another. Who waits spins: to sleep costs a busy core's next turn.
@@ -97,9 +97,9 @@ class Barrier {
     const int32_t before = arrived_.fetch_add(1);
     if (before == size - 1) {
       arrived_.store(0);
-      if (crowded_.load(std::memory_order_relaxed)) {
-        crowded_.store(false);
-        Crowd::leave_one_out();
+      if (oversubscribed_.load(std::memory_order_relaxed)) {
+        oversubscribed_.store(false);
+        Oversubscription::leave_one_out();
         size_.store(size - 1);
       }
       released_.store(ticks(), std::memory_order_relaxed);
@@ -121,7 +121,7 @@ class Barrier {
     }
     if (!began || before || size_.load() < size) return;  // short, others waited longer, or it is done
     const int64_t waited = now() - began;
-    if (waited > kPatience && ticks() - tick > 2 * worked && Crowd::lost(waited)) crowded_.store(true);
+    if (waited > kPatience && ticks() - tick > 2 * worked && Oversubscription::lost(waited)) oversubscribed_.store(true);
   }
 
  private:
@@ -143,7 +143,7 @@ class Barrier {
   alignas(64) std::atomic<int32_t> arrived_{0};
   alignas(64) std::atomic<int32_t> phase_{0};
   alignas(64) std::atomic<int32_t> size_{1}, sleepers_{0};
-  std::atomic<bool> crowded_{false};
+  std::atomic<bool> oversubscribed_{false};
   std::atomic<int64_t> released_{ticks()};
 };
 

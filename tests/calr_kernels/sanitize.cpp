@@ -2,12 +2,16 @@
 // and compares float32 results with sums in double. Prints what differs; exit status 1 then.
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "../../calr_kernels/csrc/calr.h"
+#include "../../calr_kernels/csrc/team.h"
 #include "../../calr_kernels/csrc/types.h"
 
 namespace {
@@ -348,6 +352,35 @@ void rounding(int32_t type, int64_t n, int64_t k, int64_t group) {
   }
 }
 
+// Three threads, of which one is late at every step: the others are left out one by one, and those that
+// stay do everything, once.
+void team() {
+  constexpr int64_t kSteps = 60, kCount = 100;
+  calr::Barrier barrier;
+  std::vector<std::atomic<int>> done(kSteps * kCount);
+  std::atomic<int> left{0};
+  const auto run = [&](int32_t rank) {
+    barrier.start(3);
+    const calr::Team own{&barrier, rank};
+    try {
+      for (int64_t step = 0; step < kSteps; ++step) {
+        const auto [begin, end] = own.part(kCount, 16);
+        for (int64_t i = begin; i < end; ++i) ++done[step * kCount + i];
+        if (rank == 0) std::this_thread::sleep_for(std::chrono::milliseconds(3));
+        own.wait();
+      }
+    } catch (const calr::LeftOut&) {
+      ++left;
+    }
+  };
+  std::thread second(run, 1), third(run, 2);
+  run(0);
+  second.join(), third.join();
+  expect(barrier.size(), 1, 0, "team");
+  expect(left, 2, 0, "threads left out");
+  for (const auto& count : done) expect(count, 1, 0, "what a team does");
+}
+
 }  // namespace
 
 int main() {
@@ -373,6 +406,7 @@ int main() {
       }
     }
   }
+  team();
   const int32_t twice[] = {1, 1}, outside[] = {0, 4}, negative[] = {-1, 2};
   std::vector<int32_t> others(2);
   for (const int32_t* bad : {twice, outside, negative}) {

@@ -137,7 +137,7 @@ def test_a_forward_of_the_models_own_is_kept():
     torch.testing.assert_close(step(fast).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-class WithoutHeads(transformers.LlamaForCausalLM):
+class OtherArguments(transformers.LlamaForCausalLM):
     """A forward of fewer arguments, in another order, and with one more, as remote code has."""
 
     def forward(self, input_ids=None, past_key_values=None, attention_mask=None, kinds=None):
@@ -150,7 +150,7 @@ class WithoutHeads(transformers.LlamaForCausalLM):
 @torch.no_grad()
 def test_a_forward_of_other_arguments_is_called_with_them():
     model = tiny_llama()
-    model.__class__ = WithoutHeads
+    model.__class__ = OtherArguments
     fast = optimize_for_inference(copy.deepcopy(model))
     assert type(vars(fast)["forward"]) is CausalForward
     names = [list(inspect.signature(m.forward).parameters) for m in (model, fast)]
