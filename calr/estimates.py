@@ -21,13 +21,14 @@ from calr.ranks import PRICED, parse_size
 from calr.recipe import Recipe
 from calr.rounding import rounding_operations
 from calr.statistics import HELD_BYTES, LOGITS
-from calr.text import CACHE_BYTES, cache_row, sampled_in, sampling_batch
+from calr.text import CACHE_BYTES, cache_row, sampled_in, sampled_natively, sampling_batch
 from calr.training import PART_TOKENS, TARGET_BYTES, windows_drawn
 from calr_kernels.eligible import cpu_multiplies_bfloat16
 
 LIBRARY_BYTES = 600_000_000  # resident size of Python with torch and transformers loaded
 ACTIVATIONS = 1 << 30  # of the training, above which they are computed twice
-SAMPLED = 4.0  # times a prefill's of as many tokens at a product's speed: text that is sampled
+# times a prefill's of as many tokens at a product's speed: text that is sampled, natively or not
+NATIVELY, SAMPLED = 2.2, 4.0
 DEARER = 2.0  # times a rounding: its price
 EIGEN = 25  # eigenvalues and vectors of an n × n matrix cost about 25 n³
 USUAL_RANK = 8  # of a corrective path, over all matrices
@@ -51,11 +52,13 @@ def product_speed(dtype: torch.dtype) -> float:
 class Ways:
     """How a compression stays within memory, at the cost of time.
 
-    cache_bytes: of keys and values while text is sampled. checkpointed: the training computes
-    activations again for its backward pass.
+    cache_bytes: of keys and values while text is sampled. natively: that is done with the weights
+    once more in memory, where it can. checkpointed: the training computes activations again for its
+    backward pass.
     """
 
     cache_bytes: int = CACHE_BYTES
+    natively: bool = True
     checkpointed: bool = False
 
 
@@ -138,18 +141,19 @@ class Work:
         if limit is None:
             return Ways(checkpointed=self._activations > ACTIVATIONS)
         most = parse_size(str(limit), "max_memory")
-        least = self.phases(Ways(self.row, checkpointed=True))
+        least = self.phases(Ways(self.row, natively=False, checkpointed=True))
         name, phase = max(least.items(), key=lambda item: item[1].peak_bytes)
         if phase.peak_bytes > most:
             raise CalrError(
                 f"max_memory={limit}: {name} takes about {phase.peak_bytes / 1e9:.1f} GB at least; "
                 f"{_remedy(name)}"
             )
-        spare = most - least["sampling text"].peak_bytes if self.sampled else 0
-        room = self.row + spare
+        room = self.row + (most - least["sampling text"].peak_bytes if self.sampled else 0)
+        natively = self._panels + self.row <= room
+        room -= natively * self._panels
         plain = self.phases(Ways())
         fits = "correction" not in plain or plain["correction"].peak_bytes <= most
-        return Ways(min(CACHE_BYTES, max(self.row, room)), checkpointed=not fits)
+        return Ways(min(CACHE_BYTES, room), natively, checkpointed=not fits)
 
     @cached_property
     def _speeds(self) -> tuple[float, float]:
@@ -192,11 +196,19 @@ class Work:
         tokens = windows * self.recipe.window
         dtype = sampled_in(self.dtype)
         operations = 2 * self.structure.active_parameters * tokens
-        own = dtype is self.dtype
-        seconds = SAMPLED * operations / (self._speeds[0] if own else self.speed(dtype))
+        own, panels = dtype is self.dtype, self._panels if ways.natively else 0
+        seconds = operations / (self._speeds[0] if own else self.speed(dtype))
+        seconds *= NATIVELY if panels else SAMPLED
         copied = 0 if own and self.held else dtype.itemsize * self.structure.model_parameters
         cache = self.row * sampling_batch(windows, self.row, ways.cache_bytes)
-        return Phase(seconds, self.held + copied + cache)
+        return Phase(seconds, self.held + copied + panels + cache)
+
+    @cached_property
+    def _panels(self) -> int:
+        """Bytes of the weights that are held once more for the native kernel, if it writes text."""
+        parameters = self.structure.model_parameters
+        size = sampled_in(self.dtype).itemsize * parameters
+        return size if sampled_natively(self.dtype, parameters) else 0
 
     @property
     def _moments(self) -> Phase:

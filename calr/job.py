@@ -241,6 +241,7 @@ class Job:
                 window=recipe.window,
                 seed=recipe.seed,
                 cache_bytes=self.ways.cache_bytes,
+                natively=self.ways.natively,
             )
             if recipe.correction_tokens:  # says what is too little before anything is kept
                 windows_used(windows, recipe)

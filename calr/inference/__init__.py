@@ -1,5 +1,7 @@
 """Faster decoding on a CPU: a decoder's blocks, or its single modules, on the native kernel."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from calr.inference import modules, traces
 from calr.inference.causal import CausalForward
 from calr.inference.decoder import DecoderForward
 from calr.inference.layers import floating_dtype
-from calr_kernels import LowRankLinear, native
+from calr_kernels import LowRankLinear, eligible, native
 
 logger = logging.get_logger(__name__)
 
@@ -45,6 +47,37 @@ def optimize_for_inference(model: PreTrainedModel, *, pack: bool = False) -> Pre
     CausalForward.take(model)
     logger.debug(f"native kernel: {counts}; whole decoders: {decoders}")
     return model
+
+
+@contextmanager
+def decoding_natively(model: PreTrainedModel, sequences: int) -> Iterator[bool]:
+    """Have a model's whole decoder take one token of some sequences natively, its weights packed.
+
+    Yields whether it does, for 0 sequences False; nothing else changes, and afterwards all is as
+    before.
+    """
+    dtype, taken = floating_dtype(model), list[nn.Module]()
+    may = sequences and may_decode(dtype, sequences) and not _of_compressed_tensors(model)
+    try:
+        if dtype is not None and may:
+            taken += [module for module in model.modules() if DecoderForward.take(module, dtype)]
+        if taken:
+            _pack(model)
+            head = model.get_output_embeddings()
+            if type(head) is nn.Linear and "forward" not in vars(head):
+                vars(head)["forward"] = modules.DenseForward(head)
+                taken.append(head)
+            taken += [model] if CausalForward.take(model) else []
+        yield bool(taken)
+    finally:
+        for module in taken:
+            del vars(module)["forward"]
+
+
+def may_decode(dtype: torch.dtype | None, sequences: int) -> bool:
+    """Tell whether a dense decoder, if its form is known, takes so many tokens natively."""
+    most = 0 if dtype is None else eligible.MAX_ROWS.get(dtype, 0)
+    return native.library() is not None and sequences <= most
 
 
 def _of_compressed_tensors(model: nn.Module) -> bool:

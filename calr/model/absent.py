@@ -60,13 +60,20 @@ def absent(module: nn.Module) -> bool:
 def resident(*modules: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Have the parameters of modules in memory, frozen; shared ones once.
 
-    dtype: what floating ones are meanwhile, those in memory as copies; None: their own.
+    dtype: what floating ones are meanwhile, those in memory as copies; None: their own. Modules
+    that read what they lack when they are called have their own forward meanwhile.
     """
     places, read = _places(modules, dtype), dict[int, nn.Parameter]()
+    every = [m for root in modules for m in root.modules()]
+    reading = [(vars(m), f) for m in every if type(f := vars(m).get("forward")) is _Reading]
     try:
         _fill(places, read, requires_grad=False, dtype=dtype)
+        for own, _ in reading:
+            own.pop("forward", None)
         yield
     finally:
+        for own, forward in reading:
+            own["forward"] = forward
         for module, name, p in places:
             if module._parameters.get(name) is read.get(id(p), p):
                 module._parameters[name] = p
@@ -108,16 +115,21 @@ def _other(p: nn.Parameter, dtype: torch.dtype | None) -> bool:
     return dtype is not None and p.is_floating_point() and p.dtype != dtype
 
 
+class _Reading:
+    """A module's forward that has the module's absent parameters in memory while it runs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._forward = module, module.forward
+        functools.update_wrapper(self, module.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with resident(self._module):
+            return self._forward(*args, **kwargs)
+
+
 def read_when_called(module: nn.Module) -> None:
     """Have a module's absent parameters, and those inside of it, in memory while it runs.
 
     What autograd keeps for the backward pass stays in memory for it.
     """
-    forward = module.forward
-
-    @functools.wraps(forward)
-    def reading(*args: Any, **kwargs: Any) -> Any:
-        with resident(module):
-            return forward(*args, **kwargs)
-
-    module.forward = reading
+    module.forward = _Reading(module)

@@ -7,6 +7,7 @@ from calr.text.sampling import (
     hard_wrapped,
     sample_from,
     sampled_in,
+    sampled_natively,
     sampling_batch,
 )
 from calr.text.sources import Source, content_of, describe, parts_of, read_text
@@ -26,6 +27,7 @@ __all__ = [
     "read_text",
     "sample_from",
     "sampled_in",
+    "sampled_natively",
     "sampling_batch",
     "spread",
     "spread_windows",

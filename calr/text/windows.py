@@ -28,14 +28,16 @@ def calibration_windows(
     window: int,
     seed: int,
     cache_bytes: int = CACHE_BYTES,
+    natively: bool = True,
 ) -> Tensor:
     """Return [samples, window] int64 token ids, the same for the same arguments.
 
     source: a source string or path (see the module), a list of texts, or ids [S, T], which are used
-    as they are. None is "sampled"; cache_bytes: see `sample_from`. Windows are spread evenly over
-    the text, each at a seeded offset in its part, and shuffled, so that any few of them are of all
-    sources; no padding; each starts with BOS where the tokenizer adds it. Raises CalrError when
-    there is no window's worth of text; warns when there are fewer windows than samples.
+    as they are. None is "sampled"; cache_bytes, natively: see `sample_from`. Windows are spread
+    evenly over the text, each at a seeded offset in its part, and shuffled, so that any few of them
+    are of all sources; no padding; each starts with BOS where the tokenizer adds it. Raises
+    CalrError when there is no window's worth of text; warns when there are fewer windows than
+    samples.
     """
     if isinstance(source, Tensor):
         shaped = source.dim() == 2 and source.shape[0] >= 1 and source.shape[1] >= 2
@@ -53,7 +55,7 @@ def calibration_windows(
         if not count:
             continue
         if part == "sampled":
-            rows = sample_from(model, tokenizer, count, window, seed + i, cache_bytes)
+            rows = sample_from(model, tokenizer, count, window, seed + i, cache_bytes, natively)
             wrapped = count // 4
             windows.append(torch.cat([hard_wrapped(rows[:wrapped], tokenizer), rows[wrapped:]]))
         else:

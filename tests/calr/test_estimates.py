@@ -73,6 +73,7 @@ def test_a_limit_makes_batches_smaller_and_activations_be_computed_twice(monkeyp
     taken = job.phases(ways)
     assert taken["sampling text"].peak_bytes <= limit
     assert taken["correction"].peak_bytes <= limit
+    assert not ways.natively or job.phases(Ways())["sampling text"].peak_bytes <= limit
     with pytest.raises(CalrError, match=r"max_memory=1KB: .* takes about .* GB at least"):
         job.within("1KB")
     with pytest.raises(CalrError, match=r"max_memory='much': must be like"):

@@ -20,6 +20,7 @@ from calr.text import (
     sampling,
 )
 from calr.text.sources import held_out_topics
+from calr_kernels import native
 
 TEXT = " ".join(f"word{i}" for i in range(2000))
 
@@ -126,6 +127,23 @@ def test_a_model_whose_logits_are_no_numbers_writes_no_text(value):
         model.lm_head.weight[7, 0] = value
     with pytest.raises(CalrError, match=r"calibration=sampled: the model's logits hold NaN"):
         sample_from(model, byte_tokenizer(), 3, 8, 0)
+
+
+def test_text_is_written_natively_where_the_weights_fit_twice(source, monkeypatch):
+    calls, decode = [], native.Blocks.decode
+    monkeypatch.setattr(native.Blocks, "decode", lambda *given: calls.append(0) or decode(*given))
+    monkeypatch.setattr(sampling, "cpu_multiplies_bfloat16", lambda: False)  # in float32, closely
+    model, tokenizer = load(str(source), lazily=True)
+    assert sample_from(model, tokenizer, 20, 16, 0).shape == (20, 16)
+    batches = 2  # of 10
+    assert len(calls) >= 14 * batches  # every token but the first, and the tracing
+    few = sample_from(model, tokenizer, 10, 16, 0)
+    calls.clear()
+    assert sample_from(model, tokenizer, 10, 16, 0, natively=False).equal(few)
+    small = SimpleNamespace(available=10**9, total=0)
+    monkeypatch.setattr(sampling.psutil, "virtual_memory", lambda: small)
+    assert sample_from(model, tokenizer, 10, 16, 0).equal(few)
+    assert not calls
 
 
 def test_a_token_of_no_probability_is_not_drawn():
@@ -265,7 +283,9 @@ def test_families_that_state_less_sample_text_too(family):
 
 
 def test_a_model_that_does_not_fit_is_not_asked_to_write(source, monkeypatch):
-    monkeypatch.setattr(sampling.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(
+        sampling.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000, total=2000)
+    )
     whole, tokenizer = load(str(source))
     lazy, _ = load(str(source), lazily=True)
     with pytest.raises(CalrError, match=r"calibration=sampled.*name a file of text, or builtin"):
