@@ -29,6 +29,7 @@ from calr.model import (
     check_window,
     digest,
     evaluating,
+    fast_attention,
     fingerprint,
     pack,
     recast,
@@ -154,7 +155,7 @@ class Job:
     def _compressed(self, parts: Store, statistics: str | Path | None) -> PreTrainedModel:
         model, recipe = self.model, self.recipe
         found: dict[str, Any] = {}
-        with evaluating(model):
+        with evaluating(model), fast_attention():
             ids = self._windows(parts)
             self.rotated = self._rotated(parts)
             collected = self._statistics(spread(ids, recipe.samples), parts, statistics)

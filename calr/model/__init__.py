@@ -1,6 +1,7 @@
 """The model to compress: loading it, what it is made of, running it block by block, changing it."""
 
 from calr.model.absent import Absent, absent, present, read_when_called, resident
+from calr.model.attention import fast_attention
 from calr.model.blocks import BlockRunner, behind_blocks, checkpointing
 from calr.model.loading import (
     GGUF_DTYPE,
@@ -49,6 +50,7 @@ __all__ = [
     "decoder",
     "digest",
     "evaluating",
+    "fast_attention",
     "find_blocks",
     "fingerprint",
     "gguf_files",

@@ -21,8 +21,7 @@ from calr import parallel
 from calr.errors import CalrError
 from calr.inference import decoding_natively, may_decode
 from calr.inference.cache import GrowingLayer, grow
-from calr.inference.grouped import grouped_attention
-from calr.model import absent, find_blocks, hooked, resident, tensor_bytes
+from calr.model import absent, fast_attention, find_blocks, hooked, resident, tensor_bytes
 from calr.progress import progress
 from calr.text.tokens import adds_bos, encode
 from calr_kernels.eligible import cpu_multiplies_bfloat16
@@ -70,7 +69,7 @@ def sample_from(
         torch.no_grad(),
         resident(model, dtype=dtype),
         decoding_natively(model, NATIVELY if natively else 0) as native,
-        grouped_attention(),
+        fast_attention(),
     ):
         try:
             # none of the model's own penalties and filters: `_Drawing` leaves the search one token
