@@ -3,6 +3,7 @@
 from calr.model.absent import Absent, absent, present, read_when_called, resident
 from calr.model.attention import fast_attention
 from calr.model.blocks import BlockRunner, behind_blocks, checkpointing
+from calr.model.files import GGUFReader
 from calr.model.loading import (
     GGUF_DTYPE,
     gguf_files,
@@ -35,6 +36,7 @@ __all__ = [
     "GGUF_DTYPE",
     "Absent",
     "BlockRunner",
+    "GGUFReader",
     "Layer",
     "Matrix",
     "Structure",

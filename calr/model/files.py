@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -33,6 +34,19 @@ class InFile:
     read: Callable[..., Tensor]
 
 
+class GGUFReader(gguf.GGUFReader):
+    """The library's reader, of a plain array: indexing a mapped one is most of what it takes."""
+
+    @property
+    def data(self) -> Any:
+        """The bytes of the file, mapped."""
+        return self._data
+
+    @data.setter
+    def data(self, mapped: np.ndarray) -> None:
+        self._data = np.asarray(mapped)
+
+
 def in_safetensors(file: Path) -> dict[str, InFile]:
     """List the tensors of a safetensors file; CalrError for a damaged one."""
     with _one_sentence(file), safe_open(file, framework="pt", backend="pread") as opened:
@@ -46,7 +60,7 @@ def in_safetensors(file: Path) -> dict[str, InFile]:
 
 def in_gguf(files: list[Path]) -> tuple[str, dict[str, InFile]]:
     """Return the architecture that GGUF files state, and their tensors, read in float32."""
-    readers, found = [gguf.GGUFReader(file) for file in files], {}
+    readers, found = [GGUFReader(file) for file in files], {}
     for file, reader in zip(files, readers, strict=True):
         for tensor in reader.tensors:
             shape = tuple(int(n) for n in reversed(tensor.shape))

@@ -130,17 +130,15 @@ def _gguf(model: PreTrainedModel, parts: list[Path]) -> dict[str, InFile] | None
             TENSOR_PROCESSORS,
             TensorProcessor,
             get_gguf_hf_weights_map,
-            load_gguf_checkpoint,
         )
     except ImportError:
         return None
     architecture, tensors = in_gguf(parts)
     if architecture not in GGUF_ARCHITECTURES:
         return None
-    stated = load_gguf_checkpoint(str(parts[0]), return_tensors=False)["config"]
     kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
-    processor = kind(config=stated)
-    names = get_gguf_hf_weights_map(model, processor)
+    processor = kind(config=model.config.to_dict())
+    names = get_gguf_hf_weights_map(_Childless(model), processor)
 
     def read(name: str, tensor: InFile) -> Tensor:
         return torch.from_numpy(processor.process(weights=tensor.read().numpy(), name=name).weights)
@@ -150,6 +148,18 @@ def _gguf(model: PreTrainedModel, parts: list[Path]) -> dict[str, InFile] | None
         for name, tensor in tensors.items()
         if name in names
     }
+
+
+class _Childless:
+    """A model as the library's mapping of names looks at one, less its parts: it would look at each
+    of these again, which only Bloom's names need, and list all names of a model every time."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.config, self.state_dict = model.config, model.state_dict
+
+    def named_children(self) -> list[tuple[str, nn.Module]]:
+        """List none."""
+        return []
 
 
 def _fill(

@@ -23,7 +23,7 @@ from calr.errors import CalrError
 from calr.integrations.config import QUANT_METHOD
 from calr.integrations.experts import take_apart
 from calr.model.absent import Absent, become_resident
-from calr.model.files import all_parts, in_gguf
+from calr.model.files import GGUFReader, all_parts, in_gguf
 from calr.model.lazy import lazy_model, read_in_parts
 from calr.model.weights import require_finite
 
@@ -186,7 +186,7 @@ def on_grid(source: str) -> bool:
     kinds = set()
     for file in gguf_files(source):
         with _one_sentence(f"{source}: cannot be read"):
-            kinds |= {tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors}
+            kinds |= {tensor.tensor_type for tensor in GGUFReader(file).tensors}
     return not kinds <= NUMBERS
 
 
