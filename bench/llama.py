@@ -1,13 +1,14 @@
 """An exported GGUF file in llama.cpp, against the checkpoint that it came from in transformers.
 
-    python bench/llama.py DIRECTORY FILE.gguf [--adapter FILE-adapter.gguf]
+    python bench/llama.py DIRECTORY FILE.gguf
 
-Greedy continuations of five prompts by 32 tokens, and token perplexity on windows of the held-out
+The corrective paths are read from FILE-adapter.gguf where `calr export` wrote one. Greedy continuations of five prompts by 32 tokens, and token perplexity on windows of the held-out
 built-in text, both in float32 on the side of transformers. Needs llama-cpp-python.
 """
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 from llama_cpp import Llama
@@ -30,14 +31,14 @@ def main() -> None:
     """Compare and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory")
-    parser.add_argument("file")
-    parser.add_argument("--adapter")
+    parser.add_argument("file", type=Path)
     parser.add_argument("--windows", type=int, default=4)
     arguments = parser.parse_args()
     model, tokenizer = calr.load(arguments.directory, dtype="float32")
-    llama = Llama(
-        arguments.file, lora_path=arguments.adapter, n_ctx=512, logits_all=True, verbose=False
-    )
+    adapter = arguments.file.with_name(f"{arguments.file.stem}-adapter.gguf")
+    paths = str(adapter) if adapter.exists() else None
+    print(f"corrective paths: {paths or 'none'}")
+    llama = Llama(str(arguments.file), lora_path=paths, n_ctx=512, logits_all=True, verbose=False)
     same = 0
     for prompt in PROMPTS:
         ids = tokenizer(prompt).input_ids
