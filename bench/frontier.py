@@ -140,7 +140,7 @@ def measure(source, dense, recipe, ids, texts, place):
     }
     recast(model, torch.bfloat16)  # as `calr compress` stores it
     size = tensor_bytes(model)
-    found["tokens_per_second"] = decoding(model)
+    found |= {"tokens_per_second": decoding(model), "threads": torch.get_num_threads()}
     model = model.float().dequantize()  # the same function, and faster where there is no kernel
     return found | against(model, dense, size, texts)
 
