@@ -19,6 +19,7 @@ if gpu.AVAILABLE:
     from calr_kernels.gpu.gram import run_gram
 
 NAME = "calr::lowrank_linear"
+GRAM_SIDE = 256  # columns of a second moment that a CPU computes at once
 torch.library.define(
     NAME, "(Tensor x, Tensor down, Tensor up, Tensor? pivots, Tensor? bias) -> Tensor"
 )
@@ -156,7 +157,18 @@ def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
     if eligible.triton(x) and x.dtype is not torch.float32:  # which Triton may multiply in TF32
         return run_gram(x, out)
     wide = x.float()
+    if x.is_cpu:
+        return _half_gram(wide, wide.new_zeros(side, side) if out is None else out)
     return wide.mT @ wide if out is None else out.addmm_(wide.mT, wide)
+
+
+def _half_gram(x: Tensor, out: Tensor) -> Tensor:
+    """Add xᵀ x to out, GRAM_SIDE columns at a time: what lies below them is what lies beside."""
+    for start in range(0, x.shape[1], GRAM_SIDE):
+        own, end = out[start : start + GRAM_SIDE, start:], start + GRAM_SIDE
+        own.addmm_(x[:, start:end].mT, x[:, start:])
+        out[end:, start:end].copy_(own[:, GRAM_SIDE:].mT)
+    return out
 
 
 def apply(

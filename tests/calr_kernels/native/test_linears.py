@@ -207,9 +207,10 @@ def test_grouped_linear_names_what_does_not_fit():
         grouped_linear(x, torch.ones(5, 4), ups, [None])
 
 
+@pytest.mark.parametrize("side", [17, 255, 256, 257, 700])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gram(dtype, device):
-    x = torch.randn(30, 17).to(device, dtype)
+def test_gram(dtype, side, device):
+    x = torch.randn(30, side).to(device, dtype)
     exact = x.double().T @ x.double()
     torch.testing.assert_close(gram(x).double(), exact, rtol=1e-5, atol=1e-4)
     total = gram(x)
