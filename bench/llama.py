@@ -2,8 +2,9 @@
 
     python bench/llama.py DIRECTORY FILE.gguf
 
-The corrective paths are read from FILE-adapter.gguf where `calr export` wrote one. Greedy continuations of five prompts by 32 tokens, and token perplexity on windows of the held-out
-built-in text, both in float32 on the side of transformers. Needs llama-cpp-python.
+Greedy continuations of five prompts by 32 tokens, and token perplexity on windows of the held-out
+built-in text, both in float32 on the side of transformers. The corrective paths are read from
+FILE-adapter.gguf, where `calr export` wrote one. Needs llama-cpp-python.
 """
 
 import argparse
