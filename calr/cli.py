@@ -203,7 +203,7 @@ def _recipe(parser: ArgumentParser) -> None:
         type=str | None,
         default=None,
         help="What the process may take, such as 8GB, by the estimates of `calr plan`: text is "
-        "sampled in smaller batches, activations of the training are computed twice.",
+        "sampled in smaller batches or more slowly, activations of the training computed twice.",
     )
 
 
