@@ -21,14 +21,22 @@ from calr.ranks import PRICED, parse_size
 from calr.recipe import Recipe
 from calr.rounding import rounding_operations
 from calr.statistics import HELD_BYTES, LOGITS
-from calr.text import CACHE_BYTES, cache_row, sampled_in, sampled_natively, sampling_batch
+from calr.text import (
+    CACHE_BYTES,
+    MOST,
+    NATIVE,
+    cache_row,
+    panel_bytes,
+    sampled_in,
+    sampling_batch,
+)
 from calr.training import PART_TOKENS, TARGET_BYTES, windows_drawn
 from calr_kernels.eligible import cpu_multiplies_bfloat16
 
 LIBRARY_BYTES = 600_000_000  # resident size of Python with torch and transformers loaded
 ACTIVATIONS = 1 << 30  # of the training, above which they are computed twice
 # times a prefill's of as many tokens at a product's speed: text that is sampled, natively or not
-NATIVELY, SAMPLED = 2.2, 4.0
+SAMPLED_NATIVELY, SAMPLED = 2.2, 4.0
 DEARER = 2.0  # times a rounding: its price
 EIGEN = 25  # eigenvalues and vectors of an n × n matrix cost about 25 n³
 USUAL_RANK = 8  # of a corrective path, over all matrices
@@ -67,8 +75,9 @@ class Work:
     """What there is to do: how large a model, in memory or in files, and by which recipe.
 
     dtype: of the model's numbers. tied: lm_head is the embedding. row: bytes of keys and values of
-    one window. sampled: the model writes its own text. held: bytes of the model that are in memory
-    all the time. speed: operations per second of products of a type.
+    one window. sampled: the model writes its own text; panels: bytes of the second copy of its
+    weights with which the native kernel does. held: bytes of the model that are in memory all the
+    time. speed: operations per second of products of a type.
     """
 
     structure: Structure
@@ -78,6 +87,7 @@ class Work:
     tied: bool
     row: int
     sampled: bool
+    panels: int
     held: int
     speed: Callable[[torch.dtype], float] = product_speed
 
@@ -97,7 +107,8 @@ class Work:
         tied = head is not None and head.weight is embeddings.weight
         row = cache_row(model, recipe.window, sampled_in(dtype).itemsize)
         count = int(embeddings.num_embeddings)
-        return cls(structure, recipe, dtype, count, tied, row, sampled, held)
+        panels = panel_bytes(model, dtype) if sampled else 0
+        return cls(structure, recipe, dtype, count, tied, row, sampled, panels, held)
 
     def phases(self, ways: Ways) -> dict[str, Phase]:
         """Estimate seconds and peak bytes of every phase, in the order in which they come."""
@@ -149,8 +160,9 @@ class Work:
                 f"{_remedy(name)}"
             )
         room = self.row + (most - least["sampling text"].peak_bytes if self.sampled else 0)
-        natively = self._panels + self.row <= room
-        room -= natively * self._panels
+        batch = self.row * min(NATIVE, windows_drawn(self.recipe))
+        natively = self.panels + batch <= room
+        room -= natively * self.panels
         plain = self.phases(Ways())
         fits = "correction" not in plain or plain["correction"].peak_bytes <= most
         return Ways(min(CACHE_BYTES, room), natively, checkpointed=not fits)
@@ -196,19 +208,13 @@ class Work:
         tokens = windows * self.recipe.window
         dtype = sampled_in(self.dtype)
         operations = 2 * self.structure.active_parameters * tokens
-        own, panels = dtype is self.dtype, self._panels if ways.natively else 0
+        own, panels = dtype is self.dtype, self.panels if ways.natively else 0
         seconds = operations / (self._speeds[0] if own else self.speed(dtype))
-        seconds *= NATIVELY if panels else SAMPLED
+        seconds *= SAMPLED_NATIVELY if panels else SAMPLED
         copied = 0 if own and self.held else dtype.itemsize * self.structure.model_parameters
-        cache = self.row * sampling_batch(windows, self.row, ways.cache_bytes)
+        most = NATIVE if panels else MOST
+        cache = self.row * sampling_batch(windows, self.row, ways.cache_bytes, most)
         return Phase(seconds, self.held + copied + panels + cache)
-
-    @cached_property
-    def _panels(self) -> int:
-        """Bytes of the weights that are held once more for the native kernel, if it writes text."""
-        parameters = self.structure.model_parameters
-        size = sampled_in(self.dtype).itemsize * parameters
-        return size if sampled_natively(self.dtype, parameters) else 0
 
     @property
     def _moments(self) -> Phase:

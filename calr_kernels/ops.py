@@ -157,7 +157,7 @@ def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
     if eligible.triton(x) and x.dtype is not torch.float32:  # which Triton may multiply in TF32
         return run_gram(x, out)
     wide = x.float()
-    if x.is_cpu:
+    if x.is_cpu and len(x) >= GRAM_SIDE:  # with fewer rows the mirror image is dearer
         return _half_gram(wide, wide.new_zeros(side, side) if out is None else out)
     return wide.mT @ wide if out is None else out.addmm_(wide.mT, wide)
 

@@ -1,7 +1,5 @@
 """Faster decoding on a CPU: a decoder's blocks, or its single modules, on the native kernel."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,8 +10,8 @@ from transformers.utils import logging
 from calr.inference import modules, traces
 from calr.inference.causal import CausalForward
 from calr.inference.decoder import DecoderForward
-from calr.inference.layers import floating_dtype
-from calr_kernels import LowRankLinear, eligible, native
+from calr.inference.layers import floating_dtype, of_compressed_tensors
+from calr_kernels import LowRankLinear, native
 
 logger = logging.get_logger(__name__)
 
@@ -35,7 +33,7 @@ def optimize_for_inference(model: PreTrainedModel, *, pack: bool = False) -> Pre
     and so does a model that compressed-tensors quantised. Returns the model.
     """
     dtype = floating_dtype(model)
-    if native.library() is None or dtype is None or _of_compressed_tensors(model):
+    if native.library() is None or dtype is None or of_compressed_tensors(model):
         return model
     if pack:
         _pack(model)
@@ -47,42 +45,6 @@ def optimize_for_inference(model: PreTrainedModel, *, pack: bool = False) -> Pre
     CausalForward.take(model)
     logger.debug(f"native kernel: {counts}; whole decoders: {decoders}")
     return model
-
-
-@contextmanager
-def decoding_natively(model: PreTrainedModel, sequences: int) -> Iterator[bool]:
-    """Have a model's whole decoder take one token of some sequences natively, its weights packed.
-
-    Yields whether it does, for 0 sequences False; nothing else changes, and afterwards all is as
-    before.
-    """
-    dtype, taken = floating_dtype(model), list[nn.Module]()
-    may = sequences and may_decode(dtype, sequences) and not _of_compressed_tensors(model)
-    try:
-        if dtype is not None and may:
-            taken += [module for module in model.modules() if DecoderForward.take(module, dtype)]
-        if taken:
-            _pack(model)
-            head = model.get_output_embeddings()
-            if type(head) is nn.Linear and "forward" not in vars(head):
-                vars(head)["forward"] = modules.DenseForward(head)
-                taken.append(head)
-            taken += [model] if CausalForward.take(model) else []
-        yield bool(taken)
-    finally:
-        for module in taken:
-            del vars(module)["forward"]
-
-
-def may_decode(dtype: torch.dtype | None, sequences: int) -> bool:
-    """Tell whether a dense decoder, if its form is known, takes so many tokens natively."""
-    most = 0 if dtype is None else eligible.MAX_ROWS.get(dtype, 0)
-    return native.library() is not None and sequences <= most
-
-
-def _of_compressed_tensors(model: nn.Module) -> bool:
-    """Tell whether another library quantised a model: it changes forwards itself, when it runs."""
-    return any(hasattr(module, "quantization_status") for module in model.modules())
 
 
 def _pack(model: PreTrainedModel) -> None:

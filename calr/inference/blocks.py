@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from calr.inference.cache import GrowingLayer
@@ -48,16 +48,24 @@ def _norm(norm: Any, x: Tensor, block: native.BlockParts) -> Tensor | None:
     return weight if eligible.readable(x, None, weight) and weight.is_contiguous() else None
 
 
+def usual(block: nn.Module) -> bool:
+    """Tell whether a block has the parts that the kernel knows, by their names."""
+    own = block._modules
+    attention, mlp = own.get("self_attn"), own.get("mlp")
+    if len(own) not in NORMS or attention is None or mlp is None:
+        return False
+    inner = set(attention._modules)
+    named = set(ATTENTION) <= inner <= {*ATTENTION, "q_norm", "k_norm"}
+    return named and set(GATED) == set(mlp._modules)
+
+
 def _parts(block: Any, x: Tensor, rotation: int) -> native.BlockParts | None:
     """Return a block's tensors if it looks like one that the kernel knows."""
+    if not usual(block):
+        return None
     own = block._modules
-    names = NORMS.get(len(own))
-    attention, mlp = own.get("self_attn"), own.get("mlp")
-    if names is None or attention is None or mlp is None or set(GATED) != set(mlp._modules):
-        return None
+    names, attention, mlp = NORMS[len(own)], own["self_attn"], own["mlp"]
     inner = attention._modules
-    if not set(ATTENTION) <= set(inner) <= {*ATTENTION, "q_norm", "k_norm"}:
-        return None
     if attention._parameters or not all(map(eligible.unhooked, block.modules())):
         return None
     config = attention.config

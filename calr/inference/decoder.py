@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from calr.inference.blocks import HELD, bind, close, same
+from calr.inference.blocks import HELD, bind, close, same, usual
 from calr.inference.cache import Steps, together
 from calr.inference.layers import tensors_of, unfollowed
 from calr.inference.modules import Wrapper
@@ -46,10 +46,7 @@ class DecoderForward(Wrapper):
     @classmethod
     def take(cls, module: nn.Module, dtype: torch.dtype) -> bool:
         """Put one before a decoder's own forward if a trace confirms that it computes the same."""
-        parts = module._modules
-        blocks = parts.get("layers")
-        named = {"embed_tokens", "layers", "norm", "rotary_emb"} == set(parts)
-        if not named or not isinstance(blocks, nn.ModuleList) or "forward" in vars(module):
+        if not cls.may_take(module) or "forward" in vars(module):
             return False
         made = cls(module)
         try:
@@ -59,6 +56,14 @@ class DecoderForward(Wrapper):
         if confirmed:
             vars(module)["forward"] = made
         return confirmed
+
+    @staticmethod
+    def may_take(module: nn.Module) -> bool:
+        """Tell whether a module has a decoder's parts, by their names; numbers may be absent."""
+        parts = module._modules
+        blocks = parts.get("layers")
+        named = {"embed_tokens", "layers", "norm", "rotary_emb"} == set(parts)
+        return named and isinstance(blocks, nn.ModuleList) and all(map(usual, blocks))
 
     def __call__(self, *given: Any, **others: Any) -> Any:
         """Apply the decoder: ids [B, T] -> last hidden states [B, T, hidden_size] and the cache."""

@@ -45,6 +45,11 @@ def floating_dtype(model: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
+def of_compressed_tensors(model: nn.Module) -> bool:
+    """Tell whether another library quantised a model: it changes forwards itself, when it runs."""
+    return any(hasattr(module, "quantization_status") for module in model.modules())
+
+
 def epsilon_of(norm: nn.Module) -> Any:
     """Return what an RMS norm adds to the mean square, None where it is not named as usual."""
     own = vars(norm)

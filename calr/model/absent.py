@@ -61,19 +61,22 @@ def resident(*modules: nn.Module, dtype: torch.dtype | None = None) -> Iterator[
     """Have the parameters of modules in memory, frozen; shared ones once.
 
     dtype: what floating ones are meanwhile, those in memory as copies; None: their own. Modules
-    that read what they lack when they are called have their own forward meanwhile.
+    that read what they lack when they are called do not meanwhile.
     """
     places, read = _places(modules, dtype), dict[int, nn.Parameter]()
     every = [m for root in modules for m in root.modules()]
     reading = [(vars(m), f) for m in every if type(f := vars(m).get("forward")) is _Reading]
     try:
         _fill(places, read, requires_grad=False, dtype=dtype)
-        for own, _ in reading:
-            own.pop("forward", None)
+        for own, forward in reading:
+            own |= {"forward": forward.beneath}
+            if forward.beneath is None:  # the class's
+                del own["forward"]
         yield
     finally:
         for own, forward in reading:
-            own["forward"] = forward
+            if own.get("forward") is forward.beneath:
+                own["forward"] = forward
         for module, name, p in places:
             if module._parameters.get(name) is read.get(id(p), p):
                 module._parameters[name] = p
@@ -120,6 +123,7 @@ class _Reading:
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self._forward = module, module.forward
+        self.beneath = vars(module).get("forward")  # None: the class's
         functools.update_wrapper(self, module.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

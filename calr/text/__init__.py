@@ -2,12 +2,14 @@
 
 from calr.text.sampling import (
     CACHE_BYTES,
+    MOST,
+    NATIVE,
     cache_row,
     draw,
     hard_wrapped,
+    panel_bytes,
     sample_from,
     sampled_in,
-    sampled_natively,
     sampling_batch,
 )
 from calr.text.sources import Source, content_of, describe, parts_of, read_text
@@ -15,6 +17,8 @@ from calr.text.windows import calibration_windows, evaluation_windows, spread, s
 
 __all__ = [
     "CACHE_BYTES",
+    "MOST",
+    "NATIVE",
     "Source",
     "cache_row",
     "calibration_windows",
@@ -23,11 +27,11 @@ __all__ = [
     "draw",
     "evaluation_windows",
     "hard_wrapped",
+    "panel_bytes",
     "parts_of",
     "read_text",
     "sample_from",
     "sampled_in",
-    "sampled_natively",
     "sampling_batch",
     "spread",
     "spread_windows",

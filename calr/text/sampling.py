@@ -1,5 +1,6 @@
 """Text that a model writes itself, and hard-wrapped text."""
 
+import contextlib
 import math
 import textwrap
 from functools import partial
@@ -19,8 +20,8 @@ from transformers import (
 
 from calr import parallel
 from calr.errors import CalrError
-from calr.inference import decoding_natively, may_decode
 from calr.inference.cache import GrowingLayer, grow
+from calr.inference.meanwhile import decoding_natively, may_decode
 from calr.model import absent, fast_attention, find_blocks, hooked, resident, tensor_bytes
 from calr.progress import progress
 from calr.text.tokens import adds_bos, encode
@@ -28,7 +29,7 @@ from calr_kernels.eligible import cpu_multiplies_bfloat16
 
 CACHE_BYTES = 2 << 30  # of keys and values while sampling
 MOST = 48  # windows sampled at once: with more it is not faster, only larger
-NATIVELY = 16  # by the native kernel, which is 1.2 to 1.8 times as fast with them
+NATIVE = 16  # by the native kernel, which is 1.2 to 1.8 times as fast with them
 SEEDS = 1 << 20  # from the seed of a batch to that of the next
 LINES = (60, 80)  # shortest and longest lines, in characters, of hard-wrapped text
 
@@ -45,13 +46,13 @@ def sample_from(
     """Let the model write its own calibration text: [samples, window] ids, at temperature 1.
 
     Each window starts with BOS where the tokenizer adds it, then a token drawn uniformly
-    (as in LLM-QAT, arXiv 2305.17888). cache_bytes: of keys and values, of at least one window; with
-    fewer the text may be another, since products of fewer rows round otherwise. natively: on the
-    native kernel, where it can: faster, with the weights in memory once more.
+    (as in LLM-QAT, arXiv 2305.17888). cache_bytes: of keys and values, of at least one window.
+    natively: on the native kernel, faster, where `panel_bytes` says that it can. With another of
+    both the text may be another, since products round otherwise, and so it may on other machines.
     """
     dtype = _sampling_dtype(model)
-    _require_memory(model, dtype)
-    natively = natively and fits_natively(tensor_bytes(model, dtype))
+    natively = natively and panel_bytes(model, model.dtype) > 0
+    _require_memory(model, dtype, 2 if natively else 1)
     generator = torch.Generator().manual_seed(seed)
     embeddings: Any = model.get_input_embeddings()
     usable = set(range(min(len(tokenizer), embeddings.num_embeddings)))
@@ -68,7 +69,7 @@ def sample_from(
         hooked([growing]),
         torch.no_grad(),
         resident(model, dtype=dtype),
-        decoding_natively(model, NATIVELY if natively else 0) as native,
+        decoding_natively(model) if natively else contextlib.nullcontext(False) as native,
         fast_attention(),
     ):
         try:
@@ -76,7 +77,7 @@ def sample_from(
             model.generation_config = GenerationConfig(max_new_tokens=length, pad_token_id=0)
             eos_token_id = usual.eos_token_id if usual else None
             row = cache_row(model, window, (dtype or model.dtype).itemsize)
-            most = NATIVELY if native else MOST
+            most = NATIVE if parallel.every(native) else MOST
             batches = start.split(sampling_batch(samples, row, cache_bytes, most))
             own = parallel.mine(range(len(batches)))
             for i in progress(own, desc="sampling text", unit="batch"):
@@ -158,14 +159,15 @@ def _grow(window: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> 
                 layer.expect(window)
 
 
-def _require_memory(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+def _require_memory(model: PreTrainedModel, dtype: torch.dtype | None, copies: int) -> None:
     """Refuse a model that is read from its files because it does not fit: every token needs all."""
-    needed, free = tensor_bytes(model, dtype), psutil.virtual_memory().available
+    needed, free = copies * tensor_bytes(model, dtype), psutil.virtual_memory().available
     if absent(model) and model.device.type == "cpu" and needed > free:
+        remedy = "name a file of text, or builtin"
         raise CalrError(
             f"calibration=sampled: the model writes its own text only in memory, where it needs "
-            f"{needed / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free; name a file of text, "
-            "or builtin"
+            f"{needed / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free; "
+            f"{remedy if copies == 1 else f'{remedy}, or a --max_memory, which takes half of it'}"
         )
 
 
@@ -176,16 +178,17 @@ def sampled_in(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if faster else dtype
 
 
-def fits_natively(size: int) -> bool:
-    """Tell whether weights of some bytes fit twice into this machine, as the native kernel has
-    them: not into what is free, which would let the text depend on what else is running."""
-    return bool(2 * size <= psutil.virtual_memory().total)
+def panel_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Return the bytes of the weights' second copy, in which the native kernel reads them while a
+    model of a type writes text; 0 where it does not.
 
-
-def sampled_natively(dtype: torch.dtype, parameters: int) -> bool:
-    """Tell whether a dense model, if its form is known, writes its text on the native kernel."""
+    It does where the machine, not what is free of it, has twice the memory that the weights take
+    with this copy in every process: else the text would depend on what else is running.
+    """
     own = sampled_in(dtype)
-    return may_decode(own, NATIVELY) and fits_natively(own.itemsize * parameters)
+    size = tensor_bytes(model, own)
+    fits = 4 * size * parallel.size() <= psutil.virtual_memory().total
+    return size if fits and may_decode(model, own, NATIVE) else 0
 
 
 def _sampling_dtype(model: PreTrainedModel) -> torch.dtype | None:

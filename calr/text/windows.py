@@ -30,7 +30,7 @@ def calibration_windows(
     cache_bytes: int = CACHE_BYTES,
     natively: bool = True,
 ) -> Tensor:
-    """Return [samples, window] int64 token ids, the same for the same arguments.
+    """Return [samples, window] int64 token ids, on one machine the same for the same arguments.
 
     source: a source string or path (see the module), a list of texts, or ids [S, T], which are used
     as they are. None is "sampled"; cache_bytes, natively: see `sample_from`. Windows are spread

@@ -9,7 +9,7 @@ everything works in plain PyTorch, slower for small batches. When it is used is 
 from calr_kernels.native.decoder import BlockParts, Blocks, attend, rms_norm, rotate
 from calr_kernels.native.linears import Binding, Bound, interleave, lowrank_linear
 from calr_kernels.native.loader import ISAS, TYPES, library
-from calr_kernels.native.panels import pack, packed_bytes, packs
+from calr_kernels.native.panels import pack, packed_bytes, packed_numbers, packs, unpack
 from calr_kernels.native.quantized import dequantize, quantized_linear, scale_gradients
 
 __all__ = [
@@ -26,9 +26,11 @@ __all__ = [
     "lowrank_linear",
     "pack",
     "packed_bytes",
+    "packed_numbers",
     "packs",
     "quantized_linear",
     "rms_norm",
     "rotate",
     "scale_gradients",
+    "unpack",
 ]

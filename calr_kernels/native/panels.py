@@ -55,6 +55,13 @@ def pack(weight: Tensor) -> bool:
     return True
 
 
+def unpack(weight: Tensor) -> None:
+    """Let go of a matrix's panels."""
+    global _packs
+    if _PANELS.pop(weight, None) is not None:
+        _packs += 1
+
+
 def packed_numbers(weight: Tensor) -> Tensor | None:
     """Return a matrix in panels if it was packed, and unchanged since.
 
@@ -65,7 +72,7 @@ def packed_numbers(weight: Tensor) -> Tensor | None:
 
 
 def packs() -> int:
-    """Count how often a matrix of numbers was packed: what was bound before may now be faster."""
+    """Count how often panels of numbers came or went: what was bound may now read others."""
     return _packs
 
 

@@ -1,5 +1,6 @@
 """What a compression is estimated to take, and how it is made to take less."""
 
+import dataclasses
 import re
 
 import pytest
@@ -11,8 +12,9 @@ import calr
 from calr import estimates
 from calr.errors import CalrError
 from calr.estimates import Ways, Work
+from calr.integrations.experts import take_apart
 from calr.model import analyse
-from calr.testing import tiny_llama
+from calr.testing import tiny_llama, tiny_mixtral
 
 
 def work(model=None, sampled=True, **recipe):
@@ -58,8 +60,23 @@ def test_without_a_limit_only_large_activations_are_computed_twice():
     assert not work(large(28), False, correction_tokens=0).within(None).checkpointed
 
 
+def test_weights_are_held_twice_where_a_limit_has_room_for_a_whole_batch_beside_them():
+    job = dataclasses.replace(work(samples=40, correction_tokens=0), panels=10**10)
+    assert job.phases(Ways())["sampling text"].peak_bytes > 10**10
+    once = job.phases(Ways(job.row, natively=False))["sampling text"].peak_bytes
+    least = once + 10**10 + 15 * job.row
+    assert job.within(least).natively and not job.within(least - 1).natively
+    assert 10**10 < job.phases(job.within(least))["sampling text"].peak_bytes <= least
+    assert job.phases(job.within(least - 1))["sampling text"].peak_bytes < 10**10
+    assert work(sampled=False).panels == 0
+    mixture = tiny_mixtral()
+    take_apart(mixture)
+    assert work(mixture).panels == 0 < work().panels  # a form that is not written natively
+
+
 def test_a_limit_makes_batches_smaller_and_activations_be_computed_twice(monkeypatch):
     monkeypatch.setattr(estimates, "LIBRARY_BYTES", 0)
+    monkeypatch.setattr(estimates, "panel_bytes", lambda *_: 0)
     job = work(window=4096, samples=2, correction_tokens=4096 * 40)
     plain, row = job.phases(Ways()), job.row
     assert plain["sampling text"].peak_bytes > 32 * row
@@ -73,7 +90,6 @@ def test_a_limit_makes_batches_smaller_and_activations_be_computed_twice(monkeyp
     taken = job.phases(ways)
     assert taken["sampling text"].peak_bytes <= limit
     assert taken["correction"].peak_bytes <= limit
-    assert not ways.natively or job.phases(Ways())["sampling text"].peak_bytes <= limit
     with pytest.raises(CalrError, match=r"max_memory=1KB: .* takes about .* GB at least"):
         job.within("1KB")
     with pytest.raises(CalrError, match=r"max_memory='much': must be like"):

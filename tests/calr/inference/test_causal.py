@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from calr.inference import decoding_natively, optimize_for_inference
+from calr.inference import optimize_for_inference
 from calr.inference.causal import CausalForward
 from calr.testing import tiny_llama
 from calr_kernels import native
@@ -186,21 +186,3 @@ def test_its_arguments_are_those_that_transformers_looks_for():
     own = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
     taken = inspect.signature(optimize_for_inference(tiny_llama()).forward).parameters
     assert list(taken) == [name for name in own if name != "self"]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_decodes_natively_for_a_while(dtype, heads):
-    model = tiny_llama().to(dtype)
-    with decoding_natively(model, 2) as native:
-        assert native
-        heads.clear()
-        step(model)
-        assert len(heads) == 1 and heads[0] is not None
-    assert not any("forward" in vars(module) for module in model.modules())
-    with decoding_natively(model, 0) as none, decoding_natively(model, 1000) as many:
-        assert not none and not many
-    fast = optimize_for_inference(model)
-    with decoding_natively(fast, 2) as again:
-        assert not again
-    assert type(vars(fast)["forward"]) is CausalForward

@@ -1,5 +1,6 @@
 """A model that is read from its files: the same in every respect as one in memory."""
 
+import copy
 import json
 
 import gguf
@@ -12,7 +13,17 @@ from transformers import AutoModelForCausalLM
 import calr
 from calr.errors import CalrError
 from calr.integrations.experts import take_apart
-from calr.model import Absent, absent, fingerprint, load, present, recast, resident, weight_of
+from calr.model import (
+    Absent,
+    absent,
+    fingerprint,
+    load,
+    present,
+    read_when_called,
+    recast,
+    resident,
+    weight_of,
+)
 from calr.testing import byte_tokenizer, tiny_llama
 
 SMALL = {
@@ -140,6 +151,24 @@ def test_matrices_are_there_while_they_are_used_and_no_longer(source, ids):
     embedded = model.model.embed_tokens(ids).requires_grad_()  # backward after a block has let go
     model.model(inputs_embeds=embedded).last_hidden_state.sum().backward()
     assert bool(torch.isfinite(embedded.grad).all())
+
+
+def test_what_is_resident_does_not_read_again_and_keeps_a_forward_of_its_own(source):
+    model, _ = load(str(source), lazily=True)
+    first, second = model.model.layers
+    own = vars(second).pop("forward").__wrapped__
+    vars(second)["forward"] = custom = lambda *given, **others: own(*given, **others)
+    read_when_called(second)
+    reading = [vars(block)["forward"] for block in (first, second)]
+    with pytest.raises(RuntimeError, match="on purpose"), resident(model):
+        assert "forward" not in vars(first) and vars(second)["forward"] is custom
+        vars(first)["forward"] = put = object()  # by somebody else: stays
+        raise RuntimeError("on purpose")
+    assert vars(first)["forward"] is put and vars(second)["forward"] is reading[1]
+    vars(first)["forward"] = reading[0]
+    again = copy.deepcopy(first)
+    assert vars(again)["forward"] is not reading[0]
+    assert vars(again)["forward"]._module is again
 
 
 def test_another_dtype_is_that_of_what_is_read(source):
