@@ -11,20 +11,6 @@ from transformers import DynamicCache
 from calr.inference import optimize_for_inference
 from calr.inference.causal import CausalForward
 from calr.testing import tiny_llama
-from calr_kernels import native
-
-
-@pytest.fixture
-def heads(monkeypatch):
-    """How often the blocks ran natively, and with which head."""
-    seen, decode = [], native.Blocks.decode
-
-    def watched(self, x, pasts, rotations, starts=None, head=None):
-        seen.append(head)
-        return decode(self, x, pasts, rotations, starts, head)
-
-    monkeypatch.setattr(native.Blocks, "decode", watched)
-    return seen
 
 
 def step(model, **more):

@@ -12,19 +12,6 @@ from calr.testing import SETTINGS, tiny_llama
 from calr_kernels import native
 
 
-@pytest.fixture
-def heads(monkeypatch):
-    """With which head the blocks ran natively, every time."""
-    seen, decode = [], native.Blocks.decode
-
-    def watched(self, x, pasts, rotations, starts=None, head=None):
-        seen.append(head)
-        return decode(self, x, pasts, rotations, starts, head)
-
-    monkeypatch.setattr(native.Blocks, "decode", watched)
-    return seen
-
-
 def step(model):
     cache, ids = DynamicCache(config=model.config), torch.arange(3, 17).view(2, 7)
     model(ids[:, :6], past_key_values=cache)
