@@ -212,9 +212,13 @@ def label(row: dict) -> str:
 
 
 def plot(rows: list[dict], file: Path) -> None:
-    """Draw mean KL against bytes, and against tokens per second where they are known."""
+    """Draw mean KL against bytes, and against tokens per second where they are known.
+
+    Of the whole method: what leaves a part of it out is in the table alone.
+    """
     import matplotlib.pyplot as plt
 
+    rows = [row for row in rows if not row.get("without")]
     timed = [row for row in rows if "tokens_per_second" in row]
     figure, axes = plt.subplots(1, 2 if timed else 1, figsize=(11, 4.5), sharey=True, squeeze=False)
     left = axes[0, 0]

@@ -100,13 +100,6 @@ def agree(value: T) -> T:
     return values[0]
 
 
-def every(value: bool) -> bool:
-    """Tell whether a value is true in all processes."""
-    false = torch.tensor(0.0 if value else 1.0)
-    add_up([false])
-    return not false
-
-
 def wait() -> None:
     """Wait until all processes are here."""
     if _size > 1:

@@ -105,7 +105,7 @@ def _begin(file: Path) -> bytes:
         return opened.read(4)
 
 
-def _template(like: str | Path) -> GGUFReader:
+def _template(like: str | Path) -> gguf.GGUFReader:
     try:
         files = gguf_files(str(like))
         found = GGUFReader(files[0] if files else like)
@@ -118,11 +118,11 @@ def _template(like: str | Path) -> GGUFReader:
     return found
 
 
-def _architecture(template: GGUFReader) -> str:
+def _architecture(template: gguf.GGUFReader) -> str:
     return str(template.fields["general.architecture"].contents())
 
 
-def _names(model: PreTrainedModel, template: GGUFReader) -> dict[str, str]:
+def _names(model: PreTrainedModel, template: gguf.GGUFReader) -> dict[str, str]:
     """Map names of parameters to those of the tensors of a GGUF file."""
     architecture, config = _architecture(template), model.config
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -150,7 +150,7 @@ def _tied(model: PreTrainedModel, head: Tensor) -> bool:
 
 
 def _tensors(
-    model: PreTrainedModel, template: GGUFReader
+    model: PreTrainedModel, template: gguf.GGUFReader
 ) -> dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]]:
     """Return every tensor of the file by its name there, in the order of the template's."""
     architecture, made = _architecture(template), {}
@@ -227,7 +227,7 @@ def _order(model: PreTrainedModel, architecture: str, name: str) -> np.ndarray |
 
 
 def _terms(
-    model: PreTrainedModel, template: GGUFReader
+    model: PreTrainedModel, template: gguf.GGUFReader
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return the corrective paths, lora_a [c, K] and lora_b [N, c], of any ranks."""
     architecture, names = _architecture(template), _names(model, template)
@@ -259,7 +259,7 @@ def _whole(file: Path) -> Iterator[Path]:
 
 def _write_model(
     file: Path,
-    template: GGUFReader,
+    template: gguf.GGUFReader,
     tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]],
 ) -> None:
     writer = gguf.GGUFWriter(file, _architecture(template))
@@ -269,7 +269,7 @@ def _write_model(
     finish(writer)
 
 
-def copy_fields(writer: gguf.GGUFWriter, template: GGUFReader) -> None:
+def copy_fields(writer: gguf.GGUFWriter, template: gguf.GGUFReader) -> None:
     """Copy what a GGUF file says of its model, all but what depends on the types of its tensors."""
     for key, field in template.fields.items():
         kinds = field.types
@@ -279,7 +279,7 @@ def copy_fields(writer: gguf.GGUFWriter, template: GGUFReader) -> None:
 
 
 def _write_adapter(
-    file: Path, template: GGUFReader, terms: dict[str, tuple[np.ndarray, np.ndarray]]
+    file: Path, template: gguf.GGUFReader, terms: dict[str, tuple[np.ndarray, np.ndarray]]
 ) -> None:
     writer = gguf.GGUFWriter(file, _architecture(template))
     writer.add_type("adapter")

@@ -69,9 +69,10 @@ def resident(*modules: nn.Module, dtype: torch.dtype | None = None) -> Iterator[
     try:
         _fill(places, read, requires_grad=False, dtype=dtype)
         for own, forward in reading:
-            own |= {"forward": forward.beneath}
-            if forward.beneath is None:  # the class's
+            if forward.beneath is None:
                 del own["forward"]
+            else:
+                own["forward"] = forward.beneath
         yield
     finally:
         for own, forward in reading:

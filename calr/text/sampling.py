@@ -21,7 +21,7 @@ from transformers import (
 from calr import parallel
 from calr.errors import CalrError
 from calr.inference.cache import GrowingLayer, grow
-from calr.inference.meanwhile import decoding_natively, may_decode
+from calr.inference.temporary import decoding_natively, may_decode
 from calr.model import absent, fast_attention, find_blocks, hooked, resident, tensor_bytes
 from calr.progress import progress
 from calr.text.tokens import adds_bos, encode
@@ -77,7 +77,8 @@ def sample_from(
             model.generation_config = GenerationConfig(max_new_tokens=length, pad_token_id=0)
             eos_token_id = usual.eos_token_id if usual else None
             row = cache_row(model, window, (dtype or model.dtype).itemsize)
-            most = NATIVE if parallel.every(native) else MOST
+            together = parallel.gather({parallel.rank(): native})
+            most = NATIVE if all(together.values()) else MOST
             batches = start.split(sampling_batch(samples, row, cache_bytes, most))
             own = parallel.mine(range(len(batches)))
             for i in progress(own, desc="sampling text", unit="batch"):
@@ -163,11 +164,11 @@ def _require_memory(model: PreTrainedModel, dtype: torch.dtype | None, copies: i
     """Refuse a model that is read from its files because it does not fit: every token needs all."""
     needed, free = copies * tensor_bytes(model, dtype), psutil.virtual_memory().available
     if absent(model) and model.device.type == "cpu" and needed > free:
-        remedy = "name a file of text, or builtin"
+        less = ", or a --max_memory, which takes half of it" if copies > 1 else ""
         raise CalrError(
             f"calibration=sampled: the model writes its own text only in memory, where it needs "
-            f"{needed / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free; "
-            f"{remedy if copies == 1 else f'{remedy}, or a --max_memory, which takes half of it'}"
+            f"{needed / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free; name a file of text, "
+            f"or builtin{less}"
         )
 
 

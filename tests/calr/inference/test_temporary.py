@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 from calr.inference import optimize_for_inference
 from calr.inference.causal import CausalForward
-from calr.inference.meanwhile import decoding_natively, may_decode
+from calr.inference.temporary import decoding_natively, may_decode
 from calr.testing import SETTINGS, tiny_llama
 from calr_kernels import native
 
