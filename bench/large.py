@@ -21,8 +21,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from rich import print
 from rich.table import Table
 from shapes import SHAPES, Shape, largest, write_gguf, write_safetensors
@@ -62,11 +60,8 @@ def chosen(given: argparse.Namespace) -> list[tuple[str, Shape]]:
     if not given.largest:
         shape = SHAPES[given.like]
         return [(given.like, shape.of_blocks(n)) for n in given.blocks or [shape.blocks]]
-    memory = psutil.virtual_memory().total
-    if given.device.startswith("cuda"):
-        memory = torch.cuda.get_device_properties(given.device).total_memory
     recipe = Recipe(bits=5, correction_tokens=int(given.correction_tokens))
-    return [largest(memory, given.work, recipe)]
+    return [largest(given.device, given.work, recipe)]
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import psutil
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from calr import Recipe
 from calr.estimates import Ways, Work
 from calr.integrations.experts import take_apart
+from calr.limits import OF_FREE
 from calr.model import analyse
 from calr.testing import byte_tokenizer
 
@@ -177,23 +179,28 @@ def write_gguf(directory: Path, shape: Shape, kind: str, parts: int) -> None:
     writer.close()
 
 
-def work(shape: Shape, recipe: Recipe) -> Work:
+def work(shape: Shape, recipe: Recipe, device: str) -> Work:
     """Describe the work on a model of some shapes, with text that is given."""
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(shape.config, dtype=torch.bfloat16).eval()
         take_apart(model)
-    return Work.of(model, analyse(model), recipe, torch.bfloat16, sampled=False)
+    where = torch.device(device)
+    return Work.of(model, analyse(model), recipe, torch.bfloat16, sampled=False, device=where)
 
 
-def largest(memory: int, disk: Path, recipe: Recipe) -> tuple[str, Shape]:
-    """Return the largest model that a memory and a disk have room for, by the estimates."""
+def largest(device: str, disk: Path, recipe: Recipe) -> tuple[str, Shape]:
+    """Return the largest model that memory, a GPU and a disk have room for, by the estimates."""
     found, free = None, shutil.disk_usage(disk).free
     for name, shape in SHAPES.items():
-        made = work(shape, recipe)
-        peak = max(p.peak_bytes for p in made.phases(Ways(checkpointed=True)).values())
-        size = made.structure.model_parameters
-        if peak <= memory and 2 * size + made.disk(int(recipe.bits or 5) * size // 8) <= free:
+        made = work(shape, recipe, device)
+        phases, size = (
+            made.phases(Ways(checkpointed=True)).values(),
+            made.structure.model_parameters,
+        )
+        fits = max(p.peak_bytes for p in phases) <= psutil.virtual_memory().total
+        fits &= made.free is None or max(p.gpu_bytes for p in phases) <= OF_FREE * made.free
+        if fits and 2 * size + made.disk(int(recipe.bits or 5) * size // 8) <= free:
             found = name, shape
     if found is None:
-        raise SystemExit(f"{memory / 1e9:.0f} GB: not even {next(iter(SHAPES))} fits, or the disk")
+        raise SystemExit(f"{device}: not even {next(iter(SHAPES))} fits, in memory or on the disk")
     return found

@@ -150,13 +150,9 @@ def _model(parser: ArgumentParser, name: str = "model", **kwargs: Any) -> None:
 
 
 def _loading(parser: ArgumentParser) -> None:
-    _weights(parser)
-    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, ...")
-
-
-def _weights(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", type=str, default="auto", help="Load weights in this dtype.")
     _trust(parser)
+    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, ...")
 
 
 def _trust(parser: ArgumentParser) -> None:
@@ -197,20 +193,18 @@ def _recipe(parser: ArgumentParser) -> None:
         default=8,
         help="Windows of held-out built-in text to measure perplexity on, for the card; 0: none.",
     )
-
-    parser.add_argument(
-        "--max_memory",
-        type=str | None,
-        default=None,
-        help="What the process may take, such as 8GB, by the estimates of `calr plan`: text is "
-        "sampled in smaller batches or more slowly, activations of the training computed twice.",
-    )
+    limit: dict[str, Any] = {"type": str | None, "default": None}
+    text = "What the process may take, such as 8GB, by the estimates of `calr plan`: text is "
+    text += "sampled in smaller batches or more slowly, activations of the training computed twice."
+    parser.add_argument("--max_memory", help=text, **limit)
+    text = "What it may take of a GPU's memory; by default what is free there."
+    parser.add_argument("--device_memory", help=text, **limit)
+    _loading(parser)
 
 
 def _plan(parser: ArgumentParser) -> None:
     _model(parser)
     _recipe(parser)
-    _weights(parser)
 
 
 def _compress(parser: ArgumentParser) -> None:
@@ -218,7 +212,6 @@ def _compress(parser: ArgumentParser) -> None:
     parser.add_argument("directory", type=str, help="Where to write the checkpoint.")
     _recipe(parser)
     _overwrite(parser)
-    _loading(parser)
 
 
 def _overwrite(parser: ArgumentParser) -> None:

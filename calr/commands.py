@@ -40,6 +40,7 @@ from calr.storage import size, verify
 from calr.text import evaluation_windows
 
 LOADING = ("dtype", "device", "trust_remote_code")
+MEMORY = ("max_memory", "device_memory")
 
 
 def plan(arguments: Namespace) -> None:
@@ -52,8 +53,7 @@ def plan(arguments: Namespace) -> None:
         statistics=arguments.statistics,
         dtype=arguments.dtype,
         calibration=arguments.calibration,
-        trust_remote_code=arguments.trust_remote_code,
-        max_memory=arguments.max_memory,
+        **{name: arguments[name] for name in (*MEMORY, "device", "trust_remote_code")},
     )
     if arguments.json:
         tables.print_json(result.to_dict())
@@ -102,25 +102,21 @@ def _print_quantised_plan(result: planning.Plan) -> None:
 
 
 def _print_taken(result: planning.Plan) -> None:
-    expected = {
-        name: {"expected_seconds": phase.seconds, "expected_bytes": phase.peak_bytes}
-        for name, phase in result.phases.items()
-    }
-    tables.print_phases(expected)
-    tables.print_facts(
-        {
-            "peak memory (estimate)": tables.gigabytes(result.peak_memory_bytes),
-            "disk (estimate)": tables.gigabytes(result.disk_bytes),
-            "time (estimate, this machine's CPU)": f"{result.seconds:.0f} s",
-        }
-    )
+    tables.print_phases({n: p.to_dict("expected_") for n, p in result.phases.items()})
+    facts, where = {}, "this machine's CPU"
+    if result.peak_gpu_bytes:
+        facts["peak memory on the GPU (estimate)"] = tables.gigabytes(result.peak_gpu_bytes)
+        where = "by what an H200 reached elsewhere"
+    facts["peak memory (estimate)"] = tables.gigabytes(result.peak_memory_bytes)
+    facts["disk (estimate)"] = tables.gigabytes(result.disk_bytes)
+    tables.print_facts(facts | {f"time (estimate, {where})": f"{result.seconds:.0f} s"})
 
 
 def compress(arguments: Namespace) -> None:
     """Compress a model into a directory and print what it became."""
     names = ("calibration", "statistics", "offload", "elastic", "overwrite", "eval_windows")
     with parallel.joined():
-        options = {name: arguments[name] for name in (*names, "max_memory", *LOADING)}
+        options = {name: arguments[name] for name in (*names, *MEMORY, *LOADING)}
         options["device"] = parallel.place_of(arguments.device)
         results = compress_to(arguments.model, arguments.directory, _recipe(arguments), **options)
         following = f"calr generate {quote(arguments.directory)} --prompt 'Once upon a time'"

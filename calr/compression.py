@@ -56,19 +56,20 @@ def compress(
     work: str | Path | None = None,
     elastic: bool = False,
     max_memory: str | None = None,
+    device_memory: str | None = None,
 ) -> PreTrainedModel:
     """Compress a dense causal language model in place and return it.
 
     calibration: a path or source (see calr.text), a list of texts, or token ids [S, T]; None is
     text sampled from the model itself. tokenizer: needed for text; by default that of
-    model.name_or_path. statistics: a directory in which calibration statistics are kept and found
-    again. work: a directory for finished parts, so that a killed run can continue (another one is
-    refused there). elastic: keep every layer whole, as ordered factors with their error curves, for
-    `resize`; keep, layout and training do not count then. max_memory: what the process may take,
-    such as 8GB, by the estimates that `plan` shows: text is sampled in smaller batches, activations
-    of the training are computed twice. The model is changed only after everything has been
-    computed, but for a rotation that leaves its function as it is; CalrError says what is wrong
-    otherwise.
+    model.name_or_path. statistics: a directory in which calibration statistics are kept and
+    found again. work: a directory for finished parts, so that a killed run can continue
+    (another one is refused there). elastic: keep every layer whole, as ordered factors with
+    their error curves, for `resize`; keep, layout and training do not count then. max_memory,
+    device_memory: what the process and the model's GPU may take, such as 8GB, by the estimates
+    that `plan` shows: text is sampled in smaller batches, activations are computed twice. The
+    model is changed only after everything has been computed, but for a rotation that leaves its
+    function as it is; CalrError says what is wrong otherwise.
 
     >>> import torch
     >>> from calr.testing import tiny_llama
@@ -80,7 +81,8 @@ def compress(
     if work is not None and Path(work).is_file():
         raise CalrError(f"{work}: is a file; name a directory")
     with as_it_was(model):
-        job = Job.of(model, recipe, calibration, tokenizer, elastic, max_memory=max_memory)
+        limits: dict[str, Any] = {"max_memory": max_memory, "device_memory": device_memory}
+        job = Job.of(model, recipe, calibration, tokenizer, elastic, **limits)
         if work is None:
             return job.run(Store(), statistics)
         with locked(Path(work) / "lock", str(work)):
@@ -102,19 +104,21 @@ def compress_to(
     device: str = "cpu",
     trust_remote_code: bool = False,
     max_memory: str | None = None,
+    device_memory: str | None = None,
     offload: str | Path | None = None,
 ) -> dict[str, Any]:
     """Compress a model into a directory, whole or not at all, and return what it became.
 
-    source, dtype, device and trust_remote_code: as in `load`; max_memory: as in `compress`.
-    Finished parts lie in DIRECTORY/.calr, or in a folder of offload, until the checkpoint is
-    written: the same call continues where a killed one stopped and ends with the same bits. What a
-    GGUF file holds is computed with in float32 and stored in bfloat16, where no dtype is named;
-    weights that are quantised there are not rotated, off the grid on which they lie. eval_windows:
-    windows of held-out built-in text on which the result is compared with the dense model, which is
-    loaded again for that; 0: none. "phases" of the result: what each took, beside what was
-    expected. Raises CalrError for a directory that holds something else (without overwrite), for
-    calibration that has no name, and for what `load` and `compress` refuse.
+    source, dtype, device and trust_remote_code: as in `load`; max_memory and device_memory: as in
+    `compress`. Finished parts lie in DIRECTORY/.calr, or in a folder of offload, until the
+    checkpoint is written: the same call continues where a killed one stopped and ends with the
+    same bits. What a GGUF file holds is computed with in float32 and stored in bfloat16, where
+    no dtype is named; weights that are quantised there are not rotated, off the grid on which
+    they lie. eval_windows: windows of held-out built-in text on which the result is compared
+    with the dense model, which is loaded again for that; 0: none. "phases" of the result: what
+    each took, beside what was expected. Raises CalrError for a directory that holds something
+    else (without overwrite), for calibration that has no name, and for what `load` and
+    `compress` refuse.
     """
     started, recipe = time.monotonic(), recipe or _default(elastic)
     if not isinstance(calibration, str | Path):
@@ -134,7 +138,10 @@ def compress_to(
         stored = GGUF_DTYPE if widened else None
         if recipe.quantised and on_grid(source):
             recipe = dataclasses.replace(recipe, rotate=False)
-        job = Job.of(model, recipe, calibration, tokenizer, elastic, stored, max_memory, source)
+        limits: dict[str, Any] = {"max_memory": max_memory, "device_memory": device_memory}
+        job = Job.of(
+            model, recipe, calibration, tokenizer, elastic, stored, **limits, source=source
+        )
         held_out = _held_out(model, tokenizer, eval_windows, recipe.window)
         before = sum(file.stat().st_size for file in files) or tensor_bytes(model)
         key, results = job.key, None
@@ -205,14 +212,9 @@ def _write(
 
 def _beside(measured: dict[str, Phase], expected: dict[str, Phase]) -> dict[str, dict[str, float]]:
     """List what phases took, beside what was expected of those of which something was."""
-    found: dict[str, dict[str, float]] = {}
-    for name, phase in measured.items():
-        found[name] = {"seconds": round(phase.seconds, 1), "peak_bytes": phase.peak_bytes}
-        if phase.gpu_bytes:
-            found[name]["gpu_bytes"] = phase.gpu_bytes
-        if name in expected:
-            found[name]["expected_seconds"] = round(expected[name].seconds, 1)
-            found[name]["expected_bytes"] = expected[name].peak_bytes
+    found = {name: phase.to_dict() for name, phase in measured.items()}
+    for name in expected.keys() & measured.keys():
+        found[name] |= expected[name].to_dict("expected_")
     return found
 
 

@@ -1,6 +1,7 @@
 """What every phase of a compression takes in memory and time, from shapes; and how to take less.
 
-Modelled, not measured: counts of numbers and of operations, and the speed of short matrix products.
+Modelled, not measured: counts of numbers and of operations, and the speed of short matrix products;
+of a GPU that which one was seen to reach.
 """
 
 import time
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from calr.errors import CalrError
 from calr.methods import resolve
 from calr.model import Structure
 from calr.progress import Phase
@@ -34,7 +34,10 @@ from calr.training import PART_TOKENS, TARGET_BYTES, windows_drawn
 from calr_kernels.eligible import cpu_multiplies_bfloat16
 
 LIBRARY_BYTES = 600_000_000  # resident size of Python with torch and transformers loaded
-ACTIVATIONS = 1 << 30  # of the training, above which they are computed twice
+# operations per second on a GPU: an H200 reached 19e12 in second moments, 7e12 in the training; how
+# fast one rounds is not known
+GPU_SPEED = 12e12
+CPU = torch.device("cpu")
 # times a prefill's of as many tokens at a product's speed: text that is sampled, natively or not
 SAMPLED_NATIVELY, SAMPLED = 2.2, 4.0
 DEARER = 2.0  # times a rounding: its price
@@ -77,7 +80,8 @@ class Work:
     dtype: of the model's numbers. tied: lm_head is the embedding. row: bytes of keys and values of
     one window. sampled: the model writes its own text; panels: bytes of the second copy of its
     weights with which the native kernel does. held: bytes of the model that are in memory all the
-    time. speed: operations per second of products of a type.
+    time. speed: operations per second of products of a type. device: what computes. free: bytes
+    of a GPU that the work may take; None where that is not known.
     """
 
     structure: Structure
@@ -90,6 +94,8 @@ class Work:
     panels: int
     held: int
     speed: Callable[[torch.dtype], float] = product_speed
+    device: torch.device = CPU
+    free: int | None = None
 
     @classmethod
     def of(
@@ -100,15 +106,21 @@ class Work:
         dtype: torch.dtype,
         sampled: bool,
         held: int = 0,
+        device: torch.device = CPU,
     ) -> "Work":
-        """Describe the work on a model, which may be without weights."""
+        """Describe the work on a model, which may be without weights, and its device here."""
         embeddings: Any = model.get_input_embeddings()
         head: Any = model.get_output_embeddings()
         tied = head is not None and head.weight is embeddings.weight
-        row = cache_row(model, recipe.window, sampled_in(dtype).itemsize)
+        on_cpu, free = device.type == "cpu", None
+        row = cache_row(model, recipe.window, (sampled_in(dtype) if on_cpu else dtype).itemsize)
         count = int(embeddings.num_embeddings)
-        panels = panel_bytes(model, dtype) if sampled else 0
-        return cls(structure, recipe, dtype, count, tied, row, sampled, panels, held)
+        panels = panel_bytes(model, dtype) if sampled and on_cpu else 0
+        speed = product_speed if on_cpu else lambda _: GPU_SPEED
+        if device.type == "cuda" and torch.cuda.is_available():
+            free = torch.cuda.mem_get_info(device)[0] + held
+        described = structure, recipe, dtype, count, tied, row, sampled, panels, held
+        return cls(*described, speed, device, free)
 
     def phases(self, ways: Ways) -> dict[str, Phase]:
         """Estimate seconds and peak bytes of every phase, in the order in which they come."""
@@ -125,7 +137,22 @@ class Work:
         if self.recipe.correction_tokens:
             found["dense outputs"] = self._outputs
             found["correction"] = self._correction(ways)
-        return {name: Phase(p.seconds, p.peak_bytes + LIBRARY_BYTES) for name, p in found.items()}
+        return found
+
+    def _phase(self, seconds: float, working: int, beside: int = 0, passing: int = 0) -> Phase:
+        """Estimate a phase of so many seconds.
+
+        working: bytes of what computes, on a GPU its own. beside: bytes of what is in the process's
+        memory whatever computes. passing: bytes of it that are there on the way to or from a GPU.
+        """
+        if self.on_cpu:
+            return Phase(seconds, LIBRARY_BYTES + working + beside)
+        return Phase(seconds, LIBRARY_BYTES + beside + passing, working)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the CPU computes, so that all is in the process's memory."""
+        return self.device.type == "cpu"
 
     def disk(self, result: int) -> int:
         """Estimate the bytes of all that is written, for a result of so many bytes."""
@@ -144,34 +171,11 @@ class Work:
         passing = max(states, windows * states // recipe.samples)  # a forward, a backward pass
         return kept + rotated + rounded + parameters * PRICED // 8 + passing
 
-    def within(self, limit: str | None) -> Ways:
-        """Choose the fastest ways that stay within a limit, such as 8GB; None: what costs no time.
-
-        Raises CalrError naming the phase that cannot.
-        """
-        if limit is None:
-            return Ways(checkpointed=self._activations > ACTIVATIONS)
-        most = parse_size(str(limit), "max_memory")
-        least = self.phases(Ways(self.row, natively=False, checkpointed=True))
-        name, phase = max(least.items(), key=lambda item: item[1].peak_bytes)
-        if phase.peak_bytes > most:
-            raise CalrError(
-                f"max_memory={limit}: {name} takes about {phase.peak_bytes / 1e9:.1f} GB at least; "
-                f"{_remedy(name)}"
-            )
-        room = self.row + (most - least["sampling text"].peak_bytes if self.sampled else 0)
-        batch = self.row * min(NATIVE, windows_drawn(self.recipe))
-        natively = self.panels + batch <= room
-        room -= natively * self.panels
-        plain = self.phases(Ways())
-        fits = "correction" not in plain or plain["correction"].peak_bytes <= most
-        return Ways(min(CACHE_BYTES, room), natively, checkpointed=not fits)
-
     @cached_property
     def _speeds(self) -> tuple[float, float]:
         """Operations per second of products in the model's type, and in that of the training."""
         own = torch.float32 if self.dtype is torch.float16 else self.dtype
-        fast = cpu_multiplies_bfloat16() or own is not torch.float32
+        fast = not self.on_cpu or cpu_multiplies_bfloat16() or own is not torch.float32
         return self.speed(own), self.speed(torch.bfloat16 if fast else torch.float32)
 
     @property
@@ -181,6 +185,17 @@ class Work:
         around = structure.model_parameters - structure.block_parameters
         most = max(structure.block_parameters // structure.blocks, around)
         return self.held or self.dtype.itemsize * most
+
+    @cached_property
+    def _widest(self) -> int:
+        """Parameters of the largest layer."""
+        return max(x.parameters for x in self.structure.layers)
+
+    @property
+    def _one(self) -> int:
+        """Bytes of the largest tensor: what is in the process's memory on its way to a GPU."""
+        around = self.structure.model_parameters - self.structure.block_parameters
+        return self.dtype.itemsize * max(self._widest, around // (1 if self.tied else 2))
 
     @property
     def _tokens(self) -> int:
@@ -206,7 +221,7 @@ class Work:
     def _sampling(self, ways: Ways) -> Phase:
         windows = windows_drawn(self.recipe)
         tokens = windows * self.recipe.window
-        dtype = sampled_in(self.dtype)
+        dtype = sampled_in(self.dtype) if self.on_cpu else self.dtype
         operations = 2 * self.structure.active_parameters * tokens
         own, panels = dtype is self.dtype, self.panels if ways.natively else 0
         seconds = operations / (self._speeds[0] if own else self.speed(dtype))
@@ -214,7 +229,7 @@ class Work:
         copied = 0 if own and self.held else dtype.itemsize * self.structure.model_parameters
         most = NATIVE if panels else MOST
         cache = self.row * sampling_batch(windows, self.row, ways.cache_bytes, most)
-        return Phase(seconds, self.held + copied + panels + cache)
+        return self._phase(seconds, self.held + copied + panels + cache, passing=self._one)
 
     @property
     def _moments(self) -> Phase:
@@ -222,9 +237,9 @@ class Work:
         products = 2 * self._active_in_blocks + 2 * sum(read.values())
         states = self._tokens * self.structure.layers[0].in_features * self.dtype.itemsize
         boundary = states if self.held else min(HELD_BYTES, states)
-        return Phase(
-            products * self._tokens / self._speeds[0], self._read + self._moment_bytes + boundary
-        )
+        seconds = products * self._tokens / self._speeds[0]
+        working, passing = self._read + self._moment_bytes + boundary, self._moment_bytes // 2
+        return self._phase(seconds, working, passing=max(self._one, passing))
 
     @property
     def _gradients(self) -> Phase:
@@ -233,19 +248,22 @@ class Work:
         logits = 4 * 4 * min(LOGITS, self.recipe.window * self.vocabulary)
         boundaries = windows * self.recipe.window * self.structure.layers[0].in_features * 4
         kept = min(HELD_BYTES, boundaries * self.structure.blocks)
-        size = self._read + kept + boundaries + logits + 2 * self._moment_bytes
-        return Phase(operations / self._speeds[0], size)
+        size = self._read + boundaries + logits + 2 * self._moment_bytes
+        passing = max(self._one, self._moment_bytes)
+        return self._phase(operations / self._speeds[0], size, kept, passing)
 
     def _rounding(self, times: float) -> Phase:
         """Two float64 and two float32 matrices of a moment's size, parts of a weight, and a block's
         moments, which are kept by halves."""
-        widest, parts = max(x.parameters for x in self.structure.layers), 3 * 4
+        widest = max(self._groups.values()) ** 2
         layers, around = self.structure.layers, self.structure.model_parameters
         around -= sum(x.parameters for x in layers)
         operations = sum(rounding_operations(x.parameters, x.in_features) for x in layers)
         operations += rounding_operations(around, layers[0].in_features)
-        size = self.held + self._moment_bytes // 2 + 24 * max(self._groups.values()) ** 2
-        return Phase(times * operations / self.speed(torch.float32), size + parts * widest)
+        size = self.held + 24 * widest + 3 * 4 * self._widest
+        passing = 8 * widest + self._one
+        seconds = times * operations / self.speed(torch.float32)
+        return self._phase(seconds, size, self._moment_bytes // 2, passing)
 
     @property
     def _factors(self) -> Phase:
@@ -258,7 +276,8 @@ class Work:
             for x in layers
         )
         size = self._read + held + 4 * self.structure.linear_parameters
-        return Phase(operations / self.speed(torch.float32), size)
+        passing = self._moment_bytes + self._one
+        return self._phase(operations / self.speed(torch.float32), size, passing=passing)
 
     @cached_property
     def _features(self) -> float:
@@ -277,7 +296,7 @@ class Work:
         operations = 2 * self.structure.active_parameters + self._beside
         operations *= self.recipe.correction_tokens
         logits = 3 * 4 * min(LOGITS, self.recipe.window * self.vocabulary)
-        return Phase(operations / self._speeds[1], self._read + logits)
+        return self._phase(operations / self._speeds[1], self._read + logits, passing=self._one)
 
     @property
     def _part(self) -> int:
@@ -286,7 +305,8 @@ class Work:
         return max(self.recipe.window, most)
 
     @property
-    def _activations(self) -> int:
+    def activations(self) -> int:
+        """Bytes of a training's activations, where they are not computed twice."""
         return int(4 * self._part * self._features) if self.recipe.correction_tokens else 0
 
     @property
@@ -306,7 +326,7 @@ class Work:
             student = (bits or (recipe.bits or 0) * structure.model_parameters) / 8
         else:
             student = self.dtype.itemsize * around
-        activations = self._activations // (structure.blocks if ways.checkpointed else 1)
+        activations = self.activations // (structure.blocks if ways.checkpointed else 1)
         logits = 2 * 4 * self.vocabulary * self._part
         active = sum(x.share * x.parameters for x in structure.layers)
         left = structure.active_parameters - (1 - recipe.fraction) * active
@@ -314,12 +334,5 @@ class Work:
         operations = 2 * (passes + 2) * left + (passes + BACKWARD) * self._beside
         operations *= recipe.correction_tokens
         size = self.held + int(student + 5 * 4 * self._trained) + activations + logits
-        return Phase(operations / self._speeds[1], size)
-
-
-def _remedy(phase: str) -> str:
-    if phase == "sampling text":
-        return "name a file of text or builtin as --calibration"
-    if phase == "correction":
-        return "leave the correction out (correction_tokens=0), or give it more"
-    return "give it more"
+        passing = 3 * 4 * int(self._trained)  # values and moments, when they are kept
+        return self._phase(operations / self._speeds[1], size, passing=passing)

@@ -19,6 +19,7 @@ from calr.factoring import factorise
 from calr.integrations.config import CalrConfig
 from calr.integrations.experts import take_apart
 from calr.integrations.transformers import attach
+from calr.limits import ways_within
 from calr.methods import resolve
 from calr.model import (
     Structure,
@@ -90,6 +91,7 @@ class Job:
         elastic: bool,
         stored: torch.dtype | None = None,
         max_memory: str | None = None,
+        device_memory: str | None = None,
         source: str | None = None,
     ) -> "Job":
         """Check a recipe against a model; CalrError says what does not fit."""
@@ -103,8 +105,8 @@ class Job:
         check_trainable(recipe, model.dtype)
         sampled = not isinstance(calibration, Tensor) and "sampled" in parts_of(calibration)
         held = 0 if absent(model) else tensor_bytes(model)
-        work = Work.of(model, structure, recipe, model.dtype, sampled, held)
-        ways = work.within(max_memory)
+        work = Work.of(model, structure, recipe, model.dtype, sampled, held, model.device)
+        ways = ways_within(work, max_memory, device_memory)
         check_finite(model)
         require_supported(model, structure)
         return cls(

@@ -10,6 +10,7 @@ import torch
 
 from calr.errors import CalrError
 from calr.estimates import Work
+from calr.limits import ways_within
 from calr.model import (
     GGUF_DTYPE,
     Structure,
@@ -65,6 +66,7 @@ class Plan:
     exports: list[str]
     phases: dict[str, Phase]
     peak_memory_bytes: int
+    peak_gpu_bytes: int
     disk_bytes: int
     seconds: float
 
@@ -82,10 +84,12 @@ def plan(
     calibration: str | Path = "sampled",
     trust_remote_code: bool = False,
     max_memory: str | None = None,
+    device: str = "cpu",
+    device_memory: str | None = None,
 ) -> Plan:
     """Plan a compression without weights in memory and without writing anything.
 
-    The arguments are those of `compress_to`.
+    The arguments are those of `compress_to`; a GPU that is named as device need not be here.
 
     Ranks are exact for allocation=uniform, and for global when statistics names the directory of an
     earlier run with the same method, as bits are; otherwise they follow calibration, and what is
@@ -101,8 +105,9 @@ def plan(
     bytes_allowed = byte_budget(model, structure, recipe, stored)
     computed = torch.float32 if files and dtype == "auto" else stored
     check_trainable(recipe, computed)
-    work = Work.of(model, structure, recipe, computed, "sampled" in parts_of(calibration))
-    phases = work.phases(work.within(max_memory))
+    sampled, where = "sampled" in parts_of(calibration), _device(device)
+    work = Work.of(model, structure, recipe, computed, sampled, device=where)
+    phases = work.phases(ways_within(work, max_memory, device_memory))
     known = None
     if statistics and (recipe.quantised or recipe.allocation == "global"):
         drawn = windows_drawn(recipe)
@@ -167,6 +172,7 @@ def _taken(work: Work, phases: dict[str, Phase], after: int) -> dict[str, Any]:
     return {
         "phases": phases,
         "peak_memory_bytes": max(phase.peak_bytes for phase in phases.values()),
+        "peak_gpu_bytes": max(phase.gpu_bytes for phase in phases.values()),
         "disk_bytes": work.disk(after),
         "seconds": sum(phase.seconds for phase in phases.values()),
     }
@@ -231,6 +237,13 @@ def _feasible_last_k(
         return {}
     found = feasible_last_k(budget, by_block(budget, structure))
     return {k: {"keep_per_layer": keep, "ranks": ranks} for k, (keep, ranks) in found.items()}
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise CalrError(f"device={name}: is none; name cpu, cuda, cuda:1, ...") from None
 
 
 def _dtype(source: str, model: torch.nn.Module, dtype: str) -> torch.dtype:

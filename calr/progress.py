@@ -28,6 +28,13 @@ class Phase:
     peak_bytes: int
     gpu_bytes: int = 0
 
+    def to_dict(self, prefix: str = "") -> dict[str, float]:
+        """Return the figures by name, that of GPUs where one is in use."""
+        found = {"seconds": round(self.seconds, 1), "peak_bytes": self.peak_bytes}
+        if self.gpu_bytes:
+            found["gpu_bytes"] = self.gpu_bytes
+        return {prefix + name: value for name, value in found.items()}
+
 
 def progress(
     items: Any = None, *, desc: str, unit: str, phase: str | None = None, **options: Any

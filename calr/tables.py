@@ -52,10 +52,12 @@ def print_phases(phases: dict[str, dict[str, float]]) -> None:
         "seconds": "{:.0f} s".format,
         "expected_seconds": "{:.0f} s".format,
         "peak_bytes": gigabytes,
+        "expected_peak_bytes": gigabytes,
         "gpu_bytes": gigabytes,
-        "expected_bytes": gigabytes,
+        "expected_gpu_bytes": gigabytes,
     }
-    titles = ("time", "time expected", "peak memory", "on GPUs", "memory expected")
+    titles = ["time", "time expected", "peak memory", "memory expected"]
+    titles += ["on the GPU", "on the GPU, expected"]
     known = [key for key in shown if any(key in phase for phase in phases.values())]
     names = dict(zip(shown, titles, strict=True))
     table = Table("phase", *(names[key] for key in known))

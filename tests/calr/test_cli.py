@@ -128,6 +128,28 @@ def test_plan_counts_activations_and_what_checkpointing_saves(source, capsys):
     assert memory(*forward_only, "--window", 32) < checkpointed < plain
 
 
+def test_plan_splits_memory_between_the_process_and_a_gpu_that_need_not_be_here(source, capsys):
+    there = ["plan", source, "--bits", 5, *BUILTIN, "--device", "cuda"]
+    plan = json.loads(run(capsys, *there, "--json"))
+    phases = plan["phases"].values()
+    assert plan["peak_gpu_bytes"] == max(phase["gpu_bytes"] for phase in phases) > 0
+    assert "peak memory on the GPU (estimate)" in run(capsys, *there, "--device_memory", "8GB")
+    assert main([str(a) for a in [*there, "--device_memory", "1KB"]]) == 1
+    assert "device_memory=1KB: second moments takes about" in capsys.readouterr().err
+    assert main([str(a) for a in [*there[:-1], "gpu"]]) == 1
+    assert "device=gpu: is none; name cpu, cuda" in capsys.readouterr().err
+    assert json.loads(run(capsys, *there[:-2], "--json"))["peak_gpu_bytes"] == 0
+
+
+def test_device_memory_without_a_gpu_is_refused_before_anything_is_written(
+    source, tmp_path, capsys
+):
+    typed = ["compress", source, tmp_path / "out", *SMALL, "--device_memory", "8GB"]
+    assert main([str(a) for a in typed]) == 1
+    assert "device_memory=8GB: limits a GPU" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_compress_writes_an_ordinary_checkpoint(compressed):
     names = {path.name for path in compressed.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "README.md"} <= names

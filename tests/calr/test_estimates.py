@@ -13,15 +13,17 @@ from calr import estimates
 from calr.errors import CalrError
 from calr.estimates import Ways, Work
 from calr.integrations.experts import take_apart
+from calr.limits import ways_within
 from calr.model import analyse
 from calr.testing import tiny_llama, tiny_mixtral
 from calr.text import sampling
 
 
-def work(model=None, sampled=True, **recipe):
+def work(model=None, sampled=True, device="cpu", **recipe):
     model = model or tiny_llama()
     made = calr.Recipe(**({"bits": 5} | recipe))
-    return Work.of(model, analyse(model), made, model.dtype, sampled)
+    where = torch.device(device)
+    return Work.of(model, analyse(model), made, model.dtype, sampled, device=where)
 
 
 def large(blocks):
@@ -56,9 +58,46 @@ def test_what_is_read_block_by_block_does_not_grow_with_the_blocks():
 
 
 def test_without_a_limit_only_large_activations_are_computed_twice():
-    assert work().within(None) == Ways()
-    assert work(large(28), False).within(None).checkpointed
-    assert not work(large(28), False, correction_tokens=0).within(None).checkpointed
+    assert ways_within(work(), None) == Ways()
+    assert ways_within(work(large(28), False), None).checkpointed
+    assert not ways_within(work(large(28), False, correction_tokens=0), None).checkpointed
+
+
+def test_a_gpu_holds_what_computes_and_the_process_the_rest():
+    for made in ({}, {"bits": None, "keep": 0.5}):
+        here = work(large(4), False, **made).phases(Ways())
+        there = work(large(4), False, "cuda", **made).phases(Ways())
+        for name, phase in here.items():
+            assert phase.gpu_bytes == 0 < there[name].gpu_bytes < phase.peak_bytes
+            assert there[name].peak_bytes < phase.peak_bytes
+    read = 2 * 128_256 * 3072  # the embedding, which is its largest tensor
+    passing = there["dense outputs"].peak_bytes - estimates.LIBRARY_BYTES
+    assert passing == pytest.approx(read, rel=1e-4)
+    assert read < there["dense outputs"].gpu_bytes
+    many, few = (work(large(n), False, "cuda").phases(Ways())["rounding"] for n in (28, 4))
+    assert many.peak_bytes == few.peak_bytes and many.gpu_bytes == few.gpu_bytes
+
+
+def test_a_gpus_free_memory_says_whether_activations_are_computed_twice():
+    job = work(large(28), False, "cuda")
+    needed = job.phases(Ways())["correction"].gpu_bytes
+    assert ways_within(job, None).checkpointed  # as nothing is known of a GPU
+    for free, twice in ((needed, True), (needed / 0.8, False)):
+        assert ways_within(dataclasses.replace(job, free=free), None).checkpointed == twice
+    assert ways_within(job, None, str(needed - 1)).checkpointed
+    assert not ways_within(job, None, str(needed)).checkpointed
+    with pytest.raises(CalrError, match=r"device_memory=1MB: correction takes about .* at least"):
+        ways_within(job, None, "1MB")
+    with pytest.raises(CalrError, match=r"max_memory=1MB: prices takes about .* at least"):
+        ways_within(job, "1MB", "80GB")
+    with pytest.raises(CalrError, match="device_memory=8GB: limits a GPU, but the CPU computes"):
+        ways_within(work(), None, "8GB")
+    sampling = work(window=4096, samples=2, correction_tokens=4096 * 40, device="cuda")
+    least = sampling.phases(Ways(sampling.row, checkpointed=True))
+    most = max(phase.gpu_bytes for phase in least.values())
+    ways = ways_within(sampling, None, most)
+    assert sampling.row < ways.cache_bytes < Ways().cache_bytes
+    assert sampling.phases(ways)["sampling text"].gpu_bytes <= most
 
 
 def test_weights_are_held_twice_where_a_limit_has_room_for_a_whole_batch_beside_them(monkeypatch):
@@ -67,9 +106,9 @@ def test_weights_are_held_twice_where_a_limit_has_room_for_a_whole_batch_beside_
     assert job.phases(Ways())["sampling text"].peak_bytes > 10**10
     once = job.phases(Ways(job.row, natively=False))["sampling text"].peak_bytes
     least = once + 10**10 + 15 * job.row
-    assert job.within(least).natively and not job.within(least - 1).natively
-    assert 10**10 < job.phases(job.within(least))["sampling text"].peak_bytes <= least
-    assert job.phases(job.within(least - 1))["sampling text"].peak_bytes < 10**10
+    assert ways_within(job, least).natively and not ways_within(job, least - 1).natively
+    assert 10**10 < job.phases(ways_within(job, least))["sampling text"].peak_bytes <= least
+    assert job.phases(ways_within(job, least - 1))["sampling text"].peak_bytes < 10**10
     assert work(sampled=False).panels == 0
     mixture = tiny_mixtral()
     take_apart(mixture)
@@ -83,19 +122,19 @@ def test_a_limit_makes_batches_smaller_and_activations_be_computed_twice(monkeyp
     plain, row = job.phases(Ways()), job.row
     assert plain["sampling text"].peak_bytes > 32 * row
     most = plain["correction"].peak_bytes
-    assert not job.within(str(most)).checkpointed
-    assert job.within(most) == job.within(str(most))  # a number, from Python
+    assert not ways_within(job, str(most)).checkpointed
+    assert ways_within(job, most) == ways_within(job, str(most))  # a number, from Python
     limit = most - 1
-    ways = job.within(str(limit))
+    ways = ways_within(job, str(limit))
     assert ways.checkpointed
     assert row < ways.cache_bytes < Ways().cache_bytes
     taken = job.phases(ways)
     assert taken["sampling text"].peak_bytes <= limit
     assert taken["correction"].peak_bytes <= limit
     with pytest.raises(CalrError, match=r"max_memory=1KB: .* takes about .* GB at least"):
-        job.within("1KB")
+        ways_within(job, "1KB")
     with pytest.raises(CalrError, match=r"max_memory='much': must be like"):
-        job.within("much")
+        ways_within(job, "much")
 
 
 def test_disk_counts_statistics_rotation_and_results():
