@@ -19,7 +19,7 @@ from calr.progress import Phase
 from calr.ranks import CACHE_BYTES as DECOMPOSITION_BYTES
 from calr.ranks import PRICED, parse_size
 from calr.recipe import Recipe
-from calr.rounding import rounding_operations
+from calr.rounding import TOGETHER, rounding_operations
 from calr.statistics import HELD_BYTES, LOGITS
 from calr.text import (
     CACHE_BYTES,
@@ -253,14 +253,14 @@ class Work:
         return self._phase(operations / self._speeds[0], size, kept, passing)
 
     def _rounding(self, times: float) -> Phase:
-        """Two float64 and two float32 matrices of a moment's size, parts of a weight, and a block's
-        moments, which are kept by halves."""
+        """Two float64 and two float32 matrices of a moment's size, parts of a weight, on a GPU
+        large ones, and a block's moments, which are kept by halves."""
         widest = max(self._groups.values()) ** 2
         layers, around = self.structure.layers, self.structure.model_parameters
         around -= sum(x.parameters for x in layers)
         operations = sum(rounding_operations(x.parameters, x.in_features) for x in layers)
         operations += rounding_operations(around, layers[0].in_features)
-        size = self.held + 24 * widest + 3 * 4 * self._widest
+        size = self.held + 24 * widest + 3 * 4 * self._widest + (not self.on_cpu) * TOGETHER
         passing = 8 * widest + self._one
         seconds = times * operations / self.speed(torch.float32)
         return self._phase(seconds, size, self._moment_bytes // 2, passing)

@@ -15,7 +15,16 @@ from calr.model import Absent, Matrix, absent, balance, present, quantize, weigh
 from calr.progress import give_back, progress
 from calr.ranks import PRICED, ByteBudget, Forms, Price, corrective_ranks, least_loss
 from calr.recipe import Recipe
-from calr.rounding import gptq, round_matrix, rounding_operations, truncate
+from calr.rounding import (
+    Curvature,
+    gptq,
+    most_together,
+    order_matrices,
+    round_matrices,
+    round_matrix,
+    rounding_operations,
+    truncate,
+)
 from calr.statistics import Statistics
 from calr.storage import Store
 from calr.training import (
@@ -96,11 +105,11 @@ class Quantiser:
         if parallel.agree(any(matrix.name not in known for matrix in matrices)):
             self.statistics.collect()
         own = parallel.share(matrices, [operations(m) for m in matrices])
-        for matrix in progress(own, desc="prices", unit="matrix"):
-            form = self.budget.form(PRICED, matrix.in_features)
-            if matrix.name not in known:
-                known.save(matrix.name, self._price(matrix, form))
-                give_back()
+        priced = {m: self.budget.form(PRICED, m.in_features) for m in own if m.name not in known}
+        for together, form in progress(self._batches(priced), desc="prices", unit="batch"):
+            for matrix, price in zip(together, self._prices(together, form), strict=True):
+                known.save(matrix.name, price)
+            give_back()
         parallel.wait()
         for matrix in matrices:
             prices[matrix.name] = Price.of(known.load(matrix.name))
@@ -111,12 +120,12 @@ class Quantiser:
         if parallel.size() > 1:  # together: what one of them lacks another may have finished
             self.statistics.collect()
         own = parallel.share(list(forms), [operations(matrix) for matrix in forms])
-        made = {}
-        for matrix in progress(own, desc="rounding", unit="matrix"):
-            made[matrix] = self._rounded(matrix, forms[matrix])
+        batches = self._batches({matrix: forms[matrix] for matrix in own})
+        for together, form in progress(batches, desc="rounding", unit="batch"):
+            self._round(together, form)
             give_back()
         parallel.wait()
-        return {m: made[m] if m in made else self._rounded(m, form) for m, form in forms.items()}
+        return {matrix: self._finished(matrix, form) for matrix, form in forms.items()}
 
     def placed(self, store: Store, name: str, made: Rounding) -> Rounding:
         """Return what is stored of a matrix, in memory or, lazily, in a file of a store."""
@@ -129,68 +138,103 @@ class Quantiser:
             for key, tensor in made.items()
         }
 
-    def _price(self, matrix: Matrix, form: Form) -> dict[str, Tensor]:
-        """Return what a `Price` has of rounding a matrix to a form."""
-        curvature, ranks = self._curvature(matrix), corrective_ranks(matrix)
-        weight = weight_of(self.model, matrix.name)
-        moment = curvature.inputs.to(weight.device)
-        order = gptq.ordered(moment)
-        growth = self._growth(weight, form, curvature, order)
-        if len(weight) <= ROWS:
-            stored = present(self._rounded(matrix, form, curvature, order)["weight"])
+    def _batches(self, forms: dict[Matrix, Form]) -> list[tuple[list[Matrix], Form]]:
+        """Group what is rounded at once: experts' matrices of one stack and form, on a GPU."""
+        groups: dict[object, list[Matrix]] = {}
+        for matrix, form in forms.items():
+            layer = matrix.layer
+            key = (layer.stack, form) if layer is not None and layer.routed else matrix
+            groups.setdefault(key, []).append(matrix)
+        found = []
+        for group in groups.values():
+            shape = group[0].out_features, group[0].in_features
+            most = most_together(*shape, self.model.device)
+            parts = (group[i : i + most] for i in range(0, len(group), most))
+            found += [(part, forms[part[0]]) for part in parts]
+        return found
+
+    def _prices(self, matrices: list[Matrix], form: Form) -> list[dict[str, Tensor]]:
+        """Return what a `Price` has of rounding each of some matrices of one shape to a form."""
+        curvatures = [self._curvature(matrix) for matrix in matrices]
+        weights = [weight_of(self.model, matrix.name) for matrix in matrices]
+        moments = [c.inputs.to(w.device) for c, w in zip(curvatures, weights, strict=True)]
+        orders = order_matrices(moments)
+        growths = self._growths(weights, form, curvatures, orders)
+        if len(weights[0]) <= ROWS:
+            self._round(matrices, form, curvatures, orders)
+            stored = [present(self._finished(m, form)["weight"]) for m in matrices]
         else:
-            rows, counts = curvature.sampled(ROWS)
-            weight, curvature = weight[rows], curvature.at(rows, counts)
-            stored = round_matrix(weight, form, moment, order).records
-        del moment, order
-        error = _error(weight, form, stored)
-        losses = torch.full((len(ranks),), curvature.loss(error)).double()
-        if ranks[-1]:
-            *_, gains = truncate(error, *curvature.one, ranks[-1])
-            losses[1:] -= gains.cpu().cumsum(0)[[rank - 1 for rank in ranks[1:]]]
-        return {"losses": losses.clamp(min=0), "growth": growth}
+            weights, curvatures = _some_rows(weights, curvatures, ROWS)
+            stored = round_matrices(weights, form, moments, orders)
+        del moments, orders
+        ranks, found = corrective_ranks(matrices[0]), []
+        for weight, records_of, curvature, growth in zip(
+            weights, stored, curvatures, growths, strict=True
+        ):
+            error = _error(weight, form, records_of)
+            losses = torch.full((len(ranks),), curvature.loss(error)).double()
+            if ranks[-1]:
+                *_, gains = truncate(error, *curvature.one, ranks[-1])
+                losses[1:] -= gains.cpu().cumsum(0)[[rank - 1 for rank in ranks[1:]]]
+            found.append({"losses": losses.clamp(min=0), "growth": growth})
+        return found
 
-    def _growth(
-        self, weight: Tensor, form: Form, curvature: "_Curvature", order: gptq.Ordered
-    ) -> Tensor:
-        """Return the losses of a few rows with each scale group, over that of the form's own."""
-        groups = self.budget.groups(weight.shape[1])
-        if len(groups) == 1:
-            return torch.ones(1)
-        rows, counts = curvature.sampled(min(FEW_ROWS, len(weight)))
-        weight, curvature = weight[rows], curvature.at(rows, counts)
-        moment, losses = curvature.inputs.to(weight.device), []
-        for group in groups:
-            tried = dataclasses.replace(form, scale_group=group)
-            found = round_matrix(weight, tried, moment, order)
-            losses.append(curvature.loss(_error(weight, tried, found.records)))
-        return torch.tensor(losses) / losses[0] if losses[0] else torch.ones(len(groups))
-
-    def _rounded(
+    def _growths(
         self,
-        matrix: Matrix,
+        weights: list[Tensor],
         form: Form,
-        curvature: "_Curvature | None" = None,
-        order: gptq.Ordered | None = None,
-    ) -> Rounding:
-        name = f"rounded-{matrix.name}-{form.bits}-{form.scale_group}-{form.corrective_rank}"
-        if name not in self.finished:
-            curvature = curvature or self._curvature(matrix)
-            weight = weight_of(self.model, matrix.name)
-            found = round_matrix(weight, form, curvature.inputs.to(weight.device), order)
-            made = {"weight": found.records}
+        curvatures: list[Curvature],
+        orders: list[gptq.Ordered],
+    ) -> list[Tensor]:
+        """Return the losses of a few rows with each scale group, over that of the form's own."""
+        groups = self.budget.groups(weights[0].shape[1])
+        if len(groups) == 1:
+            return [torch.ones(1) for _ in weights]
+        weights, curvatures = _some_rows(weights, curvatures, min(FEW_ROWS, len(weights[0])))
+        moments = [c.inputs.to(w.device) for c, w in zip(curvatures, weights, strict=True)]
+        losses = torch.empty(len(weights), len(groups), dtype=torch.float64)
+        for column, group in enumerate(groups):
+            tried = dataclasses.replace(form, scale_group=group)
+            stored = round_matrices(weights, tried, moments, orders)
+            for row, (w, c, of) in enumerate(zip(weights, curvatures, stored, strict=True)):
+                losses[row, column] = c.loss(_error(w, tried, of))
+        return [of / of[0] if of[0] else torch.ones(len(groups)) for of in losses.float()]
+
+    def _round(
+        self,
+        matrices: list[Matrix],
+        form: Form,
+        curvatures: list[Curvature] | None = None,
+        orders: list[gptq.Ordered] | None = None,
+    ) -> None:
+        """Round matrices of one shape to a form, unless all of them are finished."""
+        if all(_name(matrix, form) in self.finished for matrix in matrices):
+            return
+        curvatures = curvatures or [self._curvature(matrix) for matrix in matrices]
+        weights = [weight_of(self.model, matrix.name) for matrix in matrices]
+        moments = [c.inputs.to(w.device) for c, w in zip(curvatures, weights, strict=True)]
+        stored = round_matrices(weights, form, moments, orders or order_matrices(moments))
+        for matrix, weight, curvature, of in zip(
+            matrices, weights, curvatures, stored, strict=True
+        ):
+            made = {"weight": of}
             if form.corrective_rank:
-                error = _error(weight, form, found.records)
+                error = _error(weight, form, of)
                 up, down, _ = truncate(error, *curvature.one, form.corrective_rank)
                 made |= corrective_factors(down, up.mT, form)
-            self.finished.save(name, made)
+            self.finished.save(_name(matrix, form), made)
+
+    def _finished(self, matrix: Matrix, form: Form) -> Rounding:
+        name = _name(matrix, form)
+        if name not in self.finished:
+            self._round([matrix], form)
         return self.placed(self.finished, name, self.finished.load(name))
 
-    def _curvature(self, matrix: Matrix) -> "_Curvature":
+    def _curvature(self, matrix: Matrix) -> Curvature:
         if matrix.layer is not None:
             moments = self.statistics.moments(matrix.layer).with_prior()
             assert moments.rows is not None
-            return _Curvature([(moments.rows, moments.input.float())])
+            return Curvature([(moments.rows, moments.input.float())])
         known, parts = self.statistics.vocabulary(), []
         if matrix.kind in ("head", "tied"):
             parts.append((known["outputs"], Moments(known["hidden"]).with_prior().input))
@@ -199,7 +243,7 @@ class Quantiser:
             scale = float(getattr(inner, "scalar_embed_scale", 1.0))
             moment = Moments(known["inputs"]).with_prior().input * scale**2
             parts.append((smoothed(known["tokens"]), moment))
-        return _Curvature(parts)
+        return Curvature(parts)
 
 
 def operations(matrix: Matrix) -> float:
@@ -225,61 +269,18 @@ def smoothed(counts: Tensor) -> Tensor:
     return (1 - unseen) * counts / max(total, 1.0) + unseen / len(counts)
 
 
-@dataclass(frozen=True)
-class _Curvature:
-    """The second-order loss of an error ΔW [N, K]: ½ Σ_parts Σ_n rows[n] ΔW_n G ΔW_nᵀ.
+def _name(matrix: Matrix, form: Form) -> str:
+    """Name a finished matrix."""
+    return f"rounded-{matrix.name}-{form.bits}-{form.scale_group}-{form.corrective_rank}"
 
-    parts: rows [N] and moment G [K, K]. Errors of different outputs are taken as independent.
-    """
 
-    parts: list[tuple[Tensor, Tensor]]
-
-    @property
-    def inputs(self) -> Tensor:
-        """One moment [K, K] for all rows: the parts', each weighted by its mean row.
-
-        Of one part its own, since rounding asks for no scale.
-        """
-        if len(self.parts) == 1:
-            return self.parts[0][1]
-        total = torch.zeros_like(self.parts[0][1])
-        for rows, moment in self.parts:
-            total.add_(moment, alpha=float(rows.double().mean()))
-        return total
-
-    def sampled(self, count: int) -> tuple[Tensor, Tensor]:
-        """Choose rows that tell of all: those that weigh most, and as many of the others, evenly.
-
-        Returns their numbers [count], ascending, and for how many rows each stands.
-        """
-        weights = sum(rows.double() * float(moment.trace()) for rows, moment in self.parts)
-        assert isinstance(weights, Tensor)
-        first = weights.argsort(descending=True, stable=True)[: count // 2]
-        others = torch.ones(len(weights), dtype=torch.bool)
-        others[first.cpu()] = False
-        rest = others.nonzero()[:, 0]
-        few = rest[torch.linspace(0, len(rest) - 1, count - len(first)).round().long()]
-        counts = torch.ones(len(weights), dtype=torch.float64)
-        counts[few] = len(rest) / len(few)
-        chosen = torch.cat([first.cpu(), few]).sort()[0]
-        return chosen, counts[chosen]
-
-    def at(self, rows: Tensor, counts: Tensor) -> "_Curvature":
-        """Keep some rows, each as heavy as all that it stands for."""
-        return _Curvature([(own[rows] * counts.to(own), moment) for own, moment in self.parts])
-
-    @property
-    def one(self) -> tuple[Tensor, Tensor]:
-        """The rows and the moment of a linear layer, which has one part."""
-        return self.parts[0]
-
-    def loss(self, error: Tensor) -> float:
-        """Return the loss, in nats per token, of an error [N, K]."""
-        total = 0.0
-        for rows, moment in self.parts:
-            lost = ((error @ moment.to(error)) * error).sum(1)
-            total += float((rows.to(lost) * lost).sum().double()) / 2
-        return total
+def _some_rows(
+    weights: list[Tensor], curvatures: list[Curvature], count: int
+) -> tuple[list[Tensor], list[Curvature]]:
+    """Choose rows of every matrix that tell of all; each is as heavy as those it stands for."""
+    chosen = [curvature.sampled(count) for curvature in curvatures]
+    rows = [weight[of] for weight, (of, _) in zip(weights, chosen, strict=True)]
+    return rows, [c.at(*of) for c, of in zip(curvatures, chosen, strict=True)]
 
 
 def _error(weight: Tensor, form: Form, stored: Tensor) -> Tensor:

@@ -2,6 +2,18 @@
 and the low-rank path beside it."""
 
 from calr.rounding.corrective import truncate
+from calr.rounding.curvature import Curvature
 from calr.rounding.matrix import Rounded, round_matrix, rounding_operations
+from calr.rounding.together import TOGETHER, most_together, order_matrices, round_matrices
 
-__all__ = ["Rounded", "round_matrix", "rounding_operations", "truncate"]
+__all__ = [
+    "TOGETHER",
+    "Curvature",
+    "Rounded",
+    "most_together",
+    "order_matrices",
+    "round_matrices",
+    "round_matrix",
+    "rounding_operations",
+    "truncate",
+]

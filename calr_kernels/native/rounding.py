@@ -12,8 +12,9 @@ from calr_kernels.native.loader import TYPES, library, required
 
 
 def can_round(weight: Tensor) -> bool:
-    """Tell whether a weight [N, K] is of a type and in a place that the kernel reads."""
-    return weight.device.type == "cpu" and weight.dtype in TYPES and library() is not None
+    """Tell whether a weight is one matrix, of a type and in a place that the kernel reads."""
+    here = weight.dim() == 2 and weight.device.type == "cpu"
+    return here and weight.dtype in TYPES and library() is not None
 
 
 def search(weight: Tensor, importance: Tensor, tried: list[float], form: Form) -> Tensor:

@@ -20,7 +20,7 @@ from calr.export import export_dense
 from calr.model import Swapped, analyse, parameter_count, quantize, tensor_bytes, weight_of
 from calr.quantising import smoothed
 from calr.ranks import byte_budget
-from calr.rounding import round_matrix
+from calr.rounding import round_matrix, together
 from calr.statistics import Statistics
 from calr.storage import Store
 from calr.testing import byte_tokenizer, tiny_llama
@@ -301,7 +301,7 @@ def test_some_rows_tell_the_price_of_all(ids, monkeypatch):
     def prices():
         quantiser = quantising.Quantiser(model, budget, statistics, Store())
         form = {m.name: budget.form(4, m.in_features) for m in budget.matrices}
-        return {m.name: quantiser._price(m, form[m.name])["losses"] for m in budget.matrices}
+        return {m.name: quantiser._prices([m], form[m.name])[0]["losses"] for m in budget.matrices}
 
     whole = prices()
     monkeypatch.setattr(quantising, "ROWS", 48)
@@ -325,7 +325,8 @@ def test_the_price_of_a_scale_group_is_measured(ids):
     growth = {}
     for matrix in budget.matrices:
         assert budget.groups(matrix.in_features) == [64, 32, 128]
-        found = quantiser._price(matrix, budget.form(4, matrix.in_features))["growth"].tolist()
+        priced = quantiser._prices([matrix], budget.form(4, matrix.in_features))
+        found = priced[0]["growth"].tolist()
         growth[matrix.name] = found
         assert found[0] == 1 and found[1] < found[2], matrix.name
     exact = quantiser._curvature(next(m for m in budget.matrices if m.name == uneven))
@@ -348,7 +349,7 @@ def test_interrupted_and_started_again_gives_the_same_bits(call, ids, tmp_path, 
             raise KeyboardInterrupt
         return round_matrix(*arguments)
 
-    monkeypatch.setattr(quantising, "round_matrix", counted)
+    monkeypatch.setattr(together, "round_matrix", counted)
     model = tiny_llama()
     with pytest.raises(KeyboardInterrupt):
         calr.compress(model, RECIPE, calibration=ids, work=tmp_path)

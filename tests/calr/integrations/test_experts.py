@@ -10,10 +10,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import calr
+from calr import quantising
 from calr.errors import CalrError
 from calr.export import export_compressed_tensors, export_gguf
 from calr.integrations.experts import Experts, all_experts, put_together, take_apart
 from calr.model import absent, analyse, load, present
+from calr.rounding import round_matrices
 from calr.statistics import Statistics
 from calr.statistics.routed import PRIOR_TOKENS
 from calr.storage import Store
@@ -137,6 +139,29 @@ def test_the_second_order_loss_of_experts_is_what_an_error_costs(windows):
             measured += float((dense.exp() * (dense - found)).sum(-1).mean())
             module.weight.data -= error
     assert expected == pytest.approx(measured, rel=0.12)
+
+
+@pytest.mark.parametrize("most", [3, 4])
+def test_a_stack_that_is_rounded_at_once_becomes_what_its_experts_become(
+    most, windows, monkeypatch
+):
+    """As on a GPU; three of four at once leave one for itself."""
+    alone = calr.compress(mixture(), BITS, calibration=windows)
+    sizes = []
+
+    def counted(weights, *rest):
+        sizes.append(len(weights))
+        return round_matrices(weights, *rest)
+
+    monkeypatch.setattr(quantising, "most_together", lambda *_: most)
+    monkeypatch.setattr(quantising, "round_matrices", counted)
+    at_once = calr.compress(mixture(), BITS, calibration=windows)
+    assert max(sizes) == most
+    forms = [m.config.quantization_config.layers for m in (alone, at_once)]
+    assert forms[0] == forms[1]
+    want, found = (logits(m, windows).log_softmax(-1) for m in (alone, at_once))
+    dense = logits(mixture(), windows).log_softmax(-1)
+    assert (want - found).abs().mean() < 0.02 * (want - dense).abs().mean()
 
 
 def test_an_expert_that_no_token_reaches_is_rounded_by_its_blocks_average(windows, caplog):
