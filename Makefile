@@ -22,10 +22,8 @@ lint: .venv/developed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-gpu: .venv/developed .venv/model  ## on a machine with a GPU: test the kernels and measure them there
-	$(BIN)/python -m pytest --device cuda tests/calr_kernels
-	$(BIN)/python bench/chains.py
-	$(BIN)/python bench/kernels.py --device cuda
+gpu: .venv/developed .venv/model  ## on a machine with a GPU: test and measure, what has passed only once
+	$(BIN)/python bench/gpu.py --model "$(MODEL)"
 
 gpu-large: .venv/developed  ## compress the largest model that a GPU and demo/large have room for
 	$(BIN)/python bench/large.py --largest --device cuda --correction_tokens 65536 --work demo/large
