@@ -275,13 +275,12 @@ def _sketched(
     if work == torch.float64:
         u, s, vh = torch.linalg.svd(b, full_matrices=False)
         return _cut((q @ u, s, vh), wanted)
-    basis = orthonormalize(b.mT)
-    small = (b @ basis).double()  # [b, l, l]: b is small basis'
-    rotation = torch.linalg.eigh(small @ small.mT)[1].flip(-1)[..., :wanted]
-    vs = small.mT @ rotation  # columns V_i s_i, in the basis
+    b64 = b.double()
+    rotation = torch.linalg.eigh(b64 @ b64.mT)[1].flip(-1)[..., :wanted]
+    vs = b64.mT @ rotation  # columns V_i s_i
     s = vs.norm(dim=-2)
-    v = basis @ orthonormalize_ordered(vs).to(work)
-    return q @ rotation.to(work), s.to(work), v.mT
+    v = orthonormalize_ordered(vs)
+    return q @ rotation.to(work), s.to(work), v.mT.to(work)
 
 
 def _largest_norm(Y: Tensor) -> Tensor:
