@@ -117,7 +117,7 @@ class Work:
         count = int(embeddings.num_embeddings)
         panels = panel_bytes(model, dtype) if sampled and on_cpu else 0
         speed = product_speed if on_cpu else lambda _: GPU_SPEED
-        if device.type == "cuda" and torch.cuda.is_available():
+        if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
             free = torch.cuda.mem_get_info(device)[0] + held
         described = structure, recipe, dtype, count, tied, row, sampled, panels, held
         return cls(*described, speed, device, free)
