@@ -3,7 +3,9 @@
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -48,12 +50,22 @@ def test_a_gguf_model_of_random_weights_is_read_in_parts(parts, tmp_path):
     assert error.norm() < 0.01 * weight.norm()
 
 
-def test_the_largest_that_fits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_largest_that_fits(device, tmp_path, monkeypatch):
+    """In memory, and of a GPU in four fifths of what is free there."""
     monkeypatch.setattr(shapes, "SHAPES", TINY | {"3B": shapes.SHAPES["3B"]})
     recipe = calr.Recipe(bits=5, correction_tokens=0)
-    assert shapes.largest(8 << 30, tmp_path, recipe)[0] == "3B"
-    assert shapes.largest(1 << 30, tmp_path, recipe)[0] == "qwen3_moe"
+
+    def largest(room):
+        memory = room if device == "cpu" else 64 << 30
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(device == "cuda"))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (room, room))
+        return shapes.largest(device, tmp_path, recipe)[0]
+
+    assert largest(8 << 30) == "3B"
+    assert largest(1 << 30 if device == "cpu" else 3 << 30) == "qwen3_moe"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 1 << 30))
-    assert shapes.largest(8 << 30, tmp_path, recipe)[0] == "qwen3_moe"
-    with pytest.raises(SystemExit, match="not even llama fits"):
-        shapes.largest(1 << 20, tmp_path, recipe)
+    assert largest(8 << 30) == "qwen3_moe"
+    with pytest.raises(SystemExit, match=f"{device}: not even llama fits"):
+        largest(1 << 20)

@@ -135,7 +135,7 @@ def test_plan_splits_memory_between_the_process_and_a_gpu_that_need_not_be_here(
     assert plan["peak_gpu_bytes"] == max(phase["gpu_bytes"] for phase in phases) > 0
     assert "peak memory on the GPU (estimate)" in run(capsys, *there, "--device_memory", "8GB")
     assert main([str(a) for a in [*there, "--device_memory", "1KB"]]) == 1
-    assert "device_memory=1KB: second moments takes about" in capsys.readouterr().err
+    assert "device_memory=1KB: prices takes about" in capsys.readouterr().err
     assert main([str(a) for a in [*there[:-1], "gpu"]]) == 1
     assert "device=gpu: is none; name cpu, cuda" in capsys.readouterr().err
     assert json.loads(run(capsys, *there[:-2], "--json"))["peak_gpu_bytes"] == 0
