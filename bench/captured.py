@@ -11,79 +11,40 @@ bench/results.
 """
 
 import argparse
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from chains import FORMS, KEEPS, MODELS, lowrank, quantized
-from decode import random_records
+from chains import FORMS, KEEPS
+from decode import at_keep, in_form
+from shapes import SHAPES, Shape
 from texts import write_json
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from calr.benchmark import bench
-from calr_kernels import Form, QuantizedEmbedding
 
 OUTPUT = Path("bench/results/captured.json")
+MADE = {"8B": SHAPES["8B"], "1B": Shape("llama", 2048, 8192, 16, 32, 8, 64, 128_256, tied=True)}
 CHOSEN = ("8 bits, rank 16", "5 bits, rank 16", "4 bits, rank 16", "4 bits")
-HEADS = {"8B": 128, "1B": 64}  # numbers of a head
-VOCABULARY = 128_256
 
 
-def dense(shape: str, blocks: int, device: str) -> LlamaForCausalLM:
+def dense(shape: Shape, device: str) -> Any:
     """Make a model of random weights."""
-    (((q, kv, _), width), _, ((inner, _), _), _) = MODELS[shape]
-    head = HEADS[shape]
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=blocks,
-        num_attention_heads=q // head,
-        num_key_value_heads=kv // head,
-        head_dim=head,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=8192,
-        dtype="bfloat16",
-        pad_token_id=0,
-    )
     with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_config(shape.config, dtype=torch.bfloat16).eval()
     model.generation_config.cache_implementation = "static"
     return model
 
 
-def with_layers(
-    model: LlamaForCausalLM, make: Callable[[int, int], nn.Module], every: bool
-) -> LlamaForCausalLM:
-    """Make each linear layer of the blocks anew, of its rows and columns; every: lm_head, too."""
-    inside = model if every else model.model.layers
-    for name, layer in list(inside.named_modules()):
-        if type(layer) is nn.Linear:
-            inside.set_submodule(name, make(*layer.weight.shape))
-    return model
-
-
-def embedding(model: LlamaForCausalLM, form: Form) -> None:
-    """Make the embedding a quantised one."""
-    old = model.model.embed_tokens
-    rows, columns = old.weight.shape
-    new = QuantizedEmbedding(rows, columns, form, device=old.weight.device, dtype=old.weight.dtype)
-    new.weight.copy_(random_records(rows, columns, form))
-    model.model.embed_tokens = new
-
-
-def sides(shape: str, blocks: int, device: str) -> dict[str, Any]:
+def sides(shape: Shape, device: str) -> dict[str, Any]:
     """Make the models."""
-    found = {"dense": dense(shape, blocks, device)}
+    found = {"dense": dense(shape, device)}
     for keep in KEEPS:
-        make = partial(lowrank, keep=keep, layout="pivoted", device=device)
-        found[f"keep {keep}"] = with_layers(dense(shape, blocks, device), make, every=False)
+        found[f"keep {keep}"] = dense(shape, device)
+        at_keep(found[f"keep {keep}"], keep)
     for name in CHOSEN:
-        make = partial(quantized, form=FORMS[name], device=device)
-        found[name] = with_layers(dense(shape, blocks, device), make, every=True)
-        embedding(found[name], Form(FORMS[name].bits, FORMS[name].levels, 64))
+        found[name] = dense(shape, device)
+        in_form(found[name], FORMS[name])
     return found
 
 
@@ -91,7 +52,7 @@ def sides(shape: str, blocks: int, device: str) -> dict[str, Any]:
 def main() -> None:
     """Time, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=MODELS, default="8B")
+    parser.add_argument("--shape", choices=MADE, default="8B")
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--new_tokens", type=int, default=128)
@@ -100,7 +61,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     given = parser.parse_args()
     torch.manual_seed(0)
-    made = sides(given.shape, given.blocks, given.device)
+    made = sides(MADE[given.shape].of_blocks(given.blocks), given.device)
     sizes = {"prompt": given.prompt, "new_tokens": given.new_tokens, "rounds": given.rounds}
     rows = bench(made, **sizes)
     print("| | GB | decode, tokens/s | over dense | prefill, tokens/s | over dense |")

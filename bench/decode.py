@@ -94,7 +94,8 @@ def at_keep(model: nn.Module, keep: float) -> None:
             if type(layer) is nn.Linear:
                 n, k = layer.weight.shape
                 rank = max(1, int(rank_at("pivoted", n, k, keep)) // 8 * 8)
-                made = LowRankLinear(k, n, rank, "pivoted", bias=False, dtype=layer.weight.dtype)
+                like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+                made = LowRankLinear(k, n, rank, "pivoted", bias=False, **like)
                 made.pivots.copy_(torch.randperm(n)[:rank].sort()[0])
                 block.set_submodule(name, made)
 

@@ -61,11 +61,11 @@ def stages(model: str, device: str) -> dict[str, Stage]:
         ("decoder, 8B", "captured", ["--shape", "8B", "--device", device]),
         ("decoder, 1B", "captured", ["--shape", "1B", "--blocks", "16", "--device", device]),
     ):
-        place = WORK / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+        place = file_of(name, ".json")
         command = [*here, f"bench/{script}.py", *options, "--output", str(place)]
         found[name] = Stage(command, place)
     for name, budget in (("5 bits", ["--bits", "5"]), ("keep 0.8", ["--keep", "0.8"])):
-        made = str(WORK / name.replace(" ", "-"))
+        made = str(WORK / name)
         options = ["--device", device, "--json"]
         command = [*here, "-m", "calr", "compress", model, made, *budget, "--overwrite", *options]
         found[f"compression, {name}"] = Stage(command)
@@ -74,20 +74,25 @@ def stages(model: str, device: str) -> dict[str, Stage]:
     return found
 
 
+def file_of(stage: str, suffix: str) -> Path:
+    """Name a file of a stage."""
+    return WORK / (stage.replace(", ", "-").replace(" ", "-") + suffix)
+
+
 def run(name: str, stage: Stage) -> dict[str, Any]:
     """Run a stage; return its outcome, seconds, and what it found."""
     if shutil.which(stage.command[0]) is None:
         return {"outcome": f"left out: {stage.command[0]} is not installed", "seconds": 0.0}
-    stem, started = WORK / name.replace(", ", "-").replace(" ", "-"), time.monotonic()
-    printed, environment = stem.with_suffix(".out"), os.environ | stage.environment
-    with stem.with_suffix(".log").open("w") as log, printed.open("w") as out:
+    printed, errors, started = file_of(name, ".out"), file_of(name, ".log"), time.monotonic()
+    environment, seen = os.environ | stage.environment, f"see {errors} and {printed}"
+    with errors.open("w") as log, printed.open("w") as out:
         try:
             done = subprocess.run(
                 stage.command, stdout=out, stderr=log, env=environment, timeout=LIMIT, check=False
             )
-            outcome = "passed" if done.returncode == 0 else f"failed: see {stem}.log and .out"
+            outcome = "passed" if done.returncode == 0 else f"failed: {seen}"
         except subprocess.TimeoutExpired:
-            outcome = f"not done in {LIMIT} s: see {stem}.log and .out"
+            outcome = f"not done in {LIMIT} s: {seen}"
     result: dict[str, Any] = {"outcome": outcome, "seconds": round(time.monotonic() - started, 1)}
     if outcome == "passed":
         place = stage.found or (printed if "--json" in stage.command else None)

@@ -260,7 +260,7 @@ class Work:
         around -= sum(x.parameters for x in layers)
         operations = sum(rounding_operations(x.parameters, x.in_features) for x in layers)
         operations += rounding_operations(around, layers[0].in_features)
-        size = self.held + 24 * widest + 3 * 4 * self._widest + (not self.on_cpu) * TOGETHER
+        size = self.held + 24 * widest + 3 * 4 * self._widest + (0 if self.on_cpu else TOGETHER)
         passing = 8 * widest + self._one
         seconds = times * operations / self.speed(torch.float32)
         return self._phase(seconds, size, self._moment_bytes // 2, passing)

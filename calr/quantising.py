@@ -17,7 +17,7 @@ from calr.ranks import PRICED, ByteBudget, Forms, Price, corrective_ranks, least
 from calr.recipe import Recipe
 from calr.rounding import (
     Curvature,
-    gptq,
+    Ordered,
     most_together,
     order_matrices,
     round_matrices,
@@ -105,11 +105,12 @@ class Quantiser:
         if parallel.agree(any(matrix.name not in known for matrix in matrices)):
             self.statistics.collect()
         own = parallel.share(matrices, [operations(m) for m in matrices])
-        priced = {m: self.budget.form(PRICED, m.in_features) for m in own if m.name not in known}
+        priced = {m: self.budget.form(PRICED, m.in_features) for m in own}
         for together, form in progress(self._batches(priced), desc="prices", unit="batch"):
-            for matrix, price in zip(together, self._prices(together, form), strict=True):
-                known.save(matrix.name, price)
-            give_back()
+            if any(m.name not in known for m in together):  # again the same batch: the same bits
+                for matrix, price in zip(together, self._prices(together, form), strict=True):
+                    known.save(matrix.name, price)
+                give_back()
         parallel.wait()
         for matrix in matrices:
             prices[matrix.name] = Price.of(known.load(matrix.name))
@@ -121,11 +122,14 @@ class Quantiser:
             self.statistics.collect()
         own = parallel.share(list(forms), [operations(matrix) for matrix in forms])
         batches = self._batches({matrix: forms[matrix] for matrix in own})
+        made: dict[Matrix, Rounding] = {}
         for together, form in progress(batches, desc="rounding", unit="batch"):
-            self._round(together, form)
+            made |= self._rounded(together, form)
             give_back()
         parallel.wait()
-        return {matrix: self._finished(matrix, form) for matrix, form in forms.items()}
+        for matrix in [m for m in forms if m not in made]:
+            made |= self._rounded([matrix], forms[matrix])
+        return {matrix: made[matrix] for matrix in forms}
 
     def placed(self, store: Store, name: str, made: Rounding) -> Rounding:
         """Return what is stored of a matrix, in memory or, lazily, in a file of a store."""
@@ -161,8 +165,8 @@ class Quantiser:
         orders = order_matrices(moments)
         growths = self._growths(weights, form, curvatures, orders)
         if len(weights[0]) <= ROWS:
-            self._round(matrices, form, curvatures, orders)
-            stored = [present(self._finished(m, form)["weight"]) for m in matrices]
+            made = self._rounded(matrices, form, curvatures, orders).values()
+            stored = [present(of["weight"]) for of in made]
         else:
             weights, curvatures = _some_rows(weights, curvatures, ROWS)
             stored = round_matrices(weights, form, moments, orders)
@@ -184,7 +188,7 @@ class Quantiser:
         weights: list[Tensor],
         form: Form,
         curvatures: list[Curvature],
-        orders: list[gptq.Ordered],
+        orders: list[Ordered],
     ) -> list[Tensor]:
         """Return the losses of a few rows with each scale group, over that of the form's own."""
         groups = self.budget.groups(weights[0].shape[1])
@@ -200,16 +204,26 @@ class Quantiser:
                 losses[row, column] = c.loss(_error(w, tried, of))
         return [of / of[0] if of[0] else torch.ones(len(groups)) for of in losses.float()]
 
-    def _round(
+    def _rounded(
         self,
         matrices: list[Matrix],
         form: Form,
         curvatures: list[Curvature] | None = None,
-        orders: list[gptq.Ordered] | None = None,
-    ) -> None:
+        orders: list[Ordered] | None = None,
+    ) -> dict[Matrix, Rounding]:
         """Round matrices of one shape to a form, unless all of them are finished."""
-        if all(_name(matrix, form) in self.finished for matrix in matrices):
-            return
+        if any(_name(matrix, form) not in self.finished for matrix in matrices):
+            self._round(matrices, form, curvatures, orders)
+        names = {matrix: _name(matrix, form) for matrix in matrices}
+        return {m: self.placed(self.finished, n, self.finished.load(n)) for m, n in names.items()}
+
+    def _round(
+        self,
+        matrices: list[Matrix],
+        form: Form,
+        curvatures: list[Curvature] | None,
+        orders: list[Ordered] | None,
+    ) -> None:
         curvatures = curvatures or [self._curvature(matrix) for matrix in matrices]
         weights = [weight_of(self.model, matrix.name) for matrix in matrices]
         moments = [c.inputs.to(w.device) for c, w in zip(curvatures, weights, strict=True)]
@@ -223,12 +237,6 @@ class Quantiser:
                 up, down, _ = truncate(error, *curvature.one, form.corrective_rank)
                 made |= corrective_factors(down, up.mT, form)
             self.finished.save(_name(matrix, form), made)
-
-    def _finished(self, matrix: Matrix, form: Form) -> Rounding:
-        name = _name(matrix, form)
-        if name not in self.finished:
-            self._round([matrix], form)
-        return self.placed(self.finished, name, self.finished.load(name))
 
     def _curvature(self, matrix: Matrix) -> Curvature:
         if matrix.layer is not None:

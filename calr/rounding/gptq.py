@@ -93,5 +93,6 @@ def _columns(
         codes[..., i, :] = nearest(ratios, cells[1])
         lost = (own - nearest(ratios, cells[0]) * scale) / factor[..., i, i, None]
         errors[..., i, :] = lost
-        rest[..., i + 1 :, :] -= factor[..., i, i + 1 :, None] * lost[..., None, :]
+        behind = factor[..., i, i + 1 :, None]
+        rest[..., i + 1 :, :].addcmul_(behind, lost[..., None, :], value=-1)
     return errors

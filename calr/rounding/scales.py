@@ -33,8 +33,8 @@ def search(weight: Tensor, importance: Tensor, form: Form) -> Tensor:
         return rounding.search(weight, importance.float(), tried, form)
     weighed = _grouped(importance.float()[..., None, :], form)  # [..., 1, G, g]
     cells = level_cells(form, weight.device)
-    most = CACHED if weight.device.type == "cpu" else SEARCHED_ON_GPU
-    rows = max(1, most // weight[..., 0, :].numel())
+    at_once = CACHED if weight.device.type == "cpu" else SEARCHED_ON_GPU
+    rows = max(1, at_once // weight[..., 0, :].numel())
     parts = (_grouped(part.float(), form) for part in weight.split(rows, -2))
     return torch.cat([_best(groups, weighed, cells, tried, form) for groups in parts], -2)
 

@@ -9,6 +9,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import captured
 import gpu
+import shapes
+
+ROOT = Path(__file__).parents[2]
 
 
 def script(text):
@@ -51,14 +54,12 @@ def test_what_has_passed_is_not_run_again(tmp_path, monkeypatch):
 def test_every_stage_is_a_program_that_is_here():
     for stage in gpu.stages("M", "cuda").values():
         scripts = [word for word in stage.command if word.startswith(("bench/", "tests/"))]
-        assert all(Path(script).exists() for script in scripts), stage.command
+        assert all((ROOT / script).exists() for script in scripts), stage.command
 
 
 def test_decoders_of_every_form_decode(tmp_path, monkeypatch, capsys):
-    small = [((64, 32, 32), 64), ((64,), 64), ((96, 96), 64), ((64,), 96)]
-    monkeypatch.setattr(captured, "MODELS", {"8B": small})
-    monkeypatch.setattr(captured, "HEADS", {"8B": 32})
-    monkeypatch.setattr(captured, "VOCABULARY", 260)
+    small = shapes.Shape("llama", 64, 96, 2, 2, 1, 32, 260)
+    monkeypatch.setattr(captured, "MADE", {"8B": small})
     given = ["--device", "cpu", "--blocks", "2", "--prompt", "16", "--new_tokens", "4"]
     place = tmp_path / "captured.json"
     monkeypatch.setattr(sys, "argv", ["x", *given, "--rounds", "1", "--output", str(place)])
