@@ -3,6 +3,7 @@
 
 constexpr int64_t kPanel = 16, kChunk = 32, kQuad = 4;  // rows; columns of all planes, and of a quad
 constexpr int kQuads = kChunk / kQuad;
+constexpr int64_t kLine = 64;  // bytes of a line of the cache
 constexpr int kVectors = kPanel / CALR_LANES;  // that hold one number a row
 constexpr int kBytes = kQuad * CALR_LANES;     // of codes in a vector of bytes
 
@@ -34,9 +35,8 @@ inline void add_products(Bytes levels, int32_t high, int32_t low, Counts& sum) {
   sum.high = _mm512_dpbusd_epi32(sum.high, levels, _mm512_set1_epi32(high));
   sum.low = _mm512_dpbusd_epi32(sum.low, levels, _mm512_set1_epi32(low));
 }
-inline Vector to_floats(const Counts& v) {
-  const __m512 high = _mm512_cvtepi32_ps(v.high);
-  return _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(v.low));
+inline Vector to_floats(const Counts& v) {  // of groups of at most 512: 512 * 128 * kMost is below 2^31
+  return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(v.high, 8), v.low));
 }
 template <int COLUMN>
 inline Vector column(Bytes v) {

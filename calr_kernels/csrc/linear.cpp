@@ -48,7 +48,7 @@ class Prepared {
   // Call run(values, scales, offsets) with x in scale groups.
   template <typename Run>
   void in_groups(int64_t group, const Run& run) {
-    const Entry& entry = find(group);
+    Entry& entry = find(group);
     if (exact_) {
       run(entry.floats.data(), entry.scales.data(), entry.offsets.data());
     } else {
@@ -59,12 +59,12 @@ class Prepared {
  private:
   struct Entry {
     int64_t group = 0;
-    std::vector<float> floats, scales;
+    std::vector<float> floats, scales, room;
     std::vector<int16_t> integers;
     std::vector<int32_t> offsets;
   };
 
-  const Entry& find(int64_t group) {
+  Entry& find(int64_t group) {
     for (size_t i = 0; i < used_; ++i) {
       if (entries_[i].group == group) return entries_[i];
     }
@@ -72,19 +72,21 @@ class Prepared {
     Entry& entry = entries_[used_++];
     const int64_t groups = (k_ + group - 1) / group, padded = groups * group;
     entry.group = group;
-    entry.floats.assign(m_ * padded, 0.0f);
-    entry.scales.assign(m_ * groups, 1.0f);
-    entry.offsets.assign(2 * m_ * groups, 0);
-    for (int64_t row = 0; row < m_; ++row) {
-      std::copy(x_ + row * k_, x_ + (row + 1) * k_, entry.floats.data() + row * padded);
-    }
-    if (exact_) return entry;
-    entry.integers.resize(m_ * padded);
-    for (int64_t i = 0; i < m_ * groups; ++i) {
-      entry.scales[i] = CALR_BY_ISA(fixed_point, entry.floats.data() + i * group,
-                                    entry.integers.data() + i * group, group, &entry.offsets[2 * i]);
+    entry.scales.resize(m_ * groups), entry.offsets.resize(2 * m_ * groups);
+    entry.room.resize(group);
+    if (exact_) {
+      group_into(entry.floats, entry, m_ * padded);
+    } else {
+      group_into(entry.integers, entry, m_ * padded);
     }
     return entry;
+  }
+
+  template <typename X>
+  void group_into(std::vector<X>& values, Entry& entry, int64_t size) {
+    values.resize(size);
+    CALR_BY_ISA(group_inputs, x_, values.data(), entry.scales.data(), entry.offsets.data(), m_, k_, entry.group,
+                entry.room.data());
   }
 
   const float* x_;

@@ -7,6 +7,8 @@
 //
 // Levels are counted from -128, as bytes without a sign: an input's sums are corrected once a group.
 
+constexpr int kInputs = CALR_LANES == 16 ? 8 : 4;  // that a panel is multiplied by at once
+
 // The levels of one vector of a quad, from the planes of its chunk.
 template <int BITS, int QUAD>
 inline Bytes quad_levels(const uint8_t* chunk, const Bytes* tables) {
@@ -46,14 +48,14 @@ inline Vector start(const float*, const int32_t*) { return zero(); }
 inline Vector to_floats(const Vector& v) { return v; }
 
 template <int BITS, int COLUMNS, int QUAD, typename X, typename Sum>
-inline void quad_products(const uint8_t* chunk, const Bytes* tables, const X* x, int64_t padded,
+inline void quad_products(const uint8_t* chunk, const Bytes* tables, const X* x,
                           Sum (&sum)[COLUMNS][kVectors]) {
   for (int part = 0; part < kVectors; ++part) {
     const Bytes levels = quad_levels<BITS, QUAD>(chunk + part * kBytes, tables);
-    for (int j = 0; j < COLUMNS; ++j) accumulate(levels, x + j * padded + QUAD * kQuad, sum[j][part]);
+    for (int j = 0; j < COLUMNS; ++j) accumulate(levels, x + j * kChunk + QUAD * kQuad, sum[j][part]);
   }
   if constexpr (QUAD + 1 < kQuads) {
-    quad_products<BITS, COLUMNS, QUAD + 1>(chunk, tables, x, padded, sum);
+    quad_products<BITS, COLUMNS, QUAD + 1>(chunk, tables, x, sum);
   }
 }
 
@@ -63,10 +65,11 @@ struct Groups {
   const int32_t* offsets;
 };
 
-// out[j * out_stride + row] = a panel's rows times inputs x[j] [groups * group], j below COLUMNS.
+// out[j * out_stride + row] = a panel's rows times inputs x, as `group_inputs` leaves COLUMNS of them, j
+// below that. lines: of the cache, to fetch with each group from `next` on.
 template <int BITS, int COLUMNS, typename X>
 void panel_products(const uint8_t* panel, const int8_t* table, const X* x, Groups of_x, float* out,
-                    int64_t groups, int64_t group, int64_t out_stride) {
+                    int64_t groups, int64_t group, int64_t out_stride, const uint8_t* next, int64_t lines) {
   constexpr int kTables = BITS == 6 ? 4 : BITS == 5 ? 2 : 1;
   // bytes: an EPYC of Zen 3 stops its own prefetching at pages; one of Zen 4 reads a fifth slower with this
   constexpr int64_t kAhead = CALR_LANES == 16 ? 0 : 1024;
@@ -78,6 +81,7 @@ void panel_products(const uint8_t* panel, const int8_t* table, const X* x, Group
   }
   for (int64_t g = 0; g < groups; ++g) {
     const uint8_t* scales = panel;
+    for (int64_t line = 0; line < lines; ++line, next += kLine) prefetch(next);
     panel += kScaleBytes * kPanel;
     decltype(start(x, nullptr)) sum[COLUMNS][kVectors];
     for (int j = 0; j < COLUMNS; ++j) {
@@ -85,8 +89,8 @@ void panel_products(const uint8_t* panel, const int8_t* table, const X* x, Group
       for (int part = 0; part < kVectors; ++part) sum[j][part] = start(x, offsets);
     }
     for (int64_t at = 0; at < group; at += kChunk, panel += 64 * BITS) {
-      for (int line = 0; kAhead && line < BITS; ++line) prefetch(panel + kAhead + 64 * line);
-      quad_products<BITS, COLUMNS, 0>(panel, tables, x + g * group + at, groups * group, sum);
+      for (int line = 0; kAhead && line < BITS; ++line) prefetch(panel + kAhead + kLine * line);
+      quad_products<BITS, COLUMNS, 0>(panel, tables, x + (g * group + at) * COLUMNS, sum);
     }
     for (int part = 0; part < kVectors; ++part) {
       const Vector scale = load(reinterpret_cast<const float16*>(scales) + part * CALR_LANES);
@@ -103,29 +107,35 @@ void panel_products(const uint8_t* panel, const int8_t* table, const X* x, Group
   }
 }
 
-// out [m, out_stride]: panels [begin, end) times x [m, groups * group]; out's rows have room for whole
-// panels.
+// out [m, out_stride]: panels [begin, end) times m inputs as `group_inputs` leaves them; out's rows have room
+// for whole panels.
 template <int BITS, typename X>
 void panels_products(const uint8_t* panels, const int8_t* table, const X* x, const float* x_scales,
                      const int32_t* x_offsets, float* out, int64_t m, int64_t groups, int64_t group,
                      int64_t out_stride, int64_t begin, int64_t end) {
   const int64_t bytes = groups * (kScaleBytes * kPanel + kPanel * group * BITS / 8);
   const int64_t padded = groups * group;
+  // With many inputs a panel is worked on for longer than it takes to fetch one: the next one, meanwhile,
+  // some of it with each of its turns. With few, reading is what takes the time.
+  const int64_t turns = (m + kInputs - 1) / kInputs, share = (bytes / kLine + turns) / turns;
+  const int64_t lines = m > 4 ? (share + groups - 1) / groups : 0;
   for (int64_t panel = begin; panel < end; ++panel) {
     const uint8_t* at = panels + panel * bytes;
     float* to = out + panel * kPanel;
-    in_tiles<4>(m, [&](int64_t j, auto columns) {
+    in_tiles<kInputs>(m, [&](int64_t j, auto columns) {
       const Groups of_x{x_scales + j * groups, x_offsets + 2 * j * groups};
+      const uint8_t* next = at + bytes + j / kInputs * share * kLine;
       panel_products<BITS, decltype(columns)::value>(at, table, x + j * padded, of_x, to + j * out_stride,
-                                                     groups, group, out_stride);
+                                                     groups, group, out_stride, next, lines);
     });
   }
 }
 
 // An input of a scale group as integers of 16 bits times a scale, as `accumulate` takes them: to within
 // 2^-16 of the largest, which 16-bit numbers do not notice. What is not finite makes the scale NaN.
-// Numbers below 1e-30 count as 0. Returns the scale; offsets [2]: -128 times their sums.
-inline float fixed_point(const float* x, int16_t* out, int64_t group, int32_t* offsets) {
+// Numbers below 1e-30 count as 0. Every 32 of them lie `stride` elements behind the last. Returns the
+// scale; offsets [2]: -128 times their sums.
+inline float in_fixed_point(const float* x, int16_t* out, int64_t group, int64_t stride, int32_t* offsets) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < group; ++i) {
     uint32_t bits;
@@ -137,12 +147,37 @@ inline float fixed_point(const float* x, int16_t* out, int64_t group, int32_t* o
   std::memcpy(&most, &largest, 4);
   if (largest < 0x7f800000 && most > 1e-30f) inverse = kMost / most;
   Sums sums = no_sums();
-  for (int64_t i = 0; i < group; i += kPanel) arrange(x + i, inverse, out + i, sums);
+  for (int64_t i = 0; i < group; i += kPanel) arrange(x + i, inverse, out + i / kChunk * stride + i % kChunk, sums);
   int32_t found[2];
   totals(sums, found);
   for (int i = 0; i < 2; ++i) offsets[i] = static_cast<int32_t>(-128 * static_cast<int64_t>(found[i]));
   if (largest >= 0x7f800000) return most - most;  // NaN
   return inverse ? most / kMost : 0.0f;
+}
+inline float in_fixed_point(const float* x, float* out, int64_t group, int64_t stride, int32_t*) {
+  for (int64_t i = 0; i < group; i += kChunk) std::copy_n(x + i, kChunk, out + i / kChunk * stride);
+  return 1.0f;
+}
+
+// Inputs x [m, k] as panels are multiplied by them: of those that are at once, 32 columns behind one another,
+// [groups * group / 32][inputs][32], and what goes with each, `Groups`. room: [group].
+template <typename X>
+void group_inputs(const float* x, X* out, float* scales, int32_t* offsets, int64_t m, int64_t k, int64_t group,
+                  float* room) {
+  const int64_t groups = (k + group - 1) / group;
+  in_tiles<kInputs>(m, [&](int64_t first, auto columns) {
+    constexpr int kAtOnce = decltype(columns)::value;
+    X* tile = out + first * groups * group;
+    for (int64_t j = 0; j < kAtOnce; ++j) {
+      const float* own = x + (first + j) * k;
+      for (int64_t g = 0; g < groups; ++g, own += group, ++scales, offsets += 2) {
+        const int64_t rest = k - g * group;
+        if (rest < group) std::fill(std::copy_n(own, rest, room), room + group, 0.0f);
+        *scales = in_fixed_point(rest < group ? room : own, tile + g * group * kAtOnce + j * kChunk, group,
+                                 kAtOnce * kChunk, offsets);
+      }
+    }
+  });
 }
 
 // Add to out [count], the outputs from `first` on, a multiple of 16: weights t [c] times terms
