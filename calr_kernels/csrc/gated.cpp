@@ -13,14 +13,12 @@ void calr::gate(const Team& team, const calr_layer* layers, const float* x, int6
   multiply(team, layers, 2, x, m, k, x_type, outs, scratch + 2 * m * stride);
   const auto [begin, end] = team.part(n, 16);
   fetch(team, layers[2], n);
-  for (int64_t row = 0; row < m; ++row) {
-    float *own = outs[0] + row * stride + begin, *to = hidden + row * n + begin;
-    const float* up = outs[1] + row * stride + begin;
-    CALR_BY_ISA(activate, activation, own, end - begin);
-    round_to(x_type, own, end - begin);
-    for (int64_t i = 0; i < end - begin; ++i) to[i] = own[i] * up[i];
-    round_to(x_type, to, end - begin);
-  }
+  typed(x_type, [&](auto x) {
+    for (int64_t row = 0; row < m; ++row) {
+      const float *own = outs[0] + row * stride + begin, *up = outs[1] + row * stride + begin;
+      CALR_BY_ISA(activate<decltype(x)>, activation, own, up, hidden + row * n + begin, end - begin);
+    }
+  });
 }
 
 void calr_gated(const void* x, const calr_layer* layers, void* y, int64_t m, int64_t k,

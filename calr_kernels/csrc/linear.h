@@ -8,8 +8,9 @@
 
 namespace calr {
 
-// Elements from one row of a layer's outputs to the next: whole panels fit.
-inline int64_t room(int64_t n) { return (n + 15) / 16 * 16; }
+// Elements from one row of a layer's outputs to the next: whole panels fit, and, since it is an odd number of
+// lines, what lies below one another does not share its place in the cache.
+inline int64_t room(int64_t n) { return ((n + 15) / 16 | 1) * 16; }
 
 // Elements of scratch that a layer takes for each row of x.
 int64_t scratch_of(const calr_layer& layer);

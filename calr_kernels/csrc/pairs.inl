@@ -22,10 +22,11 @@ inline void pair_up(const float* x, uint32_t* pairs, int64_t m, int64_t k) {
   });
 }
 
-// out[j * out_stride + row] = a panel's first `rows` rows times inputs x [pairs][COLUMNS].
+// out[j * out_stride + row] = a panel's first `rows` rows times inputs x [pairs][COLUMNS]. lines: of the cache,
+// to fetch with as many as are summed apart, from `next` on.
 template <int COLUMNS, typename W>
 inline void pair_panel(const W* panel, const uint32_t* x, float* out, int64_t pairs, int64_t out_stride,
-                       int64_t rows) {
+                       int64_t rows, const W* next, int64_t lines) {
   __m512 total[COLUMNS][kPairSums];
   for (int j = 0; j < COLUMNS; ++j) {
     for (int i = 0; i < kPairSums; ++i) total[j][i] = _mm512_setzero_ps();
@@ -39,6 +40,9 @@ inline void pair_panel(const W* panel, const uint32_t* x, float* out, int64_t pa
   };
   int64_t at = 0;
   for (; at + kPairSums <= pairs; at += kPairSums) {
+    for (int64_t line = 0; line < lines; ++line, next += 2 * kPanel) {
+      _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);  // two panels would fill the first cache
+    }
     for (int i = 0; i < kPairSums; ++i) add(at + i, i);
   }
   for (; at < pairs; ++at) add(at, 0);
@@ -52,11 +56,15 @@ inline void pair_panel(const W* panel, const uint32_t* x, float* out, int64_t pa
 template <typename W>
 void pair_products(const W* panels, const uint32_t* x, float* out, int64_t m, int64_t pairs,
                    int64_t out_stride, int64_t begin, int64_t end) {
+  // The next panel is fetched meanwhile, as in `panels_products`; two columns of a panel are one line.
+  const int64_t turns = (m + kPairColumns - 1) / kPairColumns;
+  const int64_t lines = turns > 1 ? (kPairSums + turns - 1) / turns : 0;
   for (int64_t row = begin; row < end; row += kPanel) {
     const W* panel = panels + row * 2 * pairs;
     in_tiles<kPairColumns>(m, [&](int64_t j, auto columns) {
+      const W* next = panel + 2 * kPanel * (pairs + j / kPairColumns * (pairs / kPairSums * lines));
       pair_panel<decltype(columns)::value>(panel, x + j * pairs, out + j * out_stride + row, pairs, out_stride,
-                                           end - row);
+                                           end - row, next, lines);
     });
   }
 }
