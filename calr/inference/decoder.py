@@ -3,6 +3,7 @@
 import operator
 import weakref
 from collections.abc import MutableMapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from calr.inference.modules import Wrapper
 from calr.inference.rotary import Turns
 from calr.inference.traces import TOLERANCE, is_gated
 from calr.inference.watch import Watch
+from calr.model import fast_attention
 from calr_kernels import eligible, native
 
 TAKEN = {  # arguments; of any others only None is taken
@@ -36,7 +38,8 @@ class DecoderForward(Wrapper):
     """The forward of a decoder (transformers' LlamaModel and its like).
 
     One new token a sequence, behind a cache that holds the others, goes through all blocks at once;
-    anything else, and whatever would notice, takes the module's own forward.
+    anything else, and whatever would notice, takes the module's own forward, whose attention in
+    bfloat16 is a faster one where nobody follows it.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -70,7 +73,9 @@ class DecoderForward(Wrapper):
         named = self.named(given, others)
         last = self.token(named)
         if last is None:
-            return type(self._module).forward(self._module, *given, **others)
+            quick = unfollowed() and eligible.cpu_multiplies_bfloat16()
+            with fast_attention() if quick else nullcontext():
+                return type(self._module).forward(self._module, *given, **others)
         cache = named["past_key_values"]
         return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
 

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import calr
 from calr.inference import optimize_for_inference
 from calr.testing import tiny_llama
-from calr_kernels import Form, QuantizedLinear, native, records
+from calr_kernels import Form, QuantizedLinear, eligible, native, records
 
 SMALL = {
     "hidden_size": 32,
@@ -356,6 +356,26 @@ def test_hidden_states_that_were_asked_for_once_leave_the_kernel_in_use(calls):
     calls.clear()
     decoded(fast)
     assert len(calls) == NEW
+
+
+@pytest.mark.parametrize("followed", [False, True], ids=["", "by autograd"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_long_prompt_is_attended_to_by_parts(dtype, followed, monkeypatch):
+    monkeypatch.setattr(eligible, "cpu_multiplies_bfloat16", lambda: True)
+    plain = family("llama", dtype)
+    fast, parts = prepared(plain), []
+    own = calr.model.attention.causal_attention
+    monkeypatch.setattr(
+        calr.model.attention, "causal_attention", lambda *given: parts.append(1) or own(*given)
+    )
+    ids = torch.randint(3, 96, (2, 200), generator=torch.Generator().manual_seed(0))
+    with torch.set_grad_enabled(followed):
+        found, expected = fast(ids).logits.detach(), plain(ids).logits.detach()
+    assert len(parts) == (4 if dtype is torch.bfloat16 and not followed else 0)
+    with torch.no_grad():
+        exact = plain.double()(ids).logits
+    noise = 2e-6 * float(exact.norm())
+    assert float((found - exact).norm()) <= 2 * float((expected - exact).norm()) + noise
 
 
 @torch.no_grad()
