@@ -1,7 +1,7 @@
 """Greedy decoding and prefill on a CPU: compressed models, the dense one, and llama.cpp, by turns.
 
     python bench/decode.py --model MODEL [DIR ...] [--threads 1] [--context 8] [--batch 1]
-        [--rounds 5] [--only NAME ...] [--busy 0]
+        [--rounds 5] [--only NAME ...] [--ways WAY ...] [--busy 0]
 
 MODEL is a directory with a GGUF file, DIR what `calr compress` wrote. From MODEL come, beside the
 dense model itself, models of the same shapes and other values, since only their speed counts: every
@@ -12,8 +12,8 @@ argmax. llama.cpp gets the file as F16, Q8_0 and Q4_0, every matrix, through lla
 is installed (`pip install llama-cpp-python`, built for this machine), and is chained, too. All
 continue a prompt of --context tokens by 128 within one process, and read one of 512 tokens (of the
 dense model in float32, too). --busy: as many other programs keep a core busy all the while. Prints
-a table and, without these, writes bench/results/decode.json, a row a model, way, context, batch and
-number of threads.
+a table and, without these and of all ways, writes bench/results/decode.json, a row a model, way,
+context, batch and number of threads.
 """
 
 import argparse
@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", help="Names of the models to time.")
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS)
     parser.add_argument("--busy", type=int, default=0, help="Programs beside this one.")
     parser.add_argument("--output", type=Path, default=Path("bench/results/decode.json"))
     arguments = parser.parse_args()
@@ -238,8 +239,9 @@ def main() -> None:
                 file = llama_file(source, rung, Path(directory))
                 for way, side in llama_sides(file, ids, arguments.threads).items():
                     sides[f"llama.cpp {rung}", way] = side
+        asked = {side: run for side, run in sides.items() if side[1] in arguments.ways}
         with busy(arguments.busy):
-            times = by_turns(sides, arguments.rounds)
+            times = by_turns(asked, arguments.rounds)
     cell = {key: vars(arguments)[key] for key in ("threads", "context", "batch")}
     rows = [
         cell
@@ -263,7 +265,7 @@ def main() -> None:
             row["way"]: f"{row['tokens_per_second']:.1f}" for row in rows if row["model"] == name
         }
         print(f"| {name} | {' | '.join(own.get(way, '') for way in WAYS)} |")
-    if arguments.busy:
+    if arguments.busy or len(arguments.ways) < len(WAYS):
         return
     kept = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     others = [row for row in kept if not cell.items() <= row.items()]

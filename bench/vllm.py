@@ -6,7 +6,8 @@ DIRECTORY: a checkpoint of calr's; EXPORT: what `calr export --to compressed-ten
 MODEL: the dense model; --python: of an environment with vLLM. Prompt log-probabilities of held-out
 built-in text, in vLLM (bfloat16, 16-bit activations) with the adapter and without it and in
 transformers with PEFT in bfloat16, against transformers with PEFT in float32; and tokens per second
-of one greedy sequence, beside the dense model's. Written to bench/results/vllm.json.
+of one greedy sequence, beside the dense model's, of several at once, too. Written to
+bench/results/vllm.json.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from calr.text import evaluation_windows
 
 OUTPUT = Path("bench/results/vllm.json")
 PORT, WINDOW, NEW, ROUNDS, STARTING = 8731, 256, 64, 5, 300  # the last: seconds
+TOGETHER = (4, 8, 16)  # sequences
 
 
 def main() -> None:
@@ -52,12 +54,16 @@ def main() -> None:
     with server(arguments.python, arguments.export, adapter=True) as ask:
         for name, served in (("vLLM", "adapter"), ("vLLM without the adapter", "base")):
             rows[name] = torch.stack([prompt_log_probabilities(ask, served, w) for w in ids])
-            speeds[name] = tokens_per_second(ask, served, ids[0])
+            speeds[name] = tokens_per_second(ask, served, ids[:1])
     with tempfile.TemporaryDirectory() as folder:
         for part in calr.load(arguments.model, dtype="bfloat16"):
             part.save_pretrained(folder)
         with server(arguments.python, Path(folder)) as ask:
-            speeds["vLLM, dense model"] = tokens_per_second(ask, "base", ids[0])
+            speeds["vLLM, dense model"] = tokens_per_second(ask, "base", ids[:1])
+            for count in TOGETHER:
+                several = ids.repeat(count, 1)[:count]
+                speed = tokens_per_second(ask, "base", several)
+                speeds[f"vLLM, dense model, {count} sequences"] = speed
     found: dict[str, Any] = {
         name: {
             "largest_difference": float((row - exact).abs().max()),
@@ -144,12 +150,12 @@ def prompt_log_probabilities(ask: Any, model: str, ids: Tensor) -> Tensor:
 
 
 def tokens_per_second(ask: Any, model: str, ids: Tensor) -> float:
-    """Return the median speed of continuing 16 tokens of a window by NEW."""
+    """Return the median speed of continuing 16 tokens of windows [S, T] by NEW each, at once."""
     speeds = []
     for _ in range(ROUNDS):
         started = time.perf_counter()
-        ask(model=model, prompt=ids[:16].tolist(), max_tokens=NEW, ignore_eos=True)
-        speeds.append(NEW / (time.perf_counter() - started))
+        ask(model=model, prompt=ids[:, :16].tolist(), max_tokens=NEW, ignore_eos=True)
+        speeds.append(len(ids) * NEW / (time.perf_counter() - started))
     return statistics.median(speeds)
 
 
