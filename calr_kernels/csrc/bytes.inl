@@ -3,9 +3,9 @@
 
 constexpr int64_t kPanel = 16, kChunk = 32, kQuad = 4;  // rows; columns of all planes, and of a quad
 constexpr int kQuads = kChunk / kQuad;
-constexpr int64_t kLine = 64;  // bytes of a line of the cache
 constexpr int kVectors = kPanel / CALR_LANES;  // that hold one number a row
 constexpr int kBytes = kQuad * CALR_LANES;     // of codes in a vector of bytes
+constexpr int64_t kLine = 64;                  // bytes of a line of the cache
 
 #if CALR_LANES == 16
 using Bytes = __m512i;

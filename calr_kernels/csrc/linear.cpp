@@ -48,7 +48,7 @@ class Prepared {
   // Call run(values, scales, offsets) with x in scale groups.
   template <typename Run>
   void in_groups(int64_t group, const Run& run) {
-    Entry& entry = find(group);
+    const Entry& entry = find(group);
     if (exact_) {
       run(entry.floats.data(), entry.scales.data(), entry.offsets.data());
     } else {
@@ -64,7 +64,7 @@ class Prepared {
     std::vector<int32_t> offsets;
   };
 
-  Entry& find(int64_t group) {
+  const Entry& find(int64_t group) {
     for (size_t i = 0; i < used_; ++i) {
       if (entries_[i].group == group) return entries_[i];
     }

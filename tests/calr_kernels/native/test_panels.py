@@ -90,7 +90,7 @@ FORMS = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_products_are_those_of_the_numbers(form, dtype):
-    for rows, n, k in [(1, 16, 96), (1, 37, 100), (3, 15, 200), (6, 48, 32)]:
+    for rows, n, k in [(1, 16, 96), (1, 37, 100), (3, 15, 200), (11, 33, 72), (16, 20, 130)]:
         made = layer(n, k, form, dtype=dtype)
         x = torch.randn(rows, k, generator=torch.Generator().manual_seed(rows)).to(dtype)
         check(Bound().linears(x, (made,))[0], x, made)
@@ -132,7 +132,7 @@ def test_a_corrective_path_of_numbers_is_added(rank, dtype):
     group=st.sampled_from([32, 64, 160, 512]),
     n=st.integers(1, 40),
     k=st.integers(1, 600),
-    rows=st.integers(1, 9),
+    rows=st.integers(1, 16),
     scale=st.sampled_from([1e-6, 1.0, 1e4]),
 )
 @torch.no_grad()
@@ -154,6 +154,16 @@ def test_an_outlier_costs_its_group_no_more_than_16_bits_do():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("code", [0, 255])
+def test_the_largest_sums_fit(code):
+    """Of a group of 512, levels and inputs as large as they can be."""
+    form, codes = Form(8, "uniform", 512), torch.full((20, 1024), code, dtype=torch.uint8)
+    made = Records(records.pack(codes, torch.ones(20, 2), form), form, 1024)
+    x = torch.ones(3, 1024, dtype=torch.bfloat16) * torch.tensor([[1.0], [-1.0], [3.0]])
+    check(Bound().linears(x.bfloat16(), (made,))[0], x.bfloat16(), made)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_not_finite_stays_so(value, dtype):
@@ -170,14 +180,14 @@ def test_what_is_not_finite_stays_so(value, dtype):
 def test_the_same_bits_for_any_number_of_threads_and_rows(dtype, monkeypatch):
     made = [layer(n, 512, Form(4, "table", 64), 8, dtype=dtype) for n in (300, 80)]
     dense = Factors(torch.randn(90, 512, generator=torch.Generator().manual_seed(1)).to(dtype))
-    x = torch.randn(5, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(13, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
     found = []
     for threads in (1, 2, 5):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         found.append(Bound().linears(x, [*made, dense]))
         for again, first in zip(found[-1], found[0], strict=True):
             assert torch.equal(again, first)
-    for row in range(5):
+    for row in range(len(x)):
         alone = Bound().linears(x[row : row + 1], [*made, dense])
         assert all(torch.equal(y[0], whole[row]) for y, whole in zip(alone, found[0], strict=True))
 
