@@ -65,7 +65,7 @@ def stages(model: str, device: str) -> dict[str, Stage]:
         command = [*here, f"bench/{script}.py", *options, "--output", str(place)]
         found[name] = Stage(command, place)
     for name, budget in (("5 bits", ["--bits", "5"]), ("keep 0.8", ["--keep", "0.8"])):
-        made = str(WORK / name)
+        made = str(file_of(name, ""))
         options = ["--device", device, "--json"]
         command = [*here, "-m", "calr", "compress", model, made, *budget, "--overwrite", *options]
         found[f"compression, {name}"] = Stage(command)

@@ -23,7 +23,8 @@ def optimize_for_inference(model: PreTrainedModel, *, pack: bool = False) -> Pre
     attention, a gated feed-forward block), one new token a sequence goes through all of them, and
     lm_head, in one native call, with a cache that grows in place. Otherwise, and for other inputs
     of a few rows, dense linear layers, lm_head among them, RMS norms, gated feed-forward blocks and
-    rotary attention run there one by one, again where a trace confirms their form. Parameters,
+    rotary attention run there one by one, again where a trace confirms their form. Such a decoder
+    attends to prompts in bfloat16 by parts, where the CPU multiplies that fast. Parameters,
     names and checkpoints are unchanged. Quantised layers pack their weights when they are first
     used, which takes their bytes a second time in memory. Those of 16 and 32 bits are read where
     they are or, with pack, packed in the same way now, and read faster until they are written to;

@@ -59,7 +59,7 @@ class Prepared {
  private:
   struct Entry {
     int64_t group = 0;
-    std::vector<float> floats, scales, room;
+    std::vector<float> floats, scales, last;
     std::vector<int16_t> integers;
     std::vector<int32_t> offsets;
   };
@@ -73,7 +73,7 @@ class Prepared {
     const int64_t groups = (k_ + group - 1) / group, padded = groups * group;
     entry.group = group;
     entry.scales.resize(m_ * groups), entry.offsets.resize(2 * m_ * groups);
-    entry.room.resize(group);
+    entry.last.resize(group);
     if (exact_) {
       group_into(entry.floats, entry, m_ * padded);
     } else {
@@ -86,7 +86,7 @@ class Prepared {
   void group_into(std::vector<X>& values, Entry& entry, int64_t size) {
     values.resize(size);
     CALR_BY_ISA(group_inputs, x_, values.data(), entry.scales.data(), entry.offsets.data(), m_, k_, entry.group,
-                entry.room.data());
+                entry.last.data());
   }
 
   const float* x_;

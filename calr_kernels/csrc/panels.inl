@@ -135,7 +135,7 @@ void panels_products(const uint8_t* panels, const int8_t* table, const X* x, con
 // 2^-16 of the largest, which 16-bit numbers do not notice. What is not finite makes the scale NaN.
 // Numbers below 1e-30 count as 0. Every 32 of them lie `stride` elements behind the last. Returns the
 // scale; offsets [2]: -128 times their sums.
-inline float in_fixed_point(const float* x, int16_t* out, int64_t group, int64_t stride, int32_t* offsets) {
+inline float take_group(const float* x, int16_t* out, int64_t group, int64_t stride, int32_t* offsets) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < group; ++i) {
     uint32_t bits;
@@ -154,16 +154,18 @@ inline float in_fixed_point(const float* x, int16_t* out, int64_t group, int64_t
   if (largest >= 0x7f800000) return most - most;  // NaN
   return inverse ? most / kMost : 0.0f;
 }
-inline float in_fixed_point(const float* x, float* out, int64_t group, int64_t stride, int32_t*) {
+
+// The same in float32: as it is.
+inline float take_group(const float* x, float* out, int64_t group, int64_t stride, int32_t*) {
   for (int64_t i = 0; i < group; i += kChunk) std::copy_n(x + i, kChunk, out + i / kChunk * stride);
   return 1.0f;
 }
 
 // Inputs x [m, k] as panels are multiplied by them: of those that are at once, 32 columns behind one another,
-// [groups * group / 32][inputs][32], and what goes with each, `Groups`. room: [group].
+// [groups * group / 32][inputs][32], and what goes with each, `Groups`. padded [group]: room for the last one.
 template <typename X>
 void group_inputs(const float* x, X* out, float* scales, int32_t* offsets, int64_t m, int64_t k, int64_t group,
-                  float* room) {
+                  float* padded) {
   const int64_t groups = (k + group - 1) / group;
   in_tiles<kInputs>(m, [&](int64_t first, auto columns) {
     constexpr int kAtOnce = decltype(columns)::value;
@@ -172,9 +174,9 @@ void group_inputs(const float* x, X* out, float* scales, int32_t* offsets, int64
       const float* own = x + (first + j) * k;
       for (int64_t g = 0; g < groups; ++g, own += group, ++scales, offsets += 2) {
         const int64_t rest = k - g * group;
-        if (rest < group) std::fill(std::copy_n(own, rest, room), room + group, 0.0f);
-        *scales = in_fixed_point(rest < group ? room : own, tile + g * group * kAtOnce + j * kChunk, group,
-                                 kAtOnce * kChunk, offsets);
+        if (rest < group) std::fill(std::copy_n(own, rest, padded), padded + group, 0.0f);
+        *scales = take_group(rest < group ? padded : own, tile + g * group * kAtOnce + j * kChunk, group,
+                             kAtOnce * kChunk, offsets);
       }
     }
   });

@@ -42,6 +42,14 @@ def test_cells_are_kept_side_by_side(source, ids, tmp_path, monkeypatch, capsys)
     assert all(row["tokens_per_second"] > 0 for row in rows)
     assert "| 4 bits, rank 16 |" in capsys.readouterr().out
 
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--only", "8 bits", "--ways", "prefill"])
+    decode.main()  # prints its cell, and keeps those that are there
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1:4] for line in table[3:]] == [
+        [f" {name} ", "  ", "  "] for name in ("small", "8 bits")
+    ]
+    assert json.loads(found.read_text()) == rows
+
 
 @pytest.fixture(autouse=True)
 def _forget_the_script_and_its_threads():
